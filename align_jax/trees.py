@@ -1,0 +1,62 @@
+"""Path-named pytrees: names such as `image/stem_conv/kernel`, counts and readable differences."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def path_name(path: tuple) -> str:
+    """Returns the name of a key path: its parts joined by "/"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """Returns [(name, leaf)] in the order of `jax.tree.leaves`."""
+    return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def map_named(fn: Callable[[str, Any], Any], tree: Any) -> Any:
+    """Returns the tree with each leaf replaced by `fn(name, leaf)`."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(path_name(path), leaf), tree)
+
+
+def match_any(patterns: Iterable[str], name: str) -> bool:
+    """Returns whether any regular expression matches somewhere in the name."""
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def count(tree: Any) -> int:
+    """Returns the number of scalars in all leaves (arrays or shapes)."""
+    return sum(int(np.prod(leaf.shape, dtype=np.int64)) for leaf in jax.tree.leaves(tree))
+
+
+def describe_difference(expected: Any, found: Any, *, limit: int = 5) -> str:
+    """Returns "" if both trees have the same names and shapes, else one line that says how not.
+
+    Args:
+      expected: tree of arrays or shapes that the model has.
+      found: tree of arrays or shapes that was read, e.g. from a checkpoint.
+      limit: names listed of each kind of difference.
+    """
+    want = {name: tuple(leaf.shape) for name, leaf in named_leaves(expected)}
+    have = {name: tuple(leaf.shape) for name, leaf in named_leaves(found)}
+    missing = [name for name in want if name not in have]
+    extra = [name for name in have if name not in want]
+    shapes = [
+        f"{name} is {have[name]}, the model expects {want[name]}"
+        for name in want
+        if name in have and have[name] != want[name]
+    ]
+    parts = [
+        f"{len(items)} {label}: {', '.join(items[:limit])}{', ...' if len(items) > limit else ''}"
+        for label, items in (
+            ("missing", missing),
+            ("unexpected", extra),
+            ("of other shape", shapes),
+        )
+        if items
+    ]
+    return "; ".join(parts)

@@ -1,0 +1,50 @@
+"""Packaging of align_jax; tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+root = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (root / "align_jax/__init__.py").read_text())[1]
+
+setup(
+    name="align_jax",
+    version=version,
+    description="ALIGN (EfficientNet + BERT) in JAX: train, evaluate, use.",
+    long_description=(root / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["align_jax", "align_jax.*"]),
+    install_requires=[
+        "absl-py",
+        "array_record",
+        "flax>=0.12,<0.13",
+        "grain>=0.2.18,<0.3",
+        "jax>=0.10,<0.12",
+        "matplotlib>=3.9",
+        "ml-collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",  # the v1 API is still called experimental
+        "pillow>=11.0",
+        "tensorboard>=2.20",
+        "tensorflow-datasets>=4.9.10,<5",
+        "tokenizers>=0.22",
+        "tqdm",
+    ],
+    extras_require={
+        "test": [
+            "pytest>=8",
+            "pytest-xdist",
+            "ruff>=0.14",
+            "scipy",
+            "torch==2.13.0",
+            "transformers>=5,<6",
+        ],
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+    },
+    entry_points={"console_scripts": ["align = align_jax.cli:main"]},
+)
