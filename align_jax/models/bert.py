@@ -1,0 +1,183 @@
+"""BERT encoder (Devlin et al. 2019): post-LN, exact GELU, learned positions, no pooler.
+
+ALIGN reads the [CLS] state; BERT's pooler is left out of training because nothing uses it. Layer
+normalisation and softmax are float32 whatever the compute dtype (eps 1e-12 underflows otherwise).
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from align_jax.models import init, layers
+
+
+@dataclasses.dataclass(frozen=True)
+class BertSize:
+    """Depth and width of an encoder; heads are 64 wide, the feed-forward layer 4 x hidden_dim."""
+
+    num_layers: int
+    hidden_dim: int
+
+    @property
+    def num_heads(self) -> int:
+        return self.hidden_dim // 64
+
+
+VARIANTS: dict[str, BertSize] = {
+    "tiny": BertSize(2, 128),
+    "mini": BertSize(4, 256),
+    "small": BertSize(4, 512),
+    "medium": BertSize(8, 512),
+    "base": BertSize(12, 768),
+    "large": BertSize(24, 1024),
+}
+
+
+class Bert(nn.Module):
+    """Maps token ids [B, L] to hidden states [B, L, H] in `dtype`.
+
+    Attributes:
+      vocab_size: rows of the word embedding.
+      num_layers, hidden_dim, num_heads: size of the encoder.
+      max_positions: longest L.
+      dropout_rate: of embeddings, attention weights and residual branches.
+      dtype: of matmuls; parameters are float32.
+      remat: "none", or "block" to recompute each layer's activations in the backward pass.
+      scan_layers: compile the equal layers once. Same numbers, same parameter tree.
+    """
+
+    vocab_size: int
+    num_layers: int
+    hidden_dim: int
+    num_heads: int
+    max_positions: int = 512
+    dropout_rate: float = 0.1
+    dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
+    scan_layers: bool = False
+
+    @nn.compact
+    def __call__(self, ids: jax.Array, mask: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        length = ids.shape[1]
+        if length > self.max_positions:
+            raise ValueError(
+                f"data.max_tokens={length} exceeds the {self.max_positions} positions of the text "
+                "tower (model.text.max_positions)."
+            )
+        words = nn.Embed(
+            self.vocab_size, self.hidden_dim, embedding_init=init.zeros, name="word_embeddings"
+        )(ids)
+        positions = self.param(
+            "position_embeddings", init.zeros, (self.max_positions, self.hidden_dim), jnp.float32
+        )
+        # One segment is ever used; both rows exist because checkpoints have them.
+        segments = self.param("segment_embeddings", init.zeros, (2, self.hidden_dim), jnp.float32)
+        x = words + positions[:length] + segments[0]
+        x = _layer_norm(self, "embeddings_norm")(x)
+        *layer_keys, embedding_keys = layers.split_keys(keys, self.num_layers + 1)
+        x = layers.dropout(x, self.dropout_rate, embedding_keys)
+        x = x.astype(self.dtype)
+
+        lowest = jnp.finfo(jnp.float32).min
+        bias = jnp.where(mask[:, None, None, :] > 0, 0.0, lowest)  # [B, 1, 1, L]
+        encoder = _Encoder
+        if self.scan_layers:
+            names = tuple(f"layer{i}" for i in range(self.num_layers))
+            stack, unstack = layers.stack_blocks(names, "layers")
+            encoder = nn.map_variables(
+                _ScannedEncoder,
+                "params",
+                trans_in_fn=stack,
+                trans_out_fn=unstack,
+                init=self.is_initializing(),
+                mutable=True,
+            )
+        args = (self.num_layers, self.num_heads, self.dropout_rate, self.dtype, self.remat)
+        return encoder(*args, name="encoder")(x, bias, tuple(layer_keys))
+
+
+class BertLayer(nn.Module):
+    """One post-LN transformer layer: [B, L, H] -> [B, L, H]."""
+
+    num_heads: int
+    dropout_rate: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, bias: jax.Array, keys: jax.Array | None):
+        batch, length, hidden_dim = x.shape
+        head_dim = hidden_dim // self.num_heads
+        precision = layers.matmul_precision(self.dtype)
+
+        def dense(features, name):
+            return nn.Dense(
+                features, dtype=self.dtype, precision=precision, kernel_init=init.zeros, name=name
+            )
+
+        def heads(name):
+            return dense(hidden_dim, name)(x).reshape(batch, length, self.num_heads, head_dim)
+
+        weight_keys, attended_keys, output_keys = layers.split_keys(keys, 3)
+        query, key, value = heads("query"), heads("key"), heads("value")
+        scores = jnp.einsum("BQNK,BLNK->BNQL", query, key, precision=precision)
+        scores = scores.astype(jnp.float32) / head_dim**0.5 + bias
+        weights = nn.softmax(scores)  # [B, N, L, L] f32
+        weights = layers.dropout(weights, self.dropout_rate, weight_keys)
+        attended = jnp.einsum(
+            "BNQL,BLNK->BQNK", weights.astype(self.dtype), value, precision=precision
+        )
+        attended = dense(hidden_dim, "attention_out")(attended.reshape(x.shape))
+        attended = layers.dropout(attended, self.dropout_rate, attended_keys)
+        x = _layer_norm(self, "attention_norm")(x + attended).astype(self.dtype)
+
+        y = dense(4 * hidden_dim, "feed_forward")(x)
+        y = dense(hidden_dim, "feed_forward_out")(nn.gelu(y, approximate=False))
+        y = layers.dropout(y, self.dropout_rate, output_keys)
+        return _layer_norm(self, "feed_forward_norm")(x + y).astype(self.dtype), None
+
+
+class _Encoder(nn.Module):
+    num_layers: int
+    num_heads: int
+    dropout_rate: float
+    dtype: jnp.dtype
+    remat: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, bias: jax.Array, keys: tuple) -> jax.Array:
+        layer = _layer_class(self.remat)
+        for i in range(self.num_layers):
+            x, _ = layer(self.num_heads, self.dropout_rate, self.dtype, name=f"layer{i}")(
+                x, bias, keys[i]
+            )
+        return x
+
+
+class _ScannedEncoder(_Encoder):
+    @nn.compact
+    def __call__(self, x: jax.Array, bias: jax.Array, keys: tuple) -> jax.Array:
+        layer_keys = None if keys[0] is None else jnp.stack(keys)  # [layers, B]
+        scanned = nn.scan(
+            _layer_class(self.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": False},
+            in_axes=(nn.broadcast, 0),
+            length=self.num_layers,
+        )
+        x, _ = scanned(self.num_heads, self.dropout_rate, self.dtype, name="layers")(
+            x, bias, layer_keys
+        )
+        return x
+
+
+def _layer_norm(module: nn.Module, name: str) -> nn.LayerNorm:
+    # Two-pass variance: the fast form is negative by rounding where a row is nearly constant.
+    return nn.LayerNorm(
+        epsilon=1e-12, dtype=jnp.float32, use_fast_variance=False, name=name, parent=module
+    )
+
+
+def _layer_class(remat: str) -> type[BertLayer]:
+    return nn.remat(BertLayer, prevent_cse=False) if remat == "block" else BertLayer

@@ -1,0 +1,201 @@
+"""The dual encoder, and THE SEAM: everything outside `models/` calls the functions of this file.
+
+Variables are a plain dict {"params": ..., "batch_stats": ...} with the subtrees `image`, `text`,
+`image_projection` (only where widths differ), `text_projection` and the scalar `temperature`.
+Source: Jia et al. 2021, section 4.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from align_jax import trees
+from align_jax.models import bert, efficientnet, init, layers
+
+Variables = dict[str, dict]
+
+
+class DualEncoder(nn.Module):
+    """EfficientNet and BERT towers with linear projections to one space, and a temperature.
+
+    Attributes:
+      image, text: the towers.
+      embed_dim: D. The image projection exists only if the trunk's width differs from it.
+      image_width: C, width of the trunk's pooled feature.
+      temperature_init: starting value of the scalar that divides the cosine.
+    """
+
+    image: efficientnet.EfficientNet
+    text: bert.Bert
+    embed_dim: int
+    image_width: int
+    temperature_init: float = 1.0
+
+    def setup(self):
+        # Projections, norms and loss stay float32 in every compute dtype.
+        def dense():
+            return nn.Dense(
+                self.embed_dim,
+                precision=jax.lax.Precision.HIGHEST,
+                kernel_init=init.zeros,
+            )
+
+        if self.image_width != self.embed_dim:
+            self.image_projection = dense()
+        self.text_projection = dense()
+        self.temperature = self.param("temperature", init.zeros, (), jnp.float32)
+
+    def __call__(self, images, ids, mask, train, image_keys=None, text_keys=None):
+        z_image = self.encode_image(images, train, image_keys)
+        return z_image, self.encode_text(ids, mask, text_keys), self.temperature
+
+    def encode_image(self, images: jax.Array, train: bool, keys: jax.Array | None) -> jax.Array:
+        # f32: uint8 -> [-1, 1] would lose a bit in bf16.
+        x = self.image(images.astype(jnp.float32) / 127.5 - 1.0, train, keys)
+        return self.image_projection(x) if self.image_width != self.embed_dim else x
+
+    def encode_text(self, ids: jax.Array, mask: jax.Array, keys: jax.Array | None) -> jax.Array:
+        states = self.text(ids, mask, keys)
+        return self.text_projection(states[:, 0].astype(jnp.float32))
+
+
+def make_model(config, *, vocab_size: int, temperature_init: float = 1.0) -> DualEncoder:
+    """Returns the dual encoder that the config group `model` describes.
+
+    Args:
+      config: group `model` of a config (`align_jax.config`), already validated.
+      vocab_size: of the tokenizer.
+      temperature_init: > 0.
+    """
+    width, depth = efficientnet.VARIANTS[config.image.variant]
+    size = bert.VARIANTS[config.text.variant]
+    common = {"dtype": jnp.dtype(config.dtype), "remat": config.remat}
+    return DualEncoder(
+        image=efficientnet.EfficientNet(
+            width,
+            depth,
+            padding=config.padding,
+            drop_path_rate=config.image.drop_path_rate,
+            bn_mode=config.bn_mode,
+            bn_group_size=config.bn_group_size,
+            scan_blocks=config.scan_layers,
+            **common,
+        ),
+        text=bert.Bert(
+            vocab_size,
+            size.num_layers,
+            size.hidden_dim,
+            size.num_heads,
+            max_positions=config.text.max_positions,
+            dropout_rate=config.text.dropout_rate,
+            scan_layers=config.scan_layers,
+            **common,
+        ),
+        embed_dim=config.embed_dim,
+        image_width=efficientnet.output_width(config.image.variant),
+        temperature_init=temperature_init,
+    )
+
+
+def abstract_variables(model: DualEncoder) -> Variables:
+    """Returns the variables as `jax.ShapeDtypeStruct`s; computes nothing."""
+    images = jnp.zeros((1, 64, 64, 3), jnp.uint8)  # no parameter depends on the image size
+    ids = jnp.zeros((1, 8), jnp.int32)
+    return jax.eval_shape(
+        lambda: model.init(jax.random.key(0), images, ids, jnp.ones_like(ids), False)
+    )
+
+
+def init_variables(model: DualEncoder, *, seed: int, shardings: Variables) -> Variables:
+    """Returns fresh variables, each tensor born in its sharding.
+
+    Args:
+      model: from `make_model`.
+      seed: the values depend on (seed, tensor name) alone, see `init.draw`.
+      shardings: tree of `jax.sharding.Sharding` like `abstract_variables(model)`.
+    """
+
+    def make(path, leaf, sharding):
+        name = trees.path_name(path)
+        if name == "params/temperature":
+            value = np.float32(model.temperature_init)
+        else:
+            value = init.draw(name, leaf.shape, seed)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: value[index])
+
+    return jax.tree_util.tree_map_with_path(make, abstract_variables(model), shardings)
+
+
+def apply_towers(
+    model: DualEncoder,
+    variables: Variables,
+    batch: dict[str, jax.Array],
+    *,
+    train: bool,
+    keys: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, dict]:
+    """Returns (z_image [B, D], z_text [B, D], temperature [], batch_stats).
+
+    Embeddings are float32 and unit norm. In train mode `batch_stats` holds the *moments of this
+    batch*, to be blended by `update_batch_stats`; in eval mode the running statistics unchanged.
+
+    Args:
+      model: from `make_model`.
+      variables: {"params", "batch_stats"}.
+      batch: `image` uint8 [B, H, W, 3], `ids` int32 [B, L], `mask` int32 [B, L].
+      train: batch statistics and dropout, or running statistics and none.
+      keys: one key per example [B]; needed in train mode (`example_keys`).
+
+    Raises:
+      ValueError: train mode without keys, or B not divisible by the BatchNorm group.
+    """
+    if train and keys is None:
+        raise ValueError("apply_towers(train=True) needs one PRNG key per example.")
+    image_keys, text_keys = layers.split_keys(keys if train else None, 2)
+    (z_image, z_text, temperature), updated = model.apply(
+        variables,
+        batch["image"],
+        batch["ids"],
+        batch["mask"],
+        train,
+        image_keys,
+        text_keys,
+        mutable=["batch_stats"],
+    )
+    return unit_norm(z_image), unit_norm(z_text), temperature, updated["batch_stats"]
+
+
+def embed_image(model: DualEncoder, variables: Variables, images: jax.Array) -> jax.Array:
+    """Returns z_image [B, D] float32, unit norm, in eval mode, of uint8 images [B, H, W, 3]."""
+    z = model.apply(variables, images, False, None, method=DualEncoder.encode_image)
+    return unit_norm(z)
+
+
+def embed_text(
+    model: DualEncoder, variables: Variables, ids: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Returns z_text [B, D] float32, unit norm, in eval mode, of int32 ids and mask [B, L]."""
+    z = model.apply(variables, ids, mask, None, method=DualEncoder.encode_text)
+    return unit_norm(z)
+
+
+def update_batch_stats(running: dict, moments: dict, decay: float) -> dict:
+    """Returns `decay * running + (1 - decay) * moments`, leaf by leaf.
+
+    With frozen BatchNorm the moments *are* the running statistics, which this leaves bitwise
+    unchanged only because it is then not called (`train_step`).
+    """
+    return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, running, moments)
+
+
+def unit_norm(z: jax.Array) -> jax.Array:
+    """Returns rows of z [B, D] divided by their L2 norm; a zero row stays zero, not NaN."""
+    squared = jnp.sum(jnp.square(z), axis=-1, keepdims=True)
+    return z * jax.lax.rsqrt(jnp.maximum(squared, jnp.finfo(jnp.float32).tiny))
+
+
+def example_keys(seed: int, step: jax.Array, index: jax.Array) -> jax.Array:
+    """Returns one key per example [B], a function of (seed, step, global example index) only."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, index)

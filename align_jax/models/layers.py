@@ -1,0 +1,251 @@
+"""Layers that both towers share: grouped batch normalisation, convolutions, per-example dropout.
+
+Every source of randomness takes one key per example, so that a run draws the same numbers on any
+number of devices, processes and microbatches. Nothing here knows about meshes.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from align_jax.models import init
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "swish": nn.silu,
+    "silu": nn.silu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: nn.gelu(x, approximate=True),
+    "relu": nn.relu,
+}
+
+BN_MODES = ("grouped", "global", "frozen")
+
+
+def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """Returns the precision under which float32 really is float32 on TPUs and GPUs too."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+class GroupedBatchNorm(nn.Module):
+    """Batch normalisation whose statistics cover fixed groups of images, never "a device".
+
+    In train mode the batch [B, H, W, C] is normalised in groups of `group_size` consecutive images
+    and the collection `batch_stats` is overwritten with the *batch moments* (mean over groups of
+    each group's mean and biased variance). The caller blends them into the running statistics,
+    once a step (`dual_encoder.update_batch_stats`), which also makes microbatches exact.
+
+    Attributes:
+      mode: "grouped"; "global" (one group: the whole batch); "frozen" (running statistics in
+        train mode too, left as they are).
+      group_size: images in a group; must divide B in train mode.
+      eps: added to the variance. 1e-3 in every EfficientNet.
+      train: batch moments if True, running statistics if False.
+
+    Input and output are [B, H, W, C] in any float dtype; statistics, scale and bias are float32.
+
+    Source: virtual batches of 16, kakaobrain/coyo-align; they reproduce the 16 images per core of
+    Jia et al. 2021. Differs from COYO: groups are consecutive images, not strided ones.
+    """
+
+    mode: str
+    group_size: int
+    train: bool
+    eps: float = 1e-3
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        scale = self.param("scale", init.zeros, (channels,), jnp.float32)
+        bias = self.param("bias", init.zeros, (channels,), jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.zeros, (channels,), jnp.float32)
+
+        if not self.train or self.mode == "frozen" or self.is_initializing():
+            factor = scale * jax.lax.rsqrt(running_var.value + self.eps)
+            shift = bias - running_mean.value * factor
+            return (x.astype(jnp.float32) * factor + shift).astype(x.dtype)
+
+        batch = x.shape[0]
+        size = batch if self.mode == "global" else self.group_size
+        if batch % size:
+            raise ValueError(f"bn_group_size={size} does not divide the batch of {batch} images.")
+        # f32 and two passes: a bf16 or E[x^2]-E[x]^2 variance loses digits on large maps.
+        grouped = x.astype(jnp.float32).reshape(batch // size, size, *x.shape[1:])
+        mean = grouped.mean((1, 2, 3), keepdims=True)  # [G, 1, 1, 1, C]
+        centred = grouped - mean
+        var = jnp.square(centred).mean((1, 2, 3), keepdims=True)
+        running_mean.value = mean.mean((0, 1, 2, 3))
+        running_var.value = var.mean((0, 1, 2, 3))
+        normalised = centred * (jax.lax.rsqrt(var + self.eps) * scale) + bias
+        return normalised.reshape(x.shape).astype(x.dtype)
+
+
+class DepthwiseConv(nn.Module):
+    """Depthwise convolution without bias: [B, H, W, C] -> [B, H', W', C].
+
+    Attributes:
+      kernel_size: odd, in pixels.
+      stride: 1 or 2.
+      padding: ((top, bottom), (left, right)) zeros.
+      dtype: of the computation; the kernel [k, k, 1, C] is float32.
+    """
+
+    kernel_size: int
+    stride: int
+    padding: tuple[tuple[int, int], tuple[int, int]]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.kernel_size, self.kernel_size, 1, x.shape[-1])
+        kernel = self.param("kernel", init.zeros, shape, jnp.float32).astype(self.dtype)
+        return depthwise_conv(x, kernel, self.stride, self.padding)
+
+
+def depthwise_conv(
+    x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[tuple[int, int], tuple[int, int]]
+) -> jax.Array:
+    """Returns the depthwise convolution of x [B, H, W, C] with kernel [k, k, 1, C].
+
+    The platform is chosen when the program is lowered, not by the host's default device: on CPU a
+    sum of shifted products, 5 to 100 times faster there than XLA's grouped convolution
+    (`experiments/benchmarks/depthwise.py`); elsewhere the native convolution. Same sums, so equal
+    up to float rounding.
+    """
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=lambda x, kernel: shifted_depthwise_conv(x, kernel, stride, padding),
+        default=lambda x, kernel: native_depthwise_conv(x, kernel, stride, padding),
+    )
+
+
+def shifted_depthwise_conv(x, kernel, stride, padding):
+    """As `depthwise_conv`, as k*k shifted multiply-adds."""
+    size = kernel.shape[0]
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    height = (x.shape[1] - size) // stride + 1
+    width = (x.shape[2] - size) // stride + 1
+    y = jnp.zeros((), x.dtype)
+    for row in range(size):
+        for column in range(size):
+            window = x[
+                :,
+                row : row + stride * (height - 1) + 1 : stride,
+                column : column + stride * (width - 1) + 1 : stride,
+            ]
+            y = y + window * kernel[row, column, 0]
+    return y
+
+
+def native_depthwise_conv(x, kernel, stride, padding):
+    """As `depthwise_conv`, by XLA's grouped convolution."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+        precision=matmul_precision(x.dtype),
+    )
+
+
+def conv_padding(
+    padding: str, kernel_size: int, stride: int, size_px: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns ((top, bottom), (left, right)) zeros of a strided convolution.
+
+    Args:
+      padding: "hf": the Hugging Face / COYO graph, (k//2 - 1, k//2) at stride 2 whatever the
+        parity of the input; "same": TensorFlow's SAME, which differs from it on odd inputs.
+      kernel_size: odd, in pixels.
+      stride: 1 or 2.
+      size_px: (height, width) of the input.
+
+    Raises:
+      ValueError: another `padding`.
+
+    Source: hf_align_parity 1.4.
+    """
+    if padding not in ("hf", "same"):
+        raise ValueError(f"model.padding={padding!r}; use 'hf' or 'same'.")
+    half = kernel_size // 2
+    if stride == 1:
+        return ((half, half), (half, half))
+    if padding == "hf":
+        return ((half - 1, half), (half - 1, half))
+    pads = []
+    for size in size_px:
+        total = max((-(-size // stride) - 1) * stride + kernel_size - size, 0)
+        pads.append((total // 2, total - total // 2))
+    return (pads[0], pads[1])
+
+
+def split_keys(keys: jax.Array | None, count: int) -> tuple[jax.Array | None, ...] | jax.Array:
+    """Returns `count` keys [count, B] made of per-example keys [B]; of None, as many Nones."""
+    if keys is None:
+        return (None,) * count
+    return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
+
+
+def dropout(x: jax.Array, rate: float | jax.Array, keys: jax.Array | None) -> jax.Array:
+    """Returns x [B, ...] with elements zeroed with probability `rate`, the rest scaled up.
+
+    Args:
+      x: [B, ...] float.
+      rate: probability of dropping, in [0, 1).
+      keys: one typed PRNG key per example [B]; None turns dropout off.
+    """
+    return _drop(x, rate, keys, x.shape[1:])
+
+
+def drop_path(x: jax.Array, rate: float | jax.Array, keys: jax.Array | None) -> jax.Array:
+    """Returns x [B, ...] with whole examples zeroed with probability `rate` (stochastic depth).
+
+    Source: Huang et al. 2016; per example as in the original EfficientNet. (Differs from the
+    Hugging Face port, whose "drop connect" drops single elements.)
+    """
+    return _drop(x, rate, keys, (1,) * (x.ndim - 1))
+
+
+def _drop(x, rate, keys, shape):
+    if keys is None or (isinstance(rate, float) and rate == 0.0):
+        return x
+    keep_rate = jnp.float32(1.0) - rate
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, keep_rate, shape))(keys)
+    return jnp.where(keep, x / keep_rate.astype(x.dtype), jnp.zeros((), x.dtype))
+
+
+def stack_blocks(names: tuple[str, ...], stacked: str) -> tuple[Callable, Callable]:
+    """Returns (stack, unstack) for `nn.map_variables`: children `names` <-> one child `stacked`.
+
+    They let a scanned run of equal blocks keep one tensor per block in its variables, so that
+    conversion, masks and LAMB's per-tensor norms see the same tree with and without scanning.
+    """
+
+    def stack(collections):
+        def one(tree):
+            rest = {name: child for name, child in tree.items() if name not in names}
+            blocks = [tree[name] for name in names if name in tree]
+            return (
+                {**rest, stacked: jax.tree.map(lambda *leaf: jnp.stack(leaf), *blocks)}
+                if blocks
+                else rest
+            )
+
+        return {name: one(tree) for name, tree in collections.items()}
+
+    def unstack(collections):
+        def one(tree):
+            rest = {name: child for name, child in tree.items() if name != stacked}
+            if stacked in tree:
+                for i, name in enumerate(names):
+                    rest[name] = jax.tree.map(lambda leaf, i=i: leaf[i], tree[stacked])
+            return rest
+
+        return {name: one(tree) for name, tree in collections.items()}
+
+    return stack, unstack

@@ -1,0 +1,319 @@
+"""Towers: parameter counts, parity with the torch model, scanned blocks, train and eval mode."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from align_jax import config, losses, trees
+from align_jax.models import bert, convert, dual_encoder, efficientnet
+
+# hf_align_parity 6.1 and 6.2, computed there from the published definitions.
+TRUNKS = {
+    "b0": 3_595_388,
+    "b1": 6_101_024,
+    "b2": 7_202_562,
+    "b3": 10_103_336,
+    "b4": 16_742_216,
+    "b5": 27_288_112,
+    "b6": 39_403_992,
+    "b7": 62_143_440,
+    "b8": 82_608_046,
+    "l2": 467_219_796,
+}
+ENCODERS = {  # without pooler, 30,522 wordpieces
+    "tiny": 4_385_920 - (128 * 128 + 128),
+    "mini": 11_104_768,
+    "small": 28_500_992,
+    "medium": 41_110_528,
+    "base": 108_891_648,
+    "large": 334_092_288,
+}
+VOCAB = 50
+
+
+def small_model(**changes):
+    c = config.default_config().model
+    c.image.variant, c.text.variant = "pico", "tiny"
+    c.embed_dim, c.dtype, c.bn_group_size = 80, "float32", 4
+    c.update_from_flattened_dict(changes)
+    return dual_encoder.make_model(c, vocab_size=VOCAB, temperature_init=0.5)
+
+
+def random_variables(model, seed=0):
+    """Fresh weights with BatchNorm statistics that are not the identity."""
+    rng = np.random.default_rng(seed)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = dual_encoder.abstract_variables(model)
+    shardings = jax.tree.map(lambda _: one, shapes)
+    variables = dual_encoder.init_variables(model, seed=seed, shardings=shardings)
+
+    def change(name, leaf):
+        if name.endswith("/mean"):
+            return jnp.asarray(rng.normal(0, 0.1, leaf.shape), jnp.float32)
+        if name.endswith("/var") or name.endswith("/scale"):
+            return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), jnp.float32)
+        if name.endswith("/bias"):
+            return jnp.asarray(rng.normal(0, 0.1, leaf.shape), jnp.float32)
+        return leaf
+
+    return trees.map_named(change, variables)
+
+
+def make_batch(batch=8, size=64, length=12, seed=1):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(3, length + 1, batch)
+    mask = (np.arange(length) < lengths[:, None]).astype(np.int32)
+    return {
+        "image": rng.integers(0, 256, (batch, size, size, 3), np.uint8),
+        "ids": (rng.integers(5, VOCAB, (batch, length)) * mask).astype(np.int32),
+        "mask": mask,
+        "index": np.arange(batch, dtype=np.int32),
+    }
+
+
+def keys_of(batch, step=0):
+    return dual_encoder.example_keys(0, step, batch["index"])
+
+
+@pytest.mark.parametrize("variant", TRUNKS)
+def test_trunk_parameter_count_equals_published_total(variant):
+    width, depth = efficientnet.VARIANTS[variant]
+    trunk = efficientnet.EfficientNet(width, depth)
+    shapes = jax.eval_shape(lambda: trunk.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), False))
+    assert trees.count(shapes["params"]) == TRUNKS[variant]
+
+
+@pytest.mark.parametrize("variant", ENCODERS)
+def test_text_encoder_parameter_count_equals_published_total(variant):
+    size = bert.VARIANTS[variant]
+    encoder = bert.Bert(30_522, size.num_layers, size.hidden_dim, size.num_heads)
+    ids = jnp.zeros((1, 8), jnp.int32)
+    shapes = jax.eval_shape(lambda: encoder.init(jax.random.key(0), ids, ids))
+    assert trees.count(shapes["params"]) == ENCODERS[variant]
+
+
+def test_b7_geometry_equals_align_base():
+    trunk = efficientnet.EfficientNet(*efficientnet.VARIANTS["b7"])
+    shapes = jax.eval_shape(
+        lambda: trunk.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), False)
+    )["params"]
+    blocks = {f"{s}/{b}" for s in shapes if s.startswith("stage") for b in shapes[s]}
+    assert len(blocks) == 55
+    assert shapes["stage6"]["block1"]["squeeze"]["reduce"]["kernel"].shape == (2304, 96)
+    assert shapes["stage7"]["block3"]["depthwise"]["kernel"].shape == (3, 3, 1, 3840)
+    assert efficientnet.output_width("b7") == 640
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_initial_values_depend_on_seed_and_name_only(scan):
+    plain = random_variables(small_model())
+    other = random_variables(small_model(scan_layers=scan), seed=0)
+    jax.tree.map(np.testing.assert_array_equal, plain, other)
+    kernel = plain["params"]["image"]["stage6"]["block1"]["expand"]["kernel"]
+    fan_out = kernel.shape[-1]
+    assert np.std(kernel) == pytest.approx(np.sqrt(2 / fan_out), rel=0.05)
+    assert abs(kernel).max() <= 2 * np.sqrt(2 / fan_out) / 0.8796 * 1.001
+    assert np.std(plain["params"]["text"]["encoder"]["layer0"]["key"]["kernel"]) == pytest.approx(
+        0.02, rel=0.05
+    )
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_scanned_and_rematerialised_blocks_give_equal_values_and_gradients(train):
+    batch = make_batch()
+    variables = random_variables(small_model())
+
+    def run(model):
+        def loss(params):
+            z_image, z_text, temperature, stats = dual_encoder.apply_towers(
+                model,
+                {**variables, "params": params},
+                batch,
+                train=train,
+                keys=keys_of(batch) if train else None,
+            )
+            return jnp.sum(z_image * z_text) / temperature, stats
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+
+    (value, stats), gradient = run(small_model())
+    for changes in ({"scan_layers": True}, {"scan_layers": True, "remat": "block"}):
+        (other_value, other_stats), other_gradient = run(small_model(**changes))
+        assert float(other_value) == pytest.approx(float(value), rel=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), stats, other_stats)
+        atol = 1e-5 * max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
+        close = partial(np.testing.assert_allclose, atol=atol)
+        jax.tree.map(close, gradient, other_gradient)
+
+
+def test_train_mode_changes_batch_stats_and_eval_mode_does_not():
+    model, batch = small_model(), make_batch()
+    variables = random_variables(model)
+    *_, moments = dual_encoder.apply_towers(
+        model, variables, batch, train=True, keys=keys_of(batch)
+    )
+    *_, unchanged = dual_encoder.apply_towers(model, variables, batch, train=False)
+    jax.tree.map(np.testing.assert_array_equal, unchanged, variables["batch_stats"])
+    for (name, old), new in zip(
+        trees.named_leaves(variables["batch_stats"]), jax.tree.leaves(moments), strict=True
+    ):
+        assert not np.array_equal(old, new), name
+
+
+def test_frozen_batch_norm_in_train_mode_equals_eval_mode():
+    frozen = small_model(**{"bn_mode": "frozen", "image.drop_path_rate": 0.0})
+    batch, variables = make_batch(), random_variables(small_model())
+    z_train, _, _, stats = dual_encoder.apply_towers(
+        frozen, variables, batch, train=True, keys=keys_of(batch)
+    )
+    z_eval, *_ = dual_encoder.apply_towers(frozen, variables, batch, train=False)
+    np.testing.assert_array_equal(z_train, z_eval)
+    jax.tree.map(np.testing.assert_array_equal, stats, variables["batch_stats"])
+
+
+def test_randomness_follows_the_example_not_its_place_in_the_batch():
+    # One BatchNorm group an image, so that examples do not see each other.
+    model = small_model(bn_group_size=1)
+    variables, batch = random_variables(model), make_batch()
+    order = np.random.default_rng(0).permutation(8)
+    shuffled = {name: value[order] for name, value in batch.items()}
+
+    def towers(b, step=0):
+        return dual_encoder.apply_towers(model, variables, b, train=True, keys=keys_of(b, step))
+
+    z_image, z_text, *_ = towers(batch)
+    z_image_shuffled, z_text_shuffled, *_ = towers(shuffled)
+    np.testing.assert_allclose(z_image[order], z_image_shuffled, atol=2e-6)
+    np.testing.assert_allclose(z_text[order], z_text_shuffled, atol=2e-6)
+    _, z_text_next, *_ = towers(batch, step=1)
+    assert np.abs(z_text - z_text_next).max() > 1e-3
+
+
+def test_image_projection_exists_only_where_widths_differ():
+    assert "image_projection" not in dual_encoder.abstract_variables(small_model())["params"]
+    other = dual_encoder.abstract_variables(small_model(embed_dim=32))["params"]
+    assert other["image_projection"]["kernel"].shape == (80, 32)
+
+
+def test_padding_modes_differ_only_on_odd_inputs():
+    def features(padding, size):
+        model = small_model(padding=padding)
+        variables = random_variables(model)
+        return dual_encoder.embed_image(model, variables, make_batch(2, size)["image"])
+
+    np.testing.assert_array_equal(features("hf", 64), features("same", 64))
+    assert np.abs(features("hf", 65) - features("same", 65)).max() > 1e-3
+
+
+def test_too_many_tokens_is_an_error_naming_both_limits():
+    model = small_model(**{"text.max_positions": 8})
+    with pytest.raises(ValueError, match="12 exceeds the 8 positions"):
+        dual_encoder.apply_towers(model, random_variables(model), make_batch(), train=False)
+
+
+# --- parity with transformers' AlignModel -------------------------------------------------------
+
+
+def torch_model():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    text = {
+        "vocab_size": VOCAB,
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 512,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    vision = {
+        "width_coefficient": 0.25,
+        "depth_coefficient": 0.3,
+        "hidden_dim": 80,
+        "drop_connect_rate": 0.0,
+    }
+    settings = transformers.AlignConfig(
+        text_config=text, vision_config=vision, projection_dim=80, temperature_init_value=0.5
+    )
+    model = transformers.AlignModel(settings)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Hugging Face draws convolutions so small that features vanish: use the fan-out.
+            if parameter.ndim == 4:
+                fan_out = parameter.shape[0] * parameter.shape[2] * parameter.shape[3]
+                if parameter.shape[1] == 1:
+                    fan_out = parameter.shape[2] * parameter.shape[3]
+                parameter.normal_(0, (2 / fan_out) ** 0.5, generator=generator)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.1, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(0, 0.1, generator=generator)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 1.5, generator=generator)
+    return torch, model
+
+
+@pytest.mark.parametrize("size", [65, 96, 224])
+def test_eval_mode_equals_transformers_model(size):
+    torch, theirs = torch_model()
+    theirs.eval()
+    ours = small_model()
+    tensors = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    variables = convert.from_hf(tensors, ours)
+    batch = make_batch(4, size)
+    pixels = torch.from_numpy(batch["image"].astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        out = theirs(
+            input_ids=torch.from_numpy(batch["ids"]).long(),
+            attention_mask=torch.from_numpy(batch["mask"]).long(),
+            pixel_values=pixels,
+        )
+    z_image, z_text, temperature, _ = dual_encoder.apply_towers(ours, variables, batch, train=False)
+    np.testing.assert_allclose(z_image, out.image_embeds.numpy(), atol=1e-5)
+    np.testing.assert_allclose(z_text, out.text_embeds.numpy(), atol=1e-5)
+    assert float(temperature) == 0.5
+
+
+def test_train_mode_gradients_equal_transformers_model():
+    torch, theirs = torch_model()
+    theirs.train()
+    ours = small_model(
+        **{"bn_mode": "global", "image.drop_path_rate": 0.0, "text.dropout_rate": 0.0}
+    )
+    tensors = {name: tensor.numpy().copy() for name, tensor in theirs.state_dict().items()}
+    variables = convert.from_hf(tensors, ours)
+    batch = make_batch(8, 96)
+    pixels = torch.from_numpy(batch["image"].astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
+    out = theirs(
+        input_ids=torch.from_numpy(batch["ids"]).long(),
+        attention_mask=torch.from_numpy(batch["mask"]).long(),
+        pixel_values=pixels,
+        return_loss=True,
+    )
+    out.loss.backward()
+
+    def loss(params):
+        z_image, z_text, temperature, _ = dual_encoder.apply_towers(
+            ours, {**variables, "params": params}, batch, train=True, keys=keys_of(batch)
+        )
+        return losses.dense_loss(z_image, z_text, temperature, label_smoothing=0.1)[0] / 2
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(variables["params"])
+    assert float(value) == pytest.approx(out.loss.item(), rel=1e-5)  # theirs is the mean
+    theirs_gradients = {
+        name: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy()
+        for name, p in theirs.named_parameters()
+    } | {name: b.numpy() for name, b in theirs.named_buffers()}
+    expected = convert.from_hf(theirs_gradients, ours)["params"]
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    for (name, want), found in zip(
+        trees.named_leaves(expected), jax.tree.leaves(gradients), strict=True
+    ):
+        error = np.linalg.norm(found - want)
+        # Gradients that are zero in exact arithmetic leave rounding noise only.
+        assert error <= 1e-3 * np.linalg.norm(want) + 1e-5 * largest, name
