@@ -1,0 +1,150 @@
+"""Folders, zips and tars as flat lists of members that are read by offset.
+
+Archives are indexed once; a read opens the file, seeks and closes, so an index pickles and works
+from any thread or process. Member names are only ever dictionary keys, never file-system paths.
+"""
+
+import os
+import struct
+import tarfile
+import zipfile
+import zlib
+from typing import NamedTuple
+
+ARCHIVE_SUFFIXES = (".tar", ".zip")
+_TAR_BLOCK = 512
+_ZIP_LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of name and extra field
+_ZIP_STORED, _ZIP_DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
+
+
+class Problems(dict[str, int]):
+    """Counts by reason; `first[reason]` names the first offender."""
+
+    def __init__(self):
+        super().__init__()
+        self.first: dict[str, str] = {}
+
+    def add(self, reason: str, example: str, count: int = 1) -> None:
+        """Counts `count` more of `reason`; `example` is kept if it is the first."""
+        self[reason] = self.get(reason, 0) + count
+        self.first.setdefault(reason, example)
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{reason}: {count} (first: {self.first[reason]})" for reason, count in self.items()
+        )
+
+
+class Member(NamedTuple):
+    """Where the bytes of one file lie."""
+
+    path: str  # the file itself, or the archive that holds it
+    name: str  # inside the folder or archive, with "/"
+    kind: str  # "file", "tar", "zip" (stored) or "deflated" (zip)
+    offset: int = 0  # of the data (tar) or of the local header (zip)
+    size: int = 0  # bytes on disk; unused for "file"
+
+
+def index_files(path: str, problems: Problems) -> dict[str, Member]:
+    """Returns name -> Member of every file in a folder (recursively), a .zip or a .tar.
+
+    Args:
+      path: folder or archive.
+      problems: receives `archive_unreadable`, `tar_truncated` (what follows the break is lost),
+        `zip_member_unsupported` (neither stored nor deflated, or encrypted).
+    """
+    if os.path.isdir(path):
+        return _index_folder(path)
+    index = _index_zip if path.lower().endswith(".zip") else _index_tar
+    try:
+        return index(path, problems)
+    except (zipfile.BadZipFile, tarfile.TarError, OSError) as error:
+        problems.add("archive_unreadable", f"{path}: {error}")
+        return {}
+
+
+def read_member(member: Member) -> bytes:
+    """Returns the file's bytes.
+
+    Raises:
+      OSError: the bytes are not there (any more) or do not decompress.
+    """
+    if member.kind == "file":
+        with open(member.path, "rb") as file:
+            return file.read()
+    with open(member.path, "rb", buffering=0) as file:
+        start = member.offset
+        if member.kind != "tar":
+            # The local header may differ in length from its copy in the central directory.
+            file.seek(start)
+            header = file.read(_ZIP_LOCAL_HEADER.size)
+            if len(header) < _ZIP_LOCAL_HEADER.size:
+                raise OSError(f"{member.path} ends before {member.name}.")
+            start += len(header) + sum(_ZIP_LOCAL_HEADER.unpack(header))
+        file.seek(start)
+        data = file.read(member.size)
+    if len(data) < member.size:
+        raise OSError(f"{member.path} ends inside {member.name}.")
+    if member.kind == "deflated":
+        try:
+            return zlib.decompress(data, wbits=-zlib.MAX_WBITS)
+        except zlib.error as error:
+            raise OSError(f"{member.path}: {member.name} does not decompress: {error}.") from error
+    return data
+
+
+def _index_folder(path):
+    index = {}
+    for folder, folders, files in os.walk(path):
+        folders.sort()
+        for file in sorted(files):
+            full = os.path.join(folder, file)
+            name = os.path.relpath(full, path).replace(os.sep, "/")
+            index[name] = Member(full, name, "file")
+    return index
+
+
+def _index_zip(path, problems):
+    index = {}
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.is_dir():
+                continue
+            if info.compress_type not in (_ZIP_STORED, _ZIP_DEFLATED) or info.flag_bits & 1:
+                problems.add("zip_member_unsupported", f"{path}: {info.filename}")
+                continue
+            kind = "zip" if info.compress_type == _ZIP_STORED else "deflated"
+            index[info.filename] = Member(
+                path, info.filename, kind, info.header_offset, info.compress_size
+            )
+    return index
+
+
+def _index_tar(path, problems):
+    index = {}
+    size = os.path.getsize(path)
+    broken = None
+    with tarfile.open(path, "r:") as archive:
+        try:
+            for info in archive:
+                if not info.isreg():
+                    continue
+                if info.offset_data + info.size > size:
+                    broken = info.name
+                    break
+                index[info.name] = Member(path, info.name, "tar", info.offset_data, info.size)
+        except tarfile.ReadError as error:
+            broken = str(error)
+        end = archive.offset
+    # tarfile stops silently at a damaged header; a whole archive ends in blocks of zeros.
+    if broken is None and _read_block(path, end) != bytes(_TAR_BLOCK):
+        broken = f"no end-of-archive block at byte {end}"
+    if broken is not None:
+        problems.add("tar_truncated", f"{path}: {broken}")
+    return index
+
+
+def _read_block(path, offset):
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(_TAR_BLOCK)

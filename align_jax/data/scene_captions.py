@@ -1,0 +1,145 @@
+"""Noisy web-like captions of procedural scenes; what a scene is and looks like is in scenes.py."""
+
+import numpy as np
+
+# How web authors write the names above; the name itself stands first and is used most.
+_SYNONYMS = {
+    "small": ("small", "little", "tiny"),
+    "medium": ("medium", "medium-sized", "mid-size"),
+    "large": ("large", "big", "huge"),
+    "cyan": ("cyan", "turquoise"),
+    "purple": ("purple", "violet"),
+    "circle": ("circle", "disc"),
+    "square": ("square", "box"),
+    "ring": ("ring", "donut"),
+    "cross": ("cross", "plus sign"),
+    "diamond": ("diamond", "rhombus"),
+    "crescent": ("crescent", "moon"),
+    "rectangle": ("rectangle", "bar"),
+    "plain": ("plain {} background", "{} background", "solid {} background"),
+    "gradient": ("{} gradient background", "background fading in {}"),
+    "striped": ("striped {} background", "background of {} stripes"),
+    "checkered": ("checkered {} background", "{} checkerboard background"),
+    "dotted": ("dotted {} background", "background of {} polka dots"),
+    "grainy": ("grainy {} background", "rough {} background"),
+}
+_LEADS = ("photo of ", "picture of ", "image of ", "image: ", "IMG_{}.jpg ", "DSC{} ", "{}. ")
+_TAILS = (
+    " - stock photo",
+    " | free download",
+    ", royalty free",
+    " clipart",
+    " vector illustration",
+    " ({})",
+    " IMG_{}.jpg",
+    " #{}",
+    " - buy online",
+)
+_UNRELATED = (
+    "click to enlarge",
+    "image not available",
+    "untitled",
+    "thumbnail",
+    "my holiday pictures, day 3",
+    "page 7 of 12",
+    "share this post",
+    "best offers of the week",
+)
+
+
+def write_captions(scene, rng: np.random.Generator, noise: float) -> tuple[str, ...]:
+    """Returns two or three captions of a scenes._Scene, the first one nearly complete.
+
+    Args:
+      scene: what to describe.
+      rng: decides wording, omissions and junk.
+      noise: in [0, 1]. The first caption leaves out each of size, place and background with
+        probability noise / 4, the others with 2 * noise; a tenth of `noise` of the others belongs
+        to no scene. Colour and shape of an object are never parted.
+    """
+    captions = [_write_caption(scene, rng, drop_rate=noise / 4, noise=noise)]
+    for _ in range(1 + int(rng.integers(2))):
+        if rng.random() < noise / 10:
+            captions.append(_pick(rng, _UNRELATED))
+        else:
+            captions.append(_write_caption(scene, rng, min(1.0, 2 * noise), noise))
+    return tuple(captions)
+
+
+def _write_caption(scene, rng, drop_rate, noise):
+    """One caption; size, place and background are each left out at `drop_rate`."""
+
+    def kept():
+        return rng.random() >= drop_rate
+
+    objects = list(scene.objects)
+    nouns = []
+    for item in objects:
+        words = [item.size] * kept() + [item.colour, item.shape]
+        nouns.append(" ".join(_say(rng, word) for word in words))
+    places = [_say_place(rng, item.position) if kept() else "" for item in objects]
+    background = _say(rng, scene.pattern).format(scene.tone) if kept() else ""
+    if len(objects) == 2 and rng.random() < drop_rate / 2:
+        one = int(rng.integers(2))
+        nouns, places = [nouns[one]], [places[one]]
+    style = rng.integers(4)
+    if len(nouns) == 2 and style == 0:
+        subject = f"{_a(nouns[0])} {_say_relation(rng, scene.relation)} {_a(nouns[1])}"
+        tags = [subject]
+    else:
+        tags = [f"{noun} {place}".strip() for noun, place in zip(nouns, places, strict=True)]
+        rng.shuffle(tags)
+        subject = " and ".join(_a(tag) for tag in tags)
+    if style == 1:
+        tags += [background] * bool(background)
+        rng.shuffle(tags)
+        caption = ", ".join(tags)
+    elif not background:
+        caption = subject
+    elif style == 2:
+        caption = f"{background} with {subject}"
+    else:
+        caption = f"{subject} on {_a(background)}"
+    return _add_junk(caption, rng, noise)
+
+
+def _say(rng, name):
+    names = _SYNONYMS.get(name, (name,))
+    return names[0] if rng.random() < 0.7 else _pick(rng, names)
+
+
+def _say_place(rng, position):
+    if position == "center":
+        return _pick(rng, ("in the center", "in the middle", "center", "centered"))
+    if position in ("left", "right"):
+        return _pick(rng, (f"on the {position}", f"{position} side", f"on the {position} side"))
+    if position in ("top", "bottom"):
+        return _pick(rng, (f"at the {position}", position, f"at {position} center"))
+    corner = position.replace("top", "upper").replace("bottom", "lower")
+    return _pick(rng, (position, f"at the {position}", f"in the {position} corner", corner))
+
+
+def _say_relation(rng, relation):
+    if relation in ("left of", "right of"):
+        return _pick(rng, (relation, f"to the {relation}"))
+    return relation.replace("and ", "and to the ") if rng.random() < 0.5 else relation
+
+
+def _pick(rng, items):
+    return items[int(rng.integers(len(items)))]
+
+
+def _a(phrase):
+    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
+
+
+def _add_junk(caption, rng, noise):
+    if rng.random() < noise:
+        caption = _pick(rng, _LEADS).format(rng.integers(1000, 10000)) + caption
+    if rng.random() < noise:
+        caption += _pick(rng, _TAILS).format(rng.integers(2, 10000))
+    if rng.random() < noise / 4:
+        caption = caption.replace(", ", "-").replace(" ", "-") + ".jpg"
+    if rng.random() < 2 * noise:
+        caption = _pick(rng, (str.capitalize, str.capitalize, str.title, str.upper))(caption)
+    return caption

@@ -1,0 +1,331 @@
+"""Procedural image-text pairs: coloured shapes on textured backgrounds with web-like captions.
+
+They let everything run, and be measured, with no data at all. Item i depends on the arguments and
+(seed, i) only, not on what was read before; training and evaluation sets differ by their seed, and
+then share no random number. Captions say left and right, so mirroring must be off.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from align_jax.data.record import LabelledImage, Record
+from align_jax.data.scene_captions import write_captions
+
+COLOURS = {
+    "red": (222, 30, 38),
+    "orange": (255, 138, 0),
+    "yellow": (255, 228, 30),
+    "green": (24, 160, 62),
+    "cyan": (40, 216, 232),
+    "blue": (30, 76, 230),
+    "purple": (132, 36, 184),
+    "pink": (255, 128, 196),
+    "white": (250, 250, 250),
+    "black": (10, 10, 12),
+}
+SHAPES = (
+    "circle",
+    "square",
+    "triangle",
+    "star",
+    "ring",
+    "cross",
+    "diamond",
+    "heart",
+    "crescent",
+    "rectangle",
+)
+SIZES = {"small": 0.125, "medium": 0.18, "large": 0.25}  # radius over image side
+# Words that no object colour shares, so that "red" always means the object.
+TONES = {
+    "gray": (128, 128, 128),
+    "beige": (226, 203, 160),
+    "navy": (24, 34, 88),
+    "olive": (104, 108, 44),
+    "maroon": (98, 22, 44),
+    "teal": (16, 104, 108),
+    "lavender": (196, 186, 236),
+    "mint": (176, 228, 196),
+}
+PATTERNS = ("plain", "gradient", "striped", "checkered", "dotted", "grainy")
+# Columns and rows of the nine places, as fractions of the image side.
+POSITIONS = {
+    "top left": (0.26, 0.26),
+    "top": (0.5, 0.26),
+    "top right": (0.74, 0.26),
+    "left": (0.26, 0.5),
+    "center": (0.5, 0.5),
+    "right": (0.74, 0.5),
+    "bottom left": (0.26, 0.74),
+    "bottom": (0.5, 0.74),
+    "bottom right": (0.74, 0.74),
+}
+
+_MIN_IMAGE_SIZE_PX = 16
+_MIN_CONTRAST = 110  # Euclidean distance in RGB between an object and its background
+_SUPERSAMPLING = 4
+_PAIRS = (  # places of two objects, and how the first lies to the second
+    ("left", "right", "left of"),
+    ("right", "left", "right of"),
+    ("top", "bottom", "above"),
+    ("bottom", "top", "below"),
+    ("top left", "bottom right", "above and left of"),
+    ("bottom right", "top left", "below and right of"),
+    ("top right", "bottom left", "above and right of"),
+    ("bottom left", "top right", "below and left of"),
+)
+
+
+@dataclass(frozen=True)
+class _Object:
+    """One object of a scene, in the words of the tables above."""
+
+    shape: str
+    colour: str
+    size: str
+    position: str
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """What a scene shows: one or two objects on a background; `relation` is "" for one object."""
+
+    objects: tuple[_Object, ...]
+    relation: str
+    tone: str
+    pattern: str
+
+
+class Scenes:
+    """A source of `Record`s: uint8 RGB [S, S, 3] images with two or three captions each.
+
+    The first caption is nearly complete; later ones leave attributes out, carry junk such as file
+    names, and once in a while belong to no scene at all.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        seed: int = 0,
+        image_size_px: int = 64,
+        max_objects: int = 2,
+        noise: float = 0.2,
+    ):
+        """Makes `size` scenes.
+
+        Args:
+          size: number of scenes.
+          seed: at least 0; use another one for evaluation than for training.
+          image_size_px: side S, at least 16.
+          max_objects: 1 or 2.
+          noise: in [0, 1]; 0 makes all captions complete and clean.
+
+        Raises:
+          ValueError: for a value outside these ranges.
+        """
+        _check(size, seed, image_size_px)
+        if max_objects not in (1, 2):
+            raise ValueError(f"max_objects={max_objects} of scenes must be 1 or 2.")
+        if not 0 <= noise <= 1:
+            raise ValueError(f"noise={noise} of scenes must lie in [0, 1].")
+        self.size = size
+        self.seed = seed
+        self.image_size_px = image_size_px
+        self.max_objects = max_objects
+        self.noise = noise
+        self.problems: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Record:
+        rng = _rng(self.seed, index, self.size)
+        scene = _draw_scene(rng, 1 + int(rng.integers(self.max_objects)))
+        captions = write_captions(scene, rng, self.noise)
+        return Record(
+            f"scene_{self.seed}_{index}", _paint(scene, rng, self.image_size_px), captions
+        )
+
+    def describe(self) -> str:
+        """Returns one line that names the source and its size."""
+        side = self.image_size_px
+        return f"scenes: {self.size} procedural pairs, {side}x{side} px, seed {self.seed}"
+
+
+class LabelledScenes:
+    """A source of `LabelledImage`s: scenes of one object, labelled by its shape or its colour.
+
+    Classes are balanced: label of item i is i modulo the number of `classes`.
+    """
+
+    def __init__(self, size: int, seed: int, attribute: str, image_size_px: int = 64):
+        """Makes `size` scenes with labels of `attribute`, "shape" or "colour"; rest as in Scenes.
+
+        Raises:
+          ValueError: for a value out of range.
+        """
+        _check(size, seed, image_size_px)
+        if attribute not in ("shape", "colour"):
+            raise ValueError(f"label={attribute} of scenes is unknown; use shape or colour.")
+        self.size = size
+        self.seed = seed
+        self.attribute = attribute
+        self.image_size_px = image_size_px
+        self.classes = SHAPES if attribute == "shape" else tuple(COLOURS)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> LabelledImage:
+        rng = _rng(self.seed, index, self.size)
+        label = index % len(self.classes)
+        scene = _draw_scene(rng, 1, **{self.attribute: self.classes[label]})
+        image = _paint(scene, rng, self.image_size_px)
+        return LabelledImage(f"scene_{self.seed}_{index}", image, label)
+
+    def describe(self) -> str:
+        """Returns one line that names the source and its size."""
+        return f"scenes: {self.size} procedural images of {len(self.classes)} {self.attribute}s"
+
+
+def _check(size, seed, image_size_px):
+    if size < 0 or seed < 0:
+        raise ValueError(f"size={size} and seed={seed} of scenes must not be negative.")
+    if image_size_px < _MIN_IMAGE_SIZE_PX:
+        raise ValueError(
+            f"image_size_px={image_size_px} of scenes must be at least {_MIN_IMAGE_SIZE_PX}."
+        )
+
+
+def _rng(seed, index, size):
+    if not 0 <= index < size:
+        raise IndexError(f"Scene {index} of {size}.")
+    return np.random.default_rng([seed, index])
+
+
+def _draw_scene(rng, num_objects, shape=None, colour=None):
+    if num_objects == 1:
+        places, relation = [_pick(rng, tuple(POSITIONS))], ""
+    else:
+        *places, relation = _pick(rng, _PAIRS)
+    objects = []
+    for place in places:
+        # Two objects never share shape or colour: "the red one" then means one of them.
+        shapes = [s for s in SHAPES if all(s != o.shape for o in objects)]
+        colours = [c for c in COLOURS if all(c != o.colour for o in objects)]
+        objects.append(
+            _Object(
+                shape or _pick(rng, shapes),
+                colour or _pick(rng, colours),
+                _pick(rng, tuple(SIZES)),
+                place,
+            )
+        )
+    tones = [tone for tone in TONES if all(tone in _TONES_FOR[o.colour] for o in objects)]
+    return _Scene(tuple(objects), relation, _pick(rng, tones), _pick(rng, PATTERNS))
+
+
+def _pick(rng, items):
+    return items[int(rng.integers(len(items)))]
+
+
+def _tones_by_colour():
+    return {
+        colour: {
+            tone for tone, tone_rgb in TONES.items() if math.dist(rgb, tone_rgb) >= _MIN_CONTRAST
+        }
+        for colour, rgb in COLOURS.items()
+    }
+
+
+_TONES_FOR = _tones_by_colour()
+
+
+def _paint(scene, rng, side):
+    image = _paint_background(scene, rng, side)
+    for item in scene.objects:
+        colour = np.array(COLOURS[item.colour], np.float32) + rng.integers(-10, 11, size=3)
+        image += (colour - image) * _object_mask(item, rng, side)
+    brightness = rng.uniform(0.9, 1.08)
+    noise = rng.integers(-6, 7, size=image.shape, dtype=np.int8)
+    return (image * np.float32(brightness) + noise).clip(0, 255).astype(np.uint8)
+
+
+def _paint_background(scene, rng, side):
+    """float32 [S, S, 3]: the tone, made lighter and darker by a pattern in [-1, 1]."""
+    tone = np.array(TONES[scene.tone], np.float32) + rng.integers(-8, 9, size=3)
+    axis = (np.arange(side, dtype=np.float32) + 0.5) / side - 0.5
+    x, y = axis[None, :], axis[:, None]
+    angle, phase_x, phase_y = rng.uniform(0, 2 * math.pi, size=3)
+    along = x * math.cos(angle) + y * math.sin(angle)
+    wave = 2 * math.pi * rng.uniform(4.5, 6)
+    match scene.pattern:
+        case "plain":
+            field, contrast = np.zeros((side, side), np.float32), 0
+        case "gradient":
+            field, contrast = along * 1.6, 60
+        case "striped":
+            field, contrast = 3 * np.sin(wave * along + phase_x), 26
+        case "checkered":
+            waves = np.sin(0.7 * wave * x + phase_x) * np.sin(0.7 * wave * y + phase_y)
+            field, contrast = 6 * waves, 26
+        case "dotted":
+            waves = np.cos(wave * x + phase_x) + np.cos(wave * y + phase_y)
+            field, contrast = 4 * (waves - 0.9), 26
+        case "grainy":
+            field, contrast = rng.standard_normal((side, side), dtype=np.float32), 30
+    return tone + contrast * field.clip(-1, 1)[:, :, None]
+
+
+def _object_mask(item, rng, side):
+    """float32 [S, S, 1]: the share of each pixel that the object covers."""
+    canvas = side * _SUPERSAMPLING
+    radius = SIZES[item.size] * rng.uniform(0.95, 1.05)
+    centre = np.array(POSITIONS[item.position]) + rng.uniform(-0.02, 0.02, size=2)
+    centre = centre.clip(radius, 1 - radius)
+    angle = rng.uniform(-0.15, 0.15)
+    cos, sin = math.cos(angle), math.sin(angle)
+    turn = radius * np.array([[cos, sin], [-sin, cos]])
+    mask = Image.new("L", (canvas, canvas))
+    draw = ImageDraw.Draw(mask)
+    for outline, fill in zip(_OUTLINES[item.shape], (255, 0), strict=False):
+        points = (outline @ turn + centre) * canvas
+        draw.polygon(points.ravel().tolist(), fill=fill)
+    mask = np.asarray(mask.reduce(_SUPERSAMPLING))
+    return mask[:, :, None] * np.float32(1 / 255)
+
+
+def _make_outlines():
+    """For each shape its outline, and of ring and crescent the hole, as [N, 2] points (x, y).
+
+    They fill the square from -1 to 1; y points down.
+    """
+    turn = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+    circle = np.stack([np.cos(turn), np.sin(turn)], axis=1)
+    corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
+    fifths = np.arange(10) * np.pi / 5
+    tips = np.where(np.arange(10) % 2, 0.42, 1)
+    star = np.stack([np.sin(fifths) * tips, -np.cos(fifths) * tips], axis=1)
+    heart_y = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
+    heart = np.stack([16 * np.sin(turn) ** 3, -heart_y - 2], axis=1) / 16.5
+    arm = 0.32
+    quarter = np.array([[arm, -1], [arm, -arm], [1, -arm]])
+    quarters = [quarter @ np.linalg.matrix_power(np.array([[0, 1], [-1, 0]]), k) for k in range(4)]
+    return {
+        "circle": (0.92 * circle,),
+        "square": (0.8 * corners,),
+        "triangle": (np.array([[0, -1], [0.95, 0.75], [-0.95, 0.75]]),),
+        "star": (star,),
+        "ring": (circle, 0.55 * circle),
+        "cross": (np.concatenate(quarters),),
+        "diamond": (np.array([[0, -1], [0.66, 0], [0, 1], [-0.66, 0]]),),
+        "heart": (heart,),
+        "crescent": (circle, 0.82 * circle + np.array([0.46, -0.1])),
+        "rectangle": (corners * np.array([1, 0.42]),),
+    }
+
+
+_OUTLINES = _make_outlines()

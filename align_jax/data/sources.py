@@ -1,0 +1,187 @@
+"""Random access to image-text pairs and labelled images: `open_source`, `open_labelled`.
+
+A source is named by one string: a path, or `scenes`, and options after `?`, as in a URL. Relative
+paths start at the current directory. Nothing is decoded here (images.py does), and a source can be
+pickled and read from any thread or process.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+from align_jax.data import files
+from align_jax.data.archives import Problems
+from align_jax.data.record import LabelledImage, Record
+from align_jax.data.scenes import LabelledScenes, Scenes
+from align_jax.data.tables import TABLE_SUFFIXES
+from align_jax.data.tfds_source import TfdsPairs, find_tfds_folder
+
+_ACCEPTED = (
+    "'scenes?size=N', a TFDS folder, a caption table (" + " ".join(TABLE_SUFFIXES) + ") with "
+    "?images=..., or a folder, .tar or .zip files of key.jpg + key.txt"
+)
+_ACCEPTED_LABELLED = (
+    "'scenes?size=N&label=shape', or a folder, .zip or .tar with one folder of images a class"
+)
+
+
+class PairSource(Protocol):
+    """Image-text pairs by index.
+
+    Attributes:
+      problems: what the store promises but does not hold, found when it was opened and not part
+        of `len`: reason -> count.
+    """
+
+    problems: Mapping[str, int]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+    def describe(self) -> str:
+        """Returns one line that names the source and its size, the same in every run."""
+
+
+class LabelledSource(Protocol):
+    """Labelled images by index; `classes[label]` is the name of a label."""
+
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> LabelledImage: ...
+
+    def describe(self) -> str:
+        """Returns one line that names the source and its size, the same in every run."""
+
+
+def open_source(spec: str) -> PairSource:
+    """Returns the pairs that `spec` names.
+
+    | spec | what |
+    |---|---|
+    | `scenes?size=20000&seed=1` | procedural scenes; also `image_size_px` |
+    | `folder?split=train` | TFDS dataset of ArrayRecord files with an image and captions |
+    | `captions.jsonl?images=a.zip,b.zip` | table (tables.read_table) + folders, zips or tars |
+    | `folder/*.tar`, `x.tar`, `x.zip`, `folder` | `key.jpg` + `key.txt` or `key.json` |
+
+    `max=N` keeps the first N pairs of any but scenes. Paths of archives and images may be globs.
+
+    Raises:
+      ValueError: a path that does not exist, an unknown option, or no usable pair.
+    """
+    path, options = _parse(spec)
+    if path == "scenes":
+        _check_options(spec, options, ("size", "seed", "image_size_px"))
+        return Scenes(**_scene_options(spec, options))
+    if os.path.splitext(path)[1].lower() in TABLE_SUFFIXES:
+        _check_options(spec, options, ("images", "max"))
+        source = _open_table(spec, path, options)
+    elif os.path.isdir(path) and (folder := find_tfds_folder(path)):
+        _check_options(spec, options, ("split", "max"))
+        source = TfdsPairs(spec, folder, options.get("split", "train"), _limit(spec, options))
+    else:
+        paths = files.expand(path, _ACCEPTED)
+        _check_options(spec, options, ("max",))
+        source = files.open_samples(spec, paths, _limit(spec, options))
+    if len(source) == 0:
+        raise ValueError(f"{spec} holds no usable pair. {source.problems}".strip())
+    return source
+
+
+def open_labelled(spec: str) -> LabelledSource:
+    """Returns the labelled images that `spec` names.
+
+    | spec | what |
+    |---|---|
+    | `scenes?size=512&seed=9&label=shape` | procedural scenes and one of their attributes |
+    | `test.zip?classes=classes.tsv` | members `class/file`; TSV of index, folder, name |
+    | `folder` | a sub-folder for each class, numbered in alphabetical order |
+
+    `max=N` keeps N of the images, evenly spaced, so that all classes stay.
+
+    Raises:
+      ValueError: a path that does not exist, an unknown option, or no labelled image.
+    """
+    path, options = _parse(spec)
+    if path == "scenes":
+        _check_options(spec, options, ("size", "seed", "label", "image_size_px"))
+        if "label" not in options:
+            raise ValueError(f"{spec} needs a label, e.g. scenes?size=512&label=shape.")
+        attribute = options.pop("label")
+        return LabelledScenes(attribute=attribute, **_scene_options(spec, options))
+    paths = files.expand(path, _ACCEPTED_LABELLED)
+    _check_options(spec, options, ("classes", "max"))
+    source = files.open_class_folders(spec, paths, options.get("classes"), _limit(spec, options))
+    if len(source) == 0:
+        raise ValueError(f"{spec} holds no labelled image. {source.problems}".strip())
+    return source
+
+
+class InMemory:
+    """A PairSource over a list of Records."""
+
+    def __init__(self, records: Iterable[Record]):
+        """Keeps the records."""
+        self._records = list(records)
+        self.problems = Problems()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._records[index]
+
+    def describe(self) -> str:
+        """Returns the number of pairs."""
+        return f"in memory: {len(self)} pairs"
+
+
+def _parse(spec):
+    path, _, query = spec.partition("?")
+    options = {}
+    for part in filter(None, query.split("&")):
+        name, _, value = part.partition("=")
+        if not value:
+            raise ValueError(f"{spec}: option {part!r} has no value; options look like ?max=100.")
+        if name in options:
+            raise ValueError(f"{spec} gives the option {name!r} twice.")
+        options[name] = value
+    return path, options
+
+
+def _check_options(spec, options, known):
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{spec} has an unknown option {name!r}; known: {', '.join(known)}.")
+
+
+def _limit(spec, options):
+    return _integer(spec, "max", options["max"], least=1) if "max" in options else None
+
+
+def _scene_options(spec, options):
+    if "size" not in options:
+        raise ValueError(f"{spec} needs a size, e.g. scenes?size=20000&seed=1.")
+    return {
+        name: _integer(spec, name, value, least=0 if name == "seed" else 1)
+        for name, value in ({"seed": "0"} | options).items()
+    }
+
+
+def _integer(spec, name, value, least):
+    if not value.isdecimal() or int(value) < least:
+        raise ValueError(f"{spec}: {name}={value} must be an integer of at least {least}.")
+    return int(value)
+
+
+def _open_table(spec, path, options):
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} does not exist; accepted: {_ACCEPTED}.")
+    if "images" not in options:
+        raise ValueError(
+            f"{spec} does not say where its images are; add ?images= and a folder, .zip or .tar "
+            "(several with commas)."
+        )
+    return files.open_table(spec, path, options["images"], _limit(spec, options))

@@ -1,0 +1,397 @@
+import io
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from align_jax.data import images
+from align_jax.data.images import BadImage, decode_image, eval_view, resize, train_view
+
+
+def photo(height=40, width=60, channels=3, seed=0):
+    """Smooth random picture, so that lossy formats stay close to it."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (5, 6, channels), np.uint8))
+    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def encode(image, file_format, **options):
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def reason_of(data, **options):
+    with pytest.raises(BadImage) as caught:
+        decode_image(data, **options)
+    assert caught.value.reason in images.BAD_IMAGE_REASONS
+    assert "\n" not in str(caught.value)
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "BMP", "TIFF", "PPM"])
+def test_decode_lossless_format_gives_its_pixels(file_format):
+    np.testing.assert_array_equal(decode_image(encode(photo(), file_format)), photo())
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "WEBP", "AVIF", "JPEG2000"])
+def test_decode_lossy_format_stays_close(file_format):
+    if file_format not in Image.SAVE:
+        pytest.skip(f"Pillow was built without {file_format}")
+    decoded = decode_image(encode(photo(), file_format, quality=95))
+    # Chroma subsampling at quality 95 costs a few grey levels on a smooth picture.
+    assert np.abs(decoded.astype(int) - photo()).mean() < 4
+
+
+def test_decode_takes_path_pillow_image_and_array(tmp_path):
+    path = tmp_path / "photo.png"
+    path.write_bytes(encode(photo(), "PNG"))
+    for given in (path, str(path), Image.open(path), Image.fromarray(photo()), photo()):
+        decoded = decode_image(given)
+        assert decoded.dtype == np.uint8
+        np.testing.assert_array_equal(decoded, photo())
+    with pytest.raises(FileNotFoundError):
+        decode_image(tmp_path / "missing.png")
+
+
+def test_decode_grey_repeats_it_in_three_channels():
+    grey = photo()[:, :, 0]
+    expected = np.repeat(grey[:, :, None], 3, axis=2)
+    np.testing.assert_array_equal(decode_image(encode(grey, "PNG")), expected)
+    np.testing.assert_array_equal(decode_image(grey), expected)
+
+
+def test_decode_one_bit_image_is_black_and_white():
+    bits = photo()[:, :, 0] > 127
+    decoded = decode_image(encode(Image.fromarray(bits), "PNG"))
+    np.testing.assert_array_equal(decoded, np.repeat(bits[:, :, None] * np.uint8(255), 3, axis=2))
+
+
+def test_decode_blends_transparency_with_white():
+    rgba = photo(channels=4)
+    alpha = rgba[:, :, 3:] / 255
+    expected = rgba[:, :, :3] * alpha + 255 * (1 - alpha)
+    for given in (encode(rgba, "PNG"), rgba, Image.fromarray(rgba)):
+        # 1: Pillow rounds the product and the sum separately.
+        assert np.abs(decode_image(given) - expected).max() <= 1
+
+
+def test_decode_grey_with_alpha_blends_with_white():
+    grey_alpha = photo(channels=4)[:, :, :2]
+    alpha = grey_alpha[:, :, 1:] / 255
+    expected = (grey_alpha[:, :, :1] * alpha + 255 * (1 - alpha)).repeat(3, axis=2)
+    decoded = decode_image(encode(Image.fromarray(grey_alpha, "LA"), "PNG"))
+    assert np.abs(decoded - expected).max() <= 1
+
+
+def test_decode_palette_with_transparent_entry_shows_white_there():
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.putpixel((1, 2), 1)
+    for data in (encode(palette, "PNG", transparency=1), encode(palette, "GIF", transparency=1)):
+        decoded = decode_image(data)
+        assert decoded[2, 1].tolist() == [255, 255, 255]
+        assert decoded[0, 0].tolist() == [255, 0, 0]
+    opaque = decode_image(encode(palette, "PNG"))
+    assert opaque[2, 1].tolist() == [0, 0, 255]
+
+
+def test_decode_cmyk_jpeg_gives_rgb():
+    decoded = decode_image(encode(Image.fromarray(photo()).convert("CMYK"), "JPEG", quality=95))
+    assert np.abs(decoded.astype(int) - photo()).mean() < 8
+
+
+def test_decode_16_bit_grey_is_scaled_not_clipped():
+    grey = np.linspace(0, 65535, 48, dtype=np.uint16).reshape(6, 8)
+    expected = np.rint(grey / 257).astype(int)
+    for file_format in ("PNG", "TIFF", "PPM"):
+        decoded = decode_image(encode(Image.fromarray(grey), file_format))
+        np.testing.assert_array_equal(decoded, expected[:, :, None].repeat(3, axis=2))
+
+
+@pytest.mark.parametrize("top", [1.0, 255.0, 65535.0, 1e6])
+def test_decode_float_grey_is_scaled_to_full_range(top):
+    grey = np.linspace(0, top, 48, dtype=np.float32).reshape(6, 8)
+    decoded = decode_image(encode(Image.fromarray(grey), "TIFF"))
+    np.testing.assert_array_equal(decoded[:, :, 0], np.rint(grey / top * 255))
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "PNG", "WEBP"])
+def test_decode_animation_gives_first_frame(file_format):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
+    options = {"save_all": True, "append_images": frames[1:], "duration": 50}
+    decoded = decode_image(encode(frames[0], file_format, **options))
+    assert np.abs(decoded.astype(int) - [255, 0, 0]).max() <= 4  # WebP is lossy
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_decode_honours_exif_orientation(orientation):
+    # Rows and columns of the stored image as seen on screen, from the EXIF definition of the tag.
+    seen = {
+        1: lambda x: x,
+        2: lambda x: x[:, ::-1],
+        3: lambda x: x[::-1, ::-1],
+        4: lambda x: x[::-1],
+        5: lambda x: x.transpose(1, 0, 2),
+        6: lambda x: x.transpose(1, 0, 2)[:, ::-1],
+        7: lambda x: x[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda x: x.transpose(1, 0, 2)[::-1],
+    }[orientation](photo())
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    np.testing.assert_array_equal(decode_image(encode(photo(), "PNG", exif=exif)), seen)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")  # pytest undoes ours
+def test_decode_image_with_damaged_exif_still_gives_pixels():
+    data = encode(photo(), "JPEG")
+    body = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01\x03\0\xff\xff\xff\x7f" * 3
+    damaged = data[:2] + b"\xff\xe1" + (len(body) + 2).to_bytes(2, "big") + body + data[2:]
+    np.testing.assert_array_equal(decode_image(damaged), decode_image(data))
+
+
+def test_decode_empty_file_has_reason_empty():
+    assert reason_of(b"") == "image_empty"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"<!DOCTYPE html><html><body>404</body></html>",
+        b"\x00" * 500,
+        b"GET",
+        b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n",
+    ],
+)
+def test_decode_other_content_is_not_an_image(data):
+    assert reason_of(data) == "image_not_an_image"
+
+
+def test_decode_array_of_other_dtype_or_shape_is_not_an_image():
+    for array in (np.zeros((8, 8, 3), np.float32), np.zeros((3, 8, 8), np.uint8), np.zeros(8)):
+        assert reason_of(array) == "image_not_an_image"
+    assert reason_of(None) == "image_not_an_image"
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_decode_truncated_file_is_truncated_or_not_an_image(file_format):
+    data = encode(photo(), file_format)
+    for kept in (0.95, 0.6, 0.3):
+        assert reason_of(data[: int(kept * len(data))]) == "image_truncated"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")  # pytest undoes ours
+def test_decode_cut_or_scrambled_file_gives_array_or_bad_image_only():
+    rng = np.random.default_rng(0)
+    for file_format in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "ICO"):
+        data = encode(photo(32, 32), file_format)
+        for _ in range(60):
+            scrambled = np.frombuffer(data, np.uint8).copy()
+            where = rng.integers(len(data), size=rng.integers(1, 8))
+            scrambled[where] = rng.integers(256, size=where.size)
+            kept = scrambled[: rng.integers(1, len(data) + 1)].tobytes()
+            try:
+                decoded = decode_image(kept, max_pixels=10**6)
+            except BadImage:
+                continue
+            assert decoded.dtype == np.uint8 and decoded.shape[2:] == (3,)
+
+
+def test_decode_refuses_large_image_before_decoding_it(monkeypatch):
+    data = encode(photo(40, 60), "PNG")
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("pixels were decoded"))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    assert reason_of(data, max_pixels=40 * 60 - 1) == "image_too_large"
+
+
+def test_decode_image_of_exactly_max_pixels_is_accepted():
+    assert decode_image(encode(photo(40, 60), "PNG"), max_pixels=40 * 60).shape == (40, 60, 3)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("width", [10_000, 14_000, 60_000])
+def test_decode_decompression_bomb_is_too_large_by_its_header(width):
+    # A PNG of a few bytes that claims width x 10,000 pixels; its data are never looked at.
+    data = bytearray(encode(photo(8, 8), "PNG"))
+    data[16:24] = width.to_bytes(4, "big") + (10_000).to_bytes(4, "big")
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    assert reason_of(bytes(data)) == "image_too_large"
+
+
+def test_decode_tracking_pixel_is_too_small():
+    assert reason_of(encode(photo(1, 1), "GIF")) == "image_too_small"
+    assert reason_of(encode(photo(1, 50), "PNG")) == "image_too_small"
+    assert decode_image(encode(photo(2, 2), "PNG")).shape == (2, 2, 3)
+
+
+def test_decode_prints_no_warning_for_large_header_or_damaged_exif(tmp_path):
+    # In a process of its own: pytest replaces the warning filters.
+    data = bytearray(encode(photo(8, 8), "BMP"))
+    data[18:26] = (10_000).to_bytes(4, "little") * 2
+    (tmp_path / "bomb.bmp").write_bytes(data)
+    photo_bytes = encode(photo(), "JPEG")
+    body = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01\x03\0\xff\xff\xff\x7f" * 3
+    exif = b"\xff\xe1" + (len(body) + 2).to_bytes(2, "big") + body
+    (tmp_path / "exif.jpg").write_bytes(photo_bytes[:2] + exif + photo_bytes[2:])
+    code = (
+        "import sys; from align_jax.data.images import BadImage, decode_image\n"
+        "for path in sys.argv[1:]:\n"
+        "    try: print(decode_image(path).shape)\n"
+        "    except BadImage as error: print(error.reason)\n"
+    )
+    paths = [str(tmp_path / "bomb.bmp"), str(tmp_path / "exif.jpg")]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *paths],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert result.stderr == ""
+    assert result.stdout.split("\n")[:2] == ["image_too_large", "(40, 60, 3)"]
+
+
+def test_decode_in_threads_gives_the_same_as_alone():
+    files = [encode(photo(seed=seed), "JPEG") for seed in range(16)] + [b"", b"<html>"]
+
+    def attempt(data):
+        try:
+            return decode_image(data).tobytes()
+        except BadImage as error:
+            return error.reason
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(attempt, files * 8)) == [attempt(data) for data in files] * 8
+
+
+def test_bad_image_survives_pickling():
+    error = pickle.loads(pickle.dumps(BadImage("image_empty", "The file is empty.")))
+    assert (error.reason, str(error)) == ("image_empty", "The file is empty.")
+
+
+def test_real_crawl_failures_give_array_or_the_right_reason():
+    folder = Path(
+        os.environ.get("ALIGN_JAX_REAL_DATA", Path(__file__).parents[2] / "shared" / "data")
+    )
+    path = folder / "metadata" / "crawl_failures.zip"
+    if not path.exists():
+        pytest.skip(f"real data not found: {path}")
+    reason_of_kind = {
+        "empty": "image_empty",
+        "undecodable": "image_not_an_image",
+        "tiny": "image_too_small",
+    }
+    lines = path.with_suffix(".tsv").read_text().splitlines()
+    rows = [dict(zip(lines[0].split("\t"), line.split("\t"), strict=True)) for line in lines[1:]]
+    with zipfile.ZipFile(path) as archive:
+        members = {os.path.basename(name): name for name in archive.namelist()}
+        for row in rows:
+            data = archive.read(members[row["file"]])
+            if row["kind"] in reason_of_kind:
+                assert reason_of(data) == reason_of_kind[row["kind"]], row
+            else:
+                assert decode_image(data).shape == (int(row["height"]), int(row["width"]), 3), row
+    assert len(rows) == 132
+
+
+def resize_tf_reference(image, size):
+    """Half-pixel bilinear, pixel by pixel in float64, not rounded."""
+    height, width, _ = image.shape
+    out = np.zeros((size, size, 3))
+    for i in range(size):
+        for j in range(size):
+            y = (i + 0.5) * height / size - 0.5
+            x = (j + 0.5) * width / size - 0.5
+            y0, x0 = int(np.floor(y)), int(np.floor(x))
+            for row, row_weight in ((y0, 1 - (y - y0)), (y0 + 1, y - y0)):
+                for column, column_weight in ((x0, 1 - (x - x0)), (x0 + 1, x - x0)):
+                    pixel = image[min(max(row, 0), height - 1), min(max(column, 0), width - 1)]
+                    out[i, j] += row_weight * column_weight * pixel
+    return out
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (13, 7), (24, 50), (2, 2)])
+def test_resize_tf_equals_reference_to_rounding(shape):
+    image = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
+    difference = resize(image, 24, "tf") - resize_tf_reference(image, 24)
+    assert np.abs(difference).max() <= 0.5 + 1e-4  # rounding to uint8; float32 weights
+
+
+def test_resize_pil_equals_pillow():
+    image = np.random.default_rng(1).integers(0, 256, (90, 50, 3), np.uint8)
+    expected = np.asarray(Image.fromarray(image).resize((24, 24), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(resize(image, 24, "pil"), expected)
+
+
+def test_resize_methods_differ_when_shrinking():
+    image = np.random.default_rng(1).integers(0, 256, (90, 90, 3), np.uint8)
+    assert resize(image, 24, "tf").std() > 1.5 * resize(image, 24, "pil").std()
+
+
+@pytest.mark.parametrize("method", images.RESIZE_METHODS)
+def test_resize_to_its_own_size_returns_the_image(method):
+    image = photo(24, 24)
+    assert resize(image, 24, method) is image
+
+
+def test_resize_unknown_method_names_the_config_key():
+    with pytest.raises(ValueError, match=r"config.data.resize='cubic'.*'pil' or 'tf'"):
+        resize(photo(), 24, "cubic")
+
+
+def test_train_view_is_a_crop_of_the_resized_image_at_every_position_and_mirrored_half_the_time():
+    image = np.arange(10 * 10 * 3, dtype=np.uint8).reshape(10, 10, 3)
+    crops = {
+        image[y : y + 8, x : x + 8][:, :: -1 if mirrored else 1].tobytes(): (y, x, mirrored)
+        for y in range(3)
+        for x in range(3)
+        for mirrored in (False, True)
+    }
+    rng = np.random.default_rng(0)
+    drawn = [
+        crops[
+            train_view(image, resize_px=10, crop_px=8, method="pil", rng=rng, flip=True).tobytes()
+        ]
+        for _ in range(1800)
+    ]
+    counts = np.array([drawn.count(key) for key in crops.values()])
+    # Expected 100 each with standard deviation 9.7; 5 of those.
+    assert counts.min() > 50 and counts.max() < 150
+
+
+def test_train_view_without_flip_draws_the_same_crops_unmirrored():
+    options = {"resize_px": 30, "crop_px": 20, "method": "tf"}
+    rngs = [np.random.default_rng(5) for _ in range(2)]
+    different = 0
+    for _ in range(50):
+        plain = train_view(photo(), rng=rngs[0], flip=False, **options)
+        maybe_mirrored = train_view(photo(), rng=rngs[1], flip=True, **options)
+        equal = np.array_equal(plain, maybe_mirrored)
+        different += not equal
+        assert equal or np.array_equal(plain, maybe_mirrored[:, ::-1])
+    assert 10 < different < 40
+
+
+def test_eval_view_is_the_central_crop_rounded_towards_the_top_left():
+    image = photo(33, 33)
+    view = eval_view(image, resize_px=33, crop_px=28, method="pil")
+    np.testing.assert_array_equal(view, image[2:30, 2:30])
+    assert view.flags.c_contiguous
+
+
+def test_views_crop_larger_than_image_is_an_error():
+    with pytest.raises(ValueError, match="config.data.image_size=30.*config.data.resize_size=20"):
+        eval_view(photo(), resize_px=20, crop_px=30, method="pil")
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="config.data.image_size=30"):
+        train_view(photo(), resize_px=20, crop_px=30, method="pil", rng=rng, flip=True)
