@@ -1,0 +1,175 @@
+"""Zero-shot classification: class vectors from prompts, accuracy of images against them.
+
+The prompts themselves are in templates.py. Source: Jia et al. 2021, section 5.3.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from align_jax.data.sources import open_labelled
+from align_jax.evals.retrieval import TIE_TOLERANCE, read_or_none
+from align_jax.evals.templates import SIMPLE, load_templates
+
+_IMAGES_PER_CALL = 256  # decoded images held at once
+
+
+def class_vectors(
+    encode_text: Callable[[Sequence[str]], np.ndarray],
+    class_names: Sequence[str],
+    templates: Sequence[str],
+) -> np.ndarray:
+    """Returns one vector a class, [C, D] float32, unit norm.
+
+    The order: embed every prompt with unit norm, average over the templates, normalise the mean.
+    Otherwise a class whose prompts disagree would have a shorter vector and lower scores.
+
+    Args:
+      encode_text: texts to [N, D] embeddings of unit norm.
+      class_names: C names, put where a template has `{}`.
+      templates: T templates; C x T prompts are encoded.
+
+    Raises:
+      ValueError: if a template has no `{}`, there is no class, or a mean has no direction.
+
+    Source: the order of CLIP_benchmark; Jia et al. 2021 average the embeddings of 80 prompts and do
+    not say whether the mean is normalised.
+    """
+    templates = load_templates(tuple(templates))
+    if not class_names:
+        raise ValueError("Zero-shot classification needs at least one class name.")
+    prompts = [template.replace("{}", name) for name in class_names for template in templates]
+    z_prompt = np.asarray(encode_text(prompts), np.float32)
+    z_class = z_prompt.reshape(len(class_names), len(templates), -1).mean(axis=1)  # [C, D]
+    norm = np.linalg.norm(z_class, axis=1, keepdims=True)
+    # Prompts that cancel leave rounding noise of about 1e-8 a component.
+    bad = np.flatnonzero(~(norm[:, 0] > 1e-6))
+    if bad.size:
+        raise ValueError(
+            f"The prompts of class {class_names[bad[0]]!r} have no mean direction: their "
+            "embeddings cancel or are not finite."
+        )
+    return z_class / norm
+
+
+def zeroshot_accuracy(
+    z_image: np.ndarray,
+    z_class: np.ndarray,
+    labels: np.ndarray,
+    ks: Sequence[int] = (1, 5),
+    chunk: int = 4096,
+) -> dict[str, float]:
+    """Returns accuracies in percent (0 to 100): `top<k>` and `mean_per_class`.
+
+    A `top<k>` above 1 is left out where there are not more than k classes. Ties count against the
+    model: the label's rank is the number of other classes that score at least as high (scores
+    closer than 1e-12 are equal). `mean_per_class` is the mean of the top-1 accuracies of the
+    classes that occur.
+
+    Args:
+      z_image: [N, D] float, unit norm.
+      z_class: [C, D] float, unit norm.
+      labels: [N] int in 0..C-1.
+      chunk: images scored at once.
+
+    Raises:
+      ValueError: if shapes disagree, there is no image, a label is out of range or an embedding
+        is not finite.
+    """
+    z_image, labels = np.asarray(z_image), np.asarray(labels)
+    num_classes = len(z_class)
+    _check_labelled(z_image, z_class, labels)
+    z_class = np.asarray(z_class, np.float64)
+    ranks = np.empty(len(labels), np.int64)
+    for start in range(0, len(labels), chunk):
+        rows = slice(start, start + chunk)
+        scores = z_image[rows].astype(np.float64) @ z_class.T  # [chunk, C]
+        own = np.take_along_axis(scores, labels[rows, None], axis=1)
+        ranks[rows] = np.count_nonzero(scores >= own - TIE_TOLERANCE, axis=1) - 1  # less itself
+    metrics = {f"top{k}": 100 * float(np.mean(ranks < k)) for k in ks if k == 1 or num_classes > k}
+    num_images = np.bincount(labels, minlength=num_classes)
+    num_hits = np.bincount(labels, weights=ranks == 0, minlength=num_classes)
+    occurs = num_images > 0
+    metrics["mean_per_class"] = 100 * float(np.mean(num_hits[occurs] / num_images[occurs]))
+    return metrics
+
+
+class ZeroShot:
+    """Evaluator: zero-shot accuracy of a model over a labelled source.
+
+    Args:
+      name: prefix of its metrics.
+      source: what `align_jax.data.sources.open_labelled` takes, or an open labelled source.
+      templates: see `load_templates`.
+      class_names: words for the classes, in label order; the source's own names by default.
+
+    Raises:
+      ValueError: if the source or the templates cannot be read, or the number of names is wrong.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: Any,
+        templates: str | Sequence[str] = SIMPLE,
+        class_names: Sequence[str] | None = None,
+    ):
+        self.name = name
+        self.source = open_labelled(source) if isinstance(source, str) else source
+        self.templates = load_templates(templates)
+        self.class_names = tuple(self.source.classes if class_names is None else class_names)
+        if len(self.class_names) != len(self.source.classes):
+            raise ValueError(
+                f"Evaluator '{name}' has {len(self.class_names)} class_names, its source "
+                f"{len(self.source.classes)} classes; give one name for each class."
+            )
+        if not len(self.source):
+            raise ValueError(f"The source of evaluator '{name}' holds no image.")
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        """Returns `top1`, `top5`, `mean_per_class` (percent), `num_images`, `num_classes` and
+        `num_skipped`, the images left out as unreadable.
+
+        Raises:
+          ValueError: if no image can be read.
+        """
+        z_class = class_vectors(model.encode_text, self.class_names, self.templates)
+        z_blocks, labels = [], []
+        for start in range(0, len(self.source), _IMAGES_PER_CALL):
+            images = []
+            for index in range(start, min(start + _IMAGES_PER_CALL, len(self.source))):
+                read = read_or_none(self.source, index)
+                if read is not None:
+                    item, image = read
+                    images.append(image)
+                    labels.append(item.label)
+            if images:
+                z_blocks.append(model.encode_image(images))
+        if not labels:
+            raise ValueError(f"None of the {len(self.source)} images can be read.")
+        counts = {
+            "num_images": len(labels),
+            "num_classes": len(self.class_names),
+            "num_skipped": len(self.source) - len(labels),
+        }
+        return zeroshot_accuracy(np.concatenate(z_blocks), z_class, np.asarray(labels)) | counts
+
+
+def _check_labelled(z_image: np.ndarray, z_class: np.ndarray, labels: np.ndarray) -> None:
+    if z_image.ndim != 2 or np.ndim(z_class) != 2 or z_image.shape[1] != z_class.shape[1]:
+        raise ValueError(
+            f"Embeddings must be [N, D] and [C, D]; got {z_image.shape} for images and "
+            f"{np.shape(z_class)} for classes."
+        )
+    if labels.shape != (len(z_image),) or not labels.size or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"labels must be [{len(z_image)}] integers, one for each image and at least one; got "
+            f"{labels.shape} of {labels.dtype}."
+        )
+    if not 0 <= labels.min() <= labels.max() < len(z_class):
+        raise ValueError(
+            f"labels must lie in 0..{len(z_class) - 1}; got {labels.min()} to {labels.max()}."
+        )
+    if not (np.isfinite(z_image).all() and np.isfinite(z_class).all()):
+        raise ValueError("An image or class embedding is not finite.")
