@@ -1,0 +1,125 @@
+"""Checkpoints by Orbax: asynchronous, atomic, sharded. The only file that imports Orbax.
+
+A step holds three items: `weights` (parameters and BatchNorm statistics, loadable alone),
+`training` (step counter and optimizer state) and `data` (what the input has dropped so far; its
+position follows from the step). Differs from the design's two items: inference needs the weights
+without reading LAMB's moments, twice their size.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from align_jax import trees
+from align_jax.state import TrainState
+
+
+class Checkpointer:
+    """Saves and restores the steps of one run.
+
+    Args:
+      folder: of the checkpoints; created where missing.
+      keep: number of newest steps that stay; None deletes nothing.
+    """
+
+    def __init__(self, folder: str | os.PathLike, *, keep: int | None = None):
+        policies = ocp.training.preservation_policies
+        self.folder = Path(folder).absolute()
+        self._checkpointer = ocp.training.Checkpointer(
+            self.folder,
+            preservation_policy=policies.PreserveAll() if keep is None else policies.LatestN(keep),
+            cleanup_tmp_directories=keep is not None,
+        )
+
+    def latest_step(self) -> int | None:
+        """Returns the newest complete step, or None."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def steps(self) -> list[int]:
+        """Returns all complete steps, oldest first."""
+        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+
+    def save(self, state: TrainState, data: dict[str, np.ndarray]) -> None:
+        """Starts saving the state under its own step; training may go on meanwhile.
+
+        A step that is already there is left as it is. A kill at any moment leaves either the whole
+        step or none of it.
+
+        Args:
+          state: to save; its arrays are copied off the device before this returns.
+          data: small arrays that belong to the input.
+        """
+        step = int(state.step)
+        if step in self.steps():
+            return
+        items = {
+            "weights": state.variables(),
+            "training": {"step": state.step, "opt_state": state.opt_state},
+            "data": data,
+        }
+        self._checkpointer.save_checkpointables_async(step, items)
+
+    def wait(self) -> None:
+        """Blocks until everything that was started is on disk."""
+        self._checkpointer.wait()
+
+    def restore(
+        self, step: int, abstract: TrainState, data: dict[str, np.ndarray]
+    ) -> tuple[TrainState, dict[str, np.ndarray]]:
+        """Returns (state, data) of a step, each tensor in the sharding that `abstract` names.
+
+        Args:
+          step: one of `steps()`.
+          abstract: from `state.abstract_state`; the mesh may be another than the one saved on.
+          data: arrays of the shapes that were saved.
+
+        Raises:
+          ValueError: the checkpoint holds other tensors than the model has.
+        """
+        expected = {
+            "weights": abstract.variables(),
+            "training": {"step": abstract.step, "opt_state": abstract.opt_state},
+            "data": data,
+        }
+        self._check(step, expected)
+        items = self._checkpointer.load_checkpointables(step, expected)
+        weights, training = items["weights"], items["training"]
+        state = TrainState(
+            step=training["step"],
+            params=weights["params"],
+            batch_stats=weights["batch_stats"],
+            opt_state=training["opt_state"],
+        )
+        return state, items["data"]
+
+    def restore_weights(self, step: int, abstract: dict) -> dict:
+        """Returns {"params", "batch_stats"} of a step, without reading the optimizer state.
+
+        Raises:
+          ValueError: the checkpoint holds other tensors than the model has.
+        """
+        self._check(step, {"weights": abstract})
+        return self._checkpointer.load_checkpointables(step, {"weights": abstract})["weights"]
+
+    def close(self) -> None:
+        """Waits for pending saves and releases Orbax's threads."""
+        self._checkpointer.close()
+
+    def _check(self, step: int, expected: dict[str, Any]) -> None:
+        found = self._checkpointer.checkpointables_metadata(step).metadata
+        for item, tree in expected.items():
+            difference = trees.describe_difference(_plain(tree), _plain(found[item]))
+            if difference:
+                raise ValueError(
+                    f"Checkpoint {self.folder}, step {step}, does not fit the model: {difference}."
+                )
+
+
+def _plain(tree: Any) -> dict[str, Any]:
+    """Returns {name: leaf}: Orbax describes tuples and dataclasses as dicts and lists."""
+    return dict(trees.named_leaves(jax.tree.map(lambda leaf: leaf, tree)))

@@ -1,0 +1,173 @@
+"""`align <verb>`: argument parsing, exit codes, one-line errors. The work is done elsewhere.
+
+Exit code 0: done; 1: the run failed; 2: bad input. `--debug` shows the traceback.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from align_jax import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code of `align <argv>`."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not args.takes_config:
+        parser.error(f"unrecognised argument {rest[0]!r}; see `align {args.verb} --help`.")
+    try:
+        args.run(args, rest)
+    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        return _fail(error, args.debug, 2)
+    except (RuntimeError, OSError) as error:
+        return _fail(error, args.debug, 1)
+    return 0
+
+
+def _fail(error: Exception, debug: bool, code: int) -> int:
+    if debug:
+        raise error
+    text = " ".join(str(error).split()) or repr(error)
+    print(f"align: {text}", file=sys.stderr, flush=True)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="align", description="Train, evaluate and use ALIGN (EfficientNet + BERT) in JAX."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
+
+    train = _verb(verbs, "train", _train, "train; continues where the workdir holds a checkpoint")
+    train.epilog = (
+        "example: align train --config configs/quickstart.py --workdir runs/quickstart "
+        "--config.train.steps=200"
+    )
+    train.set_defaults(takes_config=True)
+    train.add_argument("--config", required=True, metavar="FILE", help="experiment file")
+    train.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+
+    evaluate = _verb(verbs, "eval", _evaluate, "run evaluators on a trained workdir")
+    evaluate.epilog = (
+        "example: align eval --workdir runs/quickstart --retrieval 'scenes?size=256&seed=5' "
+        "--zeroshot 'scenes?size=256&seed=6&label=shape' --template 'a picture of a {}'"
+    )
+    evaluate.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+    evaluate.add_argument("--step", type=int, help="checkpoint; default: the newest")
+    evaluate.add_argument(
+        "--retrieval", action="append", default=[], metavar="SOURCE", help="pairs; repeatable"
+    )
+    evaluate.add_argument(
+        "--zeroshot",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help="labelled images; repeatable. With neither, the config's evaluators run",
+    )
+    evaluate.add_argument(
+        "--template",
+        action="append",
+        default=[],
+        help="prompt with {} for the class name; repeatable, or one .json/.txt file of prompts",
+    )
+    evaluate.add_argument(
+        "--out", metavar="FILE", help="JSON; default: WORKDIR/eval/align_eval.json"
+    )
+
+    pack = _verb(verbs, "pack", _pack, "write a TFDS ArrayRecord dataset from any pairs")
+    pack.epilog = (
+        "example: align pack 'captions.jsonl?images=train.zip' --out data/flickr8k --split train"
+    )
+    pack.add_argument("source", help="pairs: table + images, tars, zips, folder; see README")
+    pack.add_argument("--out", required=True, metavar="DIR", help="dataset folder")
+    pack.add_argument("--split", default="train", help="name of the split (default: train)")
+
+    vocab = _verb(verbs, "vocab", _vocab, "train a WordPiece vocabulary on captions")
+    vocab.epilog = "example: align vocab data/flickr8k --out tokenizers/flickr8k --size 8000"
+    vocab.add_argument("source", help="pairs, see `align pack`")
+    vocab.add_argument("--out", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
+    vocab.add_argument(
+        "--size", type=int, default=100_000, help="wordpieces (default: 100000, as in the paper)"
+    )
+    return parser
+
+
+def _verb(verbs, name, run, text):
+    parser = verbs.add_parser(name, help=text, description=text)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run, takes_config=False)
+    return parser
+
+
+# Each verb imports what it needs, so that `align --help` and bad arguments answer at once.
+
+
+def _train(args, rest) -> None:
+    from align_jax import config as config_lib
+
+    config = config_lib.load_config([f"--config={args.config}", *rest])
+
+    from align_jax import train
+
+    train.train_and_evaluate(config, args.workdir)
+
+
+def _evaluate(args, rest) -> None:
+    from align_jax import align, evals, workdir
+
+    config = workdir.load_config(args.workdir)
+    chosen = {}
+    for number, source in enumerate(args.retrieval):
+        chosen[f"retrieval{number or ''}"] = {"type": "retrieval", "source": source}
+    for number, source in enumerate(args.zeroshot):
+        entry = {"type": "zeroshot", "source": source}
+        if args.template:
+            entry["templates"] = _templates(args.template)
+        chosen[f"zeroshot{number or ''}"] = entry
+    evaluators = evals.make_evaluators(chosen or config.eval.evaluators.to_dict())
+    if not evaluators:
+        raise ValueError(
+            f"the config of {args.workdir} has no evaluators; give --retrieval or --zeroshot."
+        )
+    model, step = align.load_workdir(
+        args.workdir, step=args.step, batch_size=config.eval.batch_size
+    )
+    results = evals.run_evaluators(evaluators, model)
+    print(evals.format_table(results))
+    out = Path(args.out) if args.out else Path(args.workdir) / "eval" / "align_eval.json"
+    evals.write_json(
+        out,
+        results,
+        {"workdir": Path(args.workdir).name, "step": step, "evaluators": chosen},
+    )
+    print(f"wrote {out}")
+
+
+def _templates(given: list[str]):
+    return given[0] if len(given) == 1 and "{}" not in given[0] else tuple(given)
+
+
+def _pack(args, rest) -> None:
+    from align_jax.curate import pack
+    from align_jax.data import sources
+
+    report = pack.pack(sources.open_source(args.source), args.out, split=args.split)
+    print(json.dumps(report, indent=2, sort_keys=True))
+
+
+def _vocab(args, rest) -> None:
+    from align_jax import workdir
+    from align_jax.data import sources, tokenizer
+
+    source = sources.open_source(args.source)
+    trained = tokenizer.train_wordpiece(workdir.captions(source), vocab_size=args.size)
+    trained.save(args.out)
+    print(f"wrote {trained.vocab_size} wordpieces to {args.out} ({trained.fingerprint()})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Optimizers and schedules: LAMB as in the paper, AdamW, Lion; masks by name, one rule per tower.
+
+The temperature is a scalar and has its own rule: see `optim.temperature` in `config.py`.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from align_jax import trees
+
+
+def make_schedule(config, steps: int) -> optax.Schedule:
+    """Returns step -> learning rate: linear warm-up from 0 to the peak, then decay to 0 at `steps`.
+
+    Args:
+      config: group `optim`.
+      steps: length of the run.
+    """
+    warmup, peak = config.warmup_steps, config.learning_rate
+    if config.schedule == "linear":
+        decay = optax.linear_schedule(peak, 0.0, steps - warmup)
+    else:
+        decay = optax.cosine_decay_schedule(peak, steps - warmup)
+    if warmup == 0:
+        return decay
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
+
+
+def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Returns the optimizer of a dual encoder's `params`.
+
+    Args:
+      config: group `optim`. `no_decay` and `no_trust_ratio` are regexes on parameter names.
+      schedule: step -> learning rate, multiplied per tower by `image_lr_multiplier` and
+        `text_lr_multiplier` (0 freezes the tower and keeps no moments for it).
+
+    Source: LAMB, You et al. 2020, with the masks of kakaobrain/coyo-align: BatchNorm scale and bias
+    take a plain Adam update, all other tensors decay and take the trust ratio.
+    """
+    rules = {
+        "image": _rule(config, schedule, config.image_lr_multiplier),
+        "text": _rule(config, schedule, config.text_lr_multiplier),
+        "temperature": _temperature_rule(config, schedule),
+    }
+    optimizer = optax.partition(rules, lambda params: trees.map_named(_label, params))
+    if config.clip_norm:
+        return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    return optimizer
+
+
+def in_log_space(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns a transformation that applies `inner` to the logarithm of positive parameters.
+
+    `inner` sees the gradient with respect to log p and its update u makes p <- p * exp(u), so that
+    p stays positive and moves by the same factor at every magnitude.
+    """
+
+    def update(gradients, state, params=None):
+        log_gradients = jax.tree.map(lambda g, p: g * p, gradients, params)
+        steps, state = inner.update(log_gradients, state, jax.tree.map(jnp.log, params))
+        return jax.tree.map(lambda u, p: p * jnp.expm1(u), steps, params), state
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def _label(name, _):
+    return "temperature" if name == "temperature" else name.split("/")[0].split("_")[0]
+
+
+def _rule(config, schedule, multiplier):
+    if multiplier == 0:
+        return optax.set_to_zero()
+    if config.name == "lion":
+        direction = optax.scale_by_lion(config.b1, config.b2)
+    else:
+        direction = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    parts = [direction]
+    if config.weight_decay:
+        mask = _unless(config.no_decay)
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask))
+    if config.name == "lamb":
+        mask = _unless(config.no_trust_ratio)
+        parts.append(optax.masked(optax.scale_by_trust_ratio(), mask))
+    parts.append(_scale_by_rate(schedule, multiplier))
+    return optax.chain(*parts)
+
+
+def _temperature_rule(config, schedule):
+    if config.temperature == "fixed":
+        return optax.set_to_zero()
+    multiplier = config.temperature_lr_multiplier
+    if config.temperature == "same":
+        return _rule(config, schedule, multiplier)
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    return in_log_space(optax.chain(adam, _scale_by_rate(schedule, multiplier)))
+
+
+def _scale_by_rate(schedule, multiplier):
+    return optax.scale_by_learning_rate(lambda step: multiplier * schedule(step))
+
+
+def _unless(patterns):
+    return lambda params: trees.map_named(
+        lambda name, _: not trees.match_any(patterns, name), params
+    )

@@ -1,0 +1,292 @@
+"""The training loop: `train_and_evaluate(config, workdir)`.
+
+The order of operations in `_Run.train` matters for exact resume: metrics and evaluation of a step
+are on disk before the checkpoint that contains it, and lines after the restored step are cut off,
+so that a kill at any moment repeats work but never loses or doubles a line.
+"""
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from align_jax import align, checkpoint, losses, metrics, optim, plots, train_step, trees, workdir
+from align_jax import config as config_lib
+from align_jax import evals as evals_lib
+from align_jax import mesh as mesh_lib
+from align_jax import state as state_lib
+from align_jax.data import pipeline, sources
+from align_jax.models import dual_encoder
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient is no longer finite."""
+
+
+def train_and_evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str, float]:
+    """Trains to `config.train.steps`, continuing from the workdir's checkpoint where there is one.
+
+    Writes config, tokenizer, checkpoints, metrics.jsonl, perf.jsonl, TensorBoard files, plots,
+    evaluation results and the retrieval gallery into the workdir.
+
+    Args:
+      config: see `config.default_config`.
+      path: the workdir; created where missing.
+
+    Returns:
+      The results of the last evaluation, `<evaluator>/<metric>`; empty if a signal ended the run.
+
+    Raises:
+      ValueError: a config, source or workdir that cannot work; nothing has been compiled then.
+      TrainingDiverged: loss or gradient is not finite; the last good checkpoint is kept.
+    """
+    config_lib.validate(config, num_devices=jax.device_count(), num_processes=jax.process_count())
+    mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp)
+    source = sources.open_source(config.data.source)
+    evaluators = evals_lib.make_evaluators(config.eval.evaluators.to_dict())
+    tokenizer, preprocessing = workdir.open_for_training(path, config, source, log=_log)
+
+    model = dual_encoder.make_model(
+        config.model,
+        vocab_size=tokenizer.vocab_size,
+        temperature_init=config.loss.temperature_init,
+    )
+    schedule = optim.make_schedule(config.optim, config.train.steps)
+    optimizer = optim.make_optimizer(config.optim, schedule)
+    abstract = state_lib.abstract_state(model, optimizer, mesh)
+    step_fn = train_step.compile_train_step(
+        train_step.make_train_step(
+            model,
+            optimizer,
+            schedule,
+            losses.make_loss(config.loss.form, mesh, label_smoothing=config.loss.label_smoothing),
+            mesh,
+            seed=config.train.seed,
+            bn_decay=config.model.bn_decay,
+            mask_duplicates=config.loss.mask_duplicates,
+        ),
+        abstract,
+        mesh,
+    )
+
+    checkpoints = checkpoint.Checkpointer(Path(path) / "checkpoints", keep=config.checkpoint.keep)
+    dropped = np.zeros(len(pipeline.DROP_REASONS), np.int64)
+    resume_step = checkpoints.latest_step()
+    if resume_step is None:
+        state = train_step.init_state(model, optimizer, abstract, seed=config.train.seed)
+    else:
+        state, data = checkpoints.restore(resume_step, abstract, {"dropped": dropped})
+        dropped = np.array(data["dropped"])
+    _welcome(config, path, mesh, source, abstract, resume_step)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(checkpoints.close)
+        writer = stack.enter_context(metrics.MetricWriter(path, resume_step=resume_step))
+        stop = stack.enter_context(_stop_signals())
+        batches = stack.enter_context(
+            contextlib.closing(_open_batches(config, source, tokenizer, int(state.step)))
+        )
+        encoder = align.Align(
+            model,
+            state.variables(),
+            tokenizer,
+            preprocessing,
+            mesh,
+            batch_size=config.eval.batch_size,
+        )
+        run = _Run(config, path, mesh, checkpoints, writer, encoder, evaluators, dropped)
+        return run.train(state, step_fn, batches, stop)
+
+
+class _Run:
+    """What the loop needs around the state; one method for each thing that happens in a step."""
+
+    def __init__(self, config, path, mesh, checkpoints, writer, encoder, evaluators, dropped):
+        self.config = config
+        self.path = Path(path)
+        self.rows = mesh_lib.batch_sharding(mesh)
+        self.checkpoints = checkpoints
+        self.writer = writer
+        self.encoder = encoder
+        self.evaluators = evaluators
+        self.dropped = Counter(dict(zip(pipeline.DROP_REASONS, dropped.tolist(), strict=True)))
+        self.progress = metrics.Progress(config.train.steps, config.train.batch_size)
+        self.results: dict[str, float] = {}
+        self.evaluated = set()
+        for line in metrics.read_metrics(self.path / "metrics.jsonl"):
+            results = {key[5:]: value for key, value in line.items() if key.startswith("eval/")}
+            if results:
+                self.results = results
+                self.evaluated.add(line["step"])
+
+    def train(self, state, step_fn, batches: Iterator[pipeline.Batch], stop) -> dict[str, float]:
+        """The loop; see the first lines of this file before changing the order of operations."""
+        config, last = self.config, self.config.train.steps
+        step = int(state.step)
+        if step and self._evaluation_due(step):
+            self._evaluate(step, state)  # the run was stopped before it
+        pending, batch = None, None
+        while step < last and not stop.requested:
+            arrays, host_batch, wait_s = batch or self._next(batches)
+            state, step_metrics = step_fn(state, arrays)
+            step += 1
+            # While the device works on this step, the host fetches the next batch and reports the
+            # previous step.
+            batch = self._next(batches) if step < last else None
+            if pending:
+                self._report(*pending)
+            pending = (step, step_metrics, host_batch, wait_s)
+
+            saves = step == last or step % config.checkpoint.every_steps == 0 or stop.requested
+            evaluates = self._evaluation_due(step) and not stop.requested
+            if saves or evaluates:
+                pending = self._report(*pending)
+            if evaluates:
+                self._evaluate(step, state)
+            if saves:
+                self._save(state)
+        self.checkpoints.wait()
+        self.progress.close()
+        if step < last:
+            _log(f"{stop.requested}: saved step {step}; run the same command to continue.")
+        return self.results
+
+    def _evaluation_due(self, step) -> bool:
+        if step % self.config.eval.every_steps and step != self.config.train.steps:
+            return False
+        return step not in self.evaluated
+
+    def _next(self, batches):
+        start_s = time.perf_counter()
+        batch = next(batches)
+        arrays = mesh_lib.put_batch(batch.arrays, self.rows)
+        return arrays, batch, time.perf_counter() - start_s
+
+    def _report(self, step, step_metrics, batch, wait_s) -> None:
+        values = {name: float(value) for name, value in jax.device_get(step_metrics).items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            raise TrainingDiverged(self._diverged(step, values))
+        for reason, count in batch.dropped.items():
+            if not self.dropped[reason]:
+                self.progress.log(
+                    f"skipped {batch.dropped_keys[reason]!r} ({reason}); further ones are counted "
+                    f"as data/dropped_{reason} in metrics.jsonl"
+                )
+            self.dropped[reason] += count
+        self.progress.update(step, values["loss"], wait_s)
+        if step % self.config.log.every_steps == 0 or step == self.config.train.steps:
+            drops = {f"data/dropped_{r}": n for r, n in self.dropped.items() if n}
+            self.writer.write(step, {f"train/{k}": v for k, v in values.items()} | drops)
+            self.writer.write_timing(step, self.progress.timing())
+
+    def _diverged(self, step, values) -> str:
+        self.checkpoints.wait()
+        good = self.checkpoints.latest_step()
+        kept = f"checkpoint {good} is the last good one" if good is not None else "none was saved"
+        return (
+            f"step {step}: loss is {values['loss']}, gradient norm {values['grad_norm']}; stopped "
+            f"({kept}). Lower config.optim.learning_rate, lengthen config.optim.warmup_steps or "
+            "set config.optim.clip_norm."
+        )
+
+    def _save(self, state) -> None:
+        counts = np.array([self.dropped[reason] for reason in pipeline.DROP_REASONS], np.int64)
+        self.checkpoints.save(state, {"dropped": counts})
+
+    def _evaluate(self, step, state) -> None:
+        self.encoder.variables = state.variables()
+        self.results = evals_lib.run_evaluators(self.evaluators, self.encoder)
+        self.evaluated.add(step)
+        if self.results:
+            self.writer.write(step, {f"eval/{key}": v for key, v in self.results.items()})
+            self.progress.log(f"step {step}\n{evals_lib.format_table(self.results)}")
+            evals_lib.write_json(
+                self.path / "eval" / f"step_{step:08d}.json",
+                self.results,
+                {"workdir": self.path.name, "step": step, "config": self.config.to_dict()},
+            )
+        for evaluator in self.evaluators:
+            if isinstance(evaluator, evals_lib.Retrieval):
+                evals_lib.retrieval_gallery(
+                    self.path / "plots" / f"gallery_{evaluator.name}.png",
+                    evaluator.embeddings,
+                    evaluator.load_image,
+                )
+        plots.write_plots(self.path, chance_loss=2 * math.log(self.config.train.batch_size))
+        self.progress.restart()
+
+
+class _stop_signals:
+    """Context in which SIGTERM and SIGINT set `requested` to their name instead of killing."""
+
+    def __enter__(self):
+        self.requested = ""
+        self._before = {s: signal.signal(s, self._on_signal) for s in _SIGNALS}
+        return self
+
+    def __exit__(self, *exc_info):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number, frame):
+        self.requested = signal.Signals(number).name
+        # A second signal means it.
+        signal.signal(number, self._before[number])
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def _open_batches(config, source, tokenizer, start_step) -> pipeline.BatchIterator:
+    return pipeline.train_batches(
+        source,
+        tokenizer,
+        batch_size=config.train.batch_size,
+        image_size_px=config.data.image_size,
+        resize_px=config.data.resize_size,
+        resize=config.data.resize,
+        flip=config.data.flip,
+        max_tokens=config.data.max_tokens,
+        seed=config.train.seed,
+        start_step=start_step,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=config.data.num_threads,
+        num_workers=config.data.num_workers,
+        hash_pairs=config.loss.mask_duplicates != "none",
+    )
+
+
+def _welcome(config, path, mesh, source, abstract, resume_step) -> None:
+    counts = {
+        "image": trees.count({k: v for k, v in abstract.params.items() if k.startswith("image")}),
+        "text": trees.count({k: v for k, v in abstract.params.items() if k.startswith("text")}),
+    }
+    _log(
+        f"{config.model.image.variant} + {config.model.text.variant}: "
+        f"{counts['image']:,} + {counts['text']:,} parameters, {config.model.dtype}"
+    )
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    kind = mesh.devices.flat[0].device_kind
+    _log(
+        f"{mesh.size} {kind} device(s), mesh {axes}; global batch {config.train.batch_size}, "
+        f"{config.train.steps} steps"
+    )
+    problems = f" ({source.problems})" if source.problems else ""
+    _log(f"{source.describe()}{problems}")
+    started = "starting" if resume_step is None else f"continuing from step {resume_step} of"
+    _log(f"{started} {path}")
+
+
+def _log(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,185 @@
+"""A workdir's self-description: config, tokenizer, preprocessing, and the refusal of a mismatch.
+
+config.json          the run's configuration
+tokenizer/           Hugging Face tokenizer files
+preprocessing.json   image size, resize, tokens, and the tokenizer's fingerprint
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from align_jax import config as config_lib
+from align_jax.data import tokenizer as tokenizer_lib
+from align_jax.data.sources import PairSource
+
+# Keys that may differ between the parts of one run: they change neither the numbers nor the data.
+# `train.steps` may grow (the schedule then stretches); what is listed as a prefix covers its group.
+FREE_KEYS = (
+    "checkpoint.",
+    "data.num_threads",
+    "data.num_workers",
+    "data.tokenizer",  # compared by fingerprint instead
+    "eval.",
+    "log.",
+    "loss.form",
+    "mesh.",
+    "model.remat",
+    "model.scan_layers",
+    "train.steps",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """What must happen to an image or a text before the model sees it.
+
+    Attributes:
+      image_size: side of the crop, pixels.
+      resize_size: side before the crop, pixels.
+      resize: "pil" or "tf", see `data/images.resize`.
+      max_tokens: length of a tokenised text.
+      vocab_size: of the tokenizer.
+      tokenizer_fingerprint: of the tokenizer.
+    """
+
+    image_size: int
+    resize_size: int
+    resize: str
+    max_tokens: int
+    vocab_size: int
+    tokenizer_fingerprint: str
+
+
+def open_for_training(
+    workdir: str | os.PathLike, config: ConfigDict, source: PairSource, *, log=print
+) -> tuple[tokenizer_lib.WordPieceTokenizer, Preprocessing]:
+    """Returns (tokenizer, preprocessing) of a new or continued run; writes a new run's files.
+
+    Args:
+      workdir: folder of the run.
+      config: validated.
+      source: whose captions a tokenizer is trained on, if `data.tokenizer` is empty.
+      log: prints a line.
+
+    Raises:
+      ValueError: the workdir belongs to a run with another config, tokenizer or preprocessing.
+    """
+    workdir = Path(workdir)
+    if (workdir / "config.json").exists():
+        _check_same_run(workdir, config)
+        tokenizer, preprocessing = load(workdir)
+        if config.data.tokenizer:
+            given = tokenizer_lib.load_tokenizer(config.data.tokenizer)
+            if given.fingerprint() != tokenizer.fingerprint():
+                raise ValueError(
+                    f"config.data.tokenizer={config.data.tokenizer} has fingerprint "
+                    f"{given.fingerprint()}, but the run in {workdir} uses "
+                    f"{tokenizer.fingerprint()}; use that one or another --workdir."
+                )
+    else:
+        if config.data.tokenizer:
+            tokenizer = tokenizer_lib.load_tokenizer(config.data.tokenizer)
+        else:
+            log(f"training a WordPiece vocabulary on the captions of {source.describe()}")
+            tokenizer = tokenizer_lib.train_wordpiece(
+                captions(source), vocab_size=config.data.vocab_size
+            )
+        preprocessing = _describe(config, tokenizer)
+        workdir.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(workdir / "tokenizer")
+        _write(workdir / "preprocessing.json", json.dumps(dataclasses.asdict(preprocessing)))
+    _write(workdir / "config.json", config_lib.to_json(config))
+    return tokenizer, preprocessing
+
+
+def load(
+    workdir: str | os.PathLike,
+) -> tuple[tokenizer_lib.WordPieceTokenizer, Preprocessing]:
+    """Returns (tokenizer, preprocessing) of an existing workdir.
+
+    Raises:
+      ValueError: files are missing, or the tokenizer is not the one the run was trained with.
+    """
+    workdir = Path(workdir)
+    for name in ("config.json", "preprocessing.json"):
+        if not (workdir / name).is_file():
+            raise ValueError(
+                f"{workdir} is no workdir: {name} is missing; name a folder of `align train`."
+            )
+    preprocessing = Preprocessing(**json.loads((workdir / "preprocessing.json").read_text()))
+    tokenizer = tokenizer_lib.load_tokenizer(workdir / "tokenizer")
+    if tokenizer.fingerprint() != preprocessing.tokenizer_fingerprint:
+        raise ValueError(
+            f"{workdir / 'tokenizer'} has fingerprint {tokenizer.fingerprint()}, but the run was "
+            f"trained with {preprocessing.tokenizer_fingerprint}; put that tokenizer back."
+        )
+    return tokenizer, preprocessing
+
+
+def load_config(workdir: str | os.PathLike) -> ConfigDict:
+    """Returns the config of an existing workdir.
+
+    Raises:
+      ValueError: there is none.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{workdir} is no workdir: config.json is missing; name a folder of `align train`."
+        )
+    return config_lib.from_json(path.read_text())
+
+
+def captions(source: PairSource):
+    """Yields every caption of a source, in order."""
+    for index in range(len(source)):
+        yield from source[index].captions
+
+
+def _describe(config, tokenizer):
+    return Preprocessing(
+        image_size=config.data.image_size,
+        resize_size=config.data.resize_size,
+        resize=config.data.resize,
+        max_tokens=config.data.max_tokens,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_fingerprint=tokenizer.fingerprint(),
+    )
+
+
+def _check_same_run(workdir, config):
+    before = _flatten(load_config(workdir).to_dict())
+    now = _flatten(config_lib.from_json(config_lib.to_json(config)).to_dict())
+    for key in sorted(before | now):
+        if any(key == free or key.startswith(free) for free in FREE_KEYS):
+            continue
+        if before.get(key) != now.get(key):
+            raise ValueError(
+                f"config.{key}={now.get(key)!r}, but the run in {workdir} was started with "
+                f"{before.get(key)!r}; change it back or use another --workdir."
+            )
+    if config.train.steps < before["train.steps"]:
+        raise ValueError(
+            f"config.train.steps={config.train.steps}, but the run in {workdir} was started with "
+            f"{before['train.steps']}; it may only grow."
+        )
+
+
+def _flatten(tree, prefix=""):
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _write(path, text):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,46 @@
+"""Trains a small ALIGN on Flickr8k from scratch: 6,000 images with 5 captions each.
+
+align pack 'captions.jsonl?images=train.zip' --out data/flickr8k --split train
+align pack 'dev.jsonl?images=dev.zip' --out data/flickr8k --split dev
+align train --config configs/flickr8k.py --workdir runs/flickr8k
+
+Under 60 minutes on 2 CPU cores. Scores on the 1,000 dev images: README, "Results". No published
+model is trained on so little; zero-shot models trained at scale reach R@10 above 90 %.
+"""
+
+from align_jax.config import default_config
+
+
+def get_config():
+    c = default_config()
+    c.model.image.variant = "nano"
+    c.model.image.drop_path_rate = 0.1
+    c.model.text.variant = "tiny"
+    c.model.text.dropout_rate = 0.1
+    c.model.embed_dim = 256
+    c.model.dtype = "float32"
+
+    c.data.source = "data/flickr8k?split=train"
+    c.data.image_size = 112
+    c.data.resize_size = 128
+    c.data.resize = "pil"
+    c.data.max_tokens = 32
+    c.data.vocab_size = 4096
+
+    c.optim.name = "adamw"
+    c.optim.learning_rate = 1e-3
+    c.optim.warmup_steps = 200
+    c.optim.schedule = "cosine"
+    c.optim.weight_decay = 0.1
+    c.optim.no_decay = ("_bn/", "_norm/", "bias$")
+    c.optim.temperature = "log"
+    c.loss.temperature_init = 0.07
+    c.loss.mask_duplicates = "both"
+
+    c.train.batch_size = 256
+    c.train.steps = 1500
+    c.checkpoint.every_steps = 250
+    c.eval.every_steps = 500
+    c.log.every_steps = 10
+    c.eval.evaluators.dev = {"type": "retrieval", "source": "data/flickr8k?split=dev"}
+    return c
