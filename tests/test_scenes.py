@@ -9,9 +9,8 @@ from align_jax.data.scenes import COLOURS, SHAPES, SIZES, TONES, LabelledScenes,
 
 
 def true_scene(index, source):
-    """The drawn scene behind an item, from the same random numbers."""
-    rng = np.random.default_rng([source.seed, index])
-    return scenes._draw_scene(rng, 1 + int(rng.integers(source.max_objects)))
+    """The drawn scene behind an item."""
+    return source._write(index)[0]
 
 
 def names_in(caption, names):
@@ -23,6 +22,11 @@ def names_in(caption, names):
         for match in re.finditer(pattern, caption.lower().replace("-", " ")):
             found.append((match.start(), name))
     return [name for _, name in sorted(found)]
+
+
+# A gradient makes parts of a background nearly black, white, blue, purple or green; these it never
+# resembles, so that an object's pixels can be told by colour alone.
+VIVID = ("red", "orange", "yellow", "cyan", "pink")
 
 
 def object_pixels(image, colour):
@@ -116,7 +120,7 @@ def test_first_captions_are_nearly_complete_and_tell_512_scenes_apart():
         # Shape, colour, size of each object and the tone; places are checked by pixels below.
         words = sum(len(names_in(caption, names)) for names in (SHAPES, COLOURS, SIZES, TONES))
         complete += words == 3 * len(scene.objects) + 1
-    assert len(facts) >= 510
+    assert len(facts) >= 495  # about 9,000 scenes of one object, many more of two
     assert complete > 0.8 * 512  # expected 0.95 (background) * 0.95 to 0.95**2 (sizes)
 
 
@@ -126,7 +130,9 @@ def test_words_for_left_right_top_bottom_agree_with_the_pixels():
     for index in range(400):
         scene, record = true_scene(index, source), source[index]
         area, x, y = object_pixels(record.image, scene.objects[0].colour)
-        if area < 20:  # little is left of the colour in a dark or a bright picture
+        item = scene.objects[0]
+        # Dark or bright pictures lose colour; a crescent does not lie around its centre.
+        if area < 20 or item.colour not in VIVID or item.shape == "crescent":
             continue
         checked += 1
         for caption in map(str.lower, record.captions):
@@ -134,17 +140,17 @@ def test_words_for_left_right_top_bottom_agree_with_the_pixels():
             vertical = bool(re.search("bottom|lower", caption)) - bool(
                 re.search("top|upper", caption)
             )
-            # Between the middle, 0.5, and the nearest places off the middle, 0.26 and 0.74.
-            assert (horizontal, vertical) == (side(x, 0.38, 0.62), side(y, 0.38, 0.62)), caption
-    assert checked > 300
+            # A large object is moved in from the edge: its centre then lies at 0.4 or 0.6.
+            assert (horizontal, vertical) == (side(x, 0.45, 0.55), side(y, 0.45, 0.55)), caption
+    assert checked > 150
 
 
 def test_words_for_relations_agree_with_the_pixels():
-    source = Scenes(600, seed=4, noise=0)
+    source = Scenes(1500, seed=4, noise=0)
     checked = 0
-    for index in range(600):
+    for index in range(1500):
         scene, record = true_scene(index, source), source[index]
-        if not scene.relation:
+        if not scene.relation or not {item.colour for item in scene.objects} <= set(VIVID):
             continue
         for caption in map(str.lower, record.captions):
             words = re.findall(r"above|below|left of|right of", caption)
@@ -165,7 +171,7 @@ def test_object_area_grows_with_its_size_word():
     areas = {size: [] for size in SIZES}
     for index in range(600):
         item = true_scene(index, source).objects[0]
-        if item.shape == "circle":
+        if item.shape == "square":
             areas[item.size].append(object_pixels(source[index].image, item.colour)[0])
     small, medium, large = (np.median(areas[size]) for size in ("small", "medium", "large"))
     assert 50 < small < 0.7 * medium < 0.5 * large
@@ -175,22 +181,22 @@ def test_object_area_grows_with_its_size_word():
 def test_outline_fills_its_square_and_is_unlike_the_others(shape):
     assert 0.8 <= np.abs(scenes._OUTLINES[shape][0]).max() <= 1
     item = scenes._Object(shape, "red", "large", "center")
-    covered = scenes._object_mask(item, np.random.default_rng(0), 64).mean()
-    assert 0.05 < covered < 0.2  # of the image; the full circle is pi/16 = 0.196
+    covered = scenes._object_mask(item, 1.0, np.random.default_rng(0), 64).mean()
+    assert 0.1 < covered < 0.46  # of the image; the circle around it covers pi * 0.38**2 = 0.454
     masks = [
         scenes._object_mask(
-            scenes._Object(name, "red", "large", "center"), np.random.default_rng(0), 64
+            scenes._Object(name, "red", "large", "center"), 1.0, np.random.default_rng(0), 64
         )
         for name in SHAPES
         if name != shape
     ]
-    mask = scenes._object_mask(item, np.random.default_rng(0), 64)
+    mask = scenes._object_mask(item, 1.0, np.random.default_rng(0), 64)
     assert min(np.abs(mask - other).mean() for other in masks) > 0.015
 
 
 def test_edges_are_smooth():
     item = scenes._Object("triangle", "red", "large", "center")
-    mask = scenes._object_mask(item, np.random.default_rng(0), 64)
+    mask = scenes._object_mask(item, 1.0, np.random.default_rng(0), 64)
     assert ((mask > 0.1) & (mask < 0.9)).sum() > 30
 
 

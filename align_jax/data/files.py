@@ -35,10 +35,13 @@ class FilePairs:
 
     def __getitem__(self, index: int) -> Record:
         """Returns a record with the encoded image; OSError if its bytes cannot be read."""
-        key, image, captions = self._entries[index]
-        if isinstance(captions, Member):
-            captions = _read_captions(captions)
-        return Record(key, read_member(image), captions)
+        key, image, _ = self._entries[index]
+        return Record(key, read_member(image), self.captions(index))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Returns the captions of a record without reading its image."""
+        captions = self._entries[index][2]
+        return _read_captions(captions) if isinstance(captions, Member) else captions
 
     def describe(self) -> str:
         """Returns the spec and the number of pairs."""

@@ -1,7 +1,7 @@
 """Encoded images to uint8 RGB, and the two views of a square crop that the towers are fed with.
 
 Broken files raise `BadImage` with a reason to count by; nothing here logs. Scaling to [-1, 1]
-happens on the device. Paper section 5.1, and COYO-ALIGN where the paper is silent.
+happens on the device. The recipe is the paper's, and COYO-ALIGN's where the paper is silent.
 
 Importing this module silences Pillow's warnings about damaged metadata and oversized images in the
 whole process: they come once per crawled file, and no narrower filter is safe between threads.
@@ -143,7 +143,7 @@ def train_view(
     Raises:
       ValueError: if crop_px exceeds resize_px or the method is unknown.
 
-    Source: Jia et al. 2021, section 5.1; COYO-ALIGN for the lost aspect ratio.
+    Source: Jia et al. 2021, pre-training recipe; COYO-ALIGN for the lost aspect ratio.
     """
     _check_crop(resize_px, crop_px)
     top, left = rng.integers(resize_px - crop_px + 1, size=2)

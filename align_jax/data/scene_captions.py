@@ -18,10 +18,6 @@ _SYNONYMS = {
     "rectangle": ("rectangle", "bar"),
     "plain": ("plain {} background", "{} background", "solid {} background"),
     "gradient": ("{} gradient background", "background fading in {}"),
-    "striped": ("striped {} background", "background of {} stripes"),
-    "checkered": ("checkered {} background", "{} checkerboard background"),
-    "dotted": ("dotted {} background", "background of {} polka dots"),
-    "grainy": ("grainy {} background", "rough {} background"),
 }
 _LEADS = ("photo of ", "picture of ", "image of ", "image: ", "IMG_{}.jpg ", "DSC{} ", "{}. ")
 _TAILS = (

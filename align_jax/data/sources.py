@@ -39,6 +39,10 @@ class PairSource(Protocol):
 
     def __getitem__(self, index: int) -> Record: ...
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Returns the captions of a record; costs no more than it must."""
+        ...
+
     def describe(self) -> str:
         """Returns one line that names the source and its size, the same in every run."""
 
@@ -132,6 +136,10 @@ class InMemory:
 
     def __getitem__(self, index: int) -> Record:
         return self._records[index]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Returns the captions of a record."""
+        return self._records[index].captions
 
     def describe(self) -> str:
         """Returns the number of pairs."""

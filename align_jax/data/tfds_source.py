@@ -78,6 +78,10 @@ class TfdsPairs:
             tuple(caption.decode("utf-8", "replace") for caption in captions),
         )
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Returns the captions of a record."""
+        return self[index].captions
+
     def describe(self) -> str:
         """Returns the spec and the number of pairs."""
         return f"{self._spec}: {len(self)} pairs"

@@ -1,7 +1,7 @@
 """WordPiece: train a vocabulary on captions, encode captions, read and write Hugging Face folders.
 
 Text is split as in BERT, by the `tokenizers` library; transformers is never imported, since worker
-processes start often. Paper section 4.1: 100k wordpieces of the training captions, 64 tokens.
+processes start often. In the paper: 100k wordpieces of the training captions, 64 tokens.
 """
 
 import hashlib

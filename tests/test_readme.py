@@ -1,0 +1,82 @@
+"""The README's commands do what it says, on small data; the two set-up commands are .ci/run's."""
+
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from align_jax.data.scenes import Scenes
+
+ROOT = Path(__file__).parents[1]
+SMALLER = (
+    "--config.train.batch_size=16 --config.model.bn_group_size=16 --config.train.steps=2 "
+    "--config.optim.warmup_steps=1 --config.model.image.variant=pico --config.data.image_size=32"
+)
+
+
+def readme_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_readme_first_blocks_are_the_two_set_up_commands():
+    script = [sys.executable, str(ROOT / ".ci" / "readme_commands.py")]
+    commands = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    first, second = commands.splitlines()
+    assert "pip install" in first and first.endswith("--workdir runs/quickstart")
+    assert "pip install" in second and second.endswith("-m pytest")
+
+
+def test_every_file_named_in_the_readme_exists():
+    names = re.findall(
+        r"`((?:align_jax|configs|experiments|tests)/[\w/.]*)`", (ROOT / "README.md").read_text()
+    )
+    assert len(names) > 15
+    for name in names:
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.slow
+def test_commands_of_the_readme_run_on_a_small_dataset(tmp_path):
+    source = Scenes(64, seed=5)
+    with (
+        zipfile.ZipFile(tmp_path / "train.zip", "w") as archive,
+        open(tmp_path / "captions.jsonl", "w") as table,
+    ):
+        for index in range(64):
+            record = source[index]
+            buffer = io.BytesIO()
+            Image.fromarray(np.asarray(record.image)).save(buffer, "JPEG")
+            archive.writestr(f"{index}.jpg", buffer.getvalue())
+            row = {"image": f"{index}.jpg", "captions": record.captions}
+            table.write(json.dumps(row) + "\n")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    commands = [
+        command.replace("\\\n", " ")
+        for block in readme_blocks("sh")
+        for command in re.split(r"(?<!\\)\n", block.strip())
+    ]
+    verbs = []
+    for command in commands:
+        words = shlex.split(command)
+        assert words[0] == "align"
+        verbs.append(words[1])
+        words += SMALLER.split() if words[1] == "train" else []
+        run = subprocess.run(
+            [sys.executable, "-m", "align_jax.cli", *words[1:]],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, f"{command}\n{run.stderr}"
+    assert verbs == ["pack", "vocab", "train", "eval"]
+    assert (tmp_path / "runs/mine/plots/gallery_dev.png").stat().st_size > 1000

@@ -1,0 +1,123 @@
+"""The shape of the code base: imports go down the layers, one jit site, small modules."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "align_jax"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Lower layers never import higher ones (design: L0 to L4). A package stands for its modules.
+LAYERS = {
+    "trees": 0,
+    "mesh": 0,
+    "losses": 1,
+    "models": 1,
+    "data": 1,
+    "curate": 1,
+    "config": 1,
+    "optim": 2,
+    "state": 2,
+    "train_step": 2,
+    "checkpoint": 2,
+    "workdir": 2,
+    "metrics": 2,
+    "plots": 2,
+    "evals": 3,
+    "align": 3,
+    "train": 4,
+    "cli": 4,
+}
+
+# third-party package -> the only places that may import it
+ONLY_IN = {
+    "flax": ("models",),
+    "orbax": ("checkpoint",),
+    "optax": ("optim", "train_step", "state"),
+    "grain": ("data", "curate"),
+    "tensorflow_datasets": ("data", "curate"),
+    "array_record": ("data", "curate"),
+    "tokenizers": ("data",),
+    "matplotlib": ("plots", "evals"),
+    "tensorboard": ("metrics",),
+    "tensorflow": (),
+    "torch": (),
+    "transformers": (),
+}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of everything a file imports, at any depth of nesting."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_module_is_small_and_imports_only_what_its_layer_may(path):
+    assert len(path.read_text().splitlines()) <= 500
+    part = part_of(path)
+    for name in imports(path):
+        top = name.split(".")[0]
+        if top in ONLY_IN:
+            assert part in ONLY_IN[top], f"{path.name} imports {top}"
+        if top == "align_jax" and part != "__init__":
+            target = name.split(".")[1]
+            if target.startswith("__"):
+                continue
+            if target != part:
+                assert LAYERS[target] <= LAYERS[part], f"{part} imports {target}, a higher layer"
+    assert "configs" not in {name.split(".")[0] for name in imports(path)}
+
+
+def test_only_data_light_modules_are_free_of_jax():
+    for path in (PACKAGE / "data").glob("*.py"):
+        assert not any(name.split(".")[0] == "jax" for name in imports(path)), path.name
+
+
+def test_there_is_one_jit_site():
+    sites = [
+        (path.name, node.lineno)
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("jit", "pjit", "pmap")
+    ]
+    assert [name for name, _ in sites] == ["train_step.py"]
+
+
+def test_mesh_axis_names_are_written_in_mesh_only():
+    for path in MODULES:
+        strings = {
+            node.value
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Constant) and node.value == "fsdp"
+        }
+        assert not strings or path.name == "mesh.py", path.name
+
+
+def test_layers_table_names_every_module():
+    parts = {part_of(path) for path in MODULES} - {"__init__"}
+    assert parts == set(LAYERS)
+
+
+def test_public_functions_and_classes_have_docstrings():
+    missing = []
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), f"{path} has no module docstring"
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                if not ast.get_docstring(node):
+                    missing.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert not missing
