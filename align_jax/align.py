@@ -129,7 +129,9 @@ def load_workdir(
     checkpoints = checkpoint.Checkpointer(folder)
     try:
         steps = checkpoints.steps()
-        if not steps or (step is not None and step not in steps):
+        if not steps:
+            raise ValueError(f"{path} holds no checkpoint yet; run `align train` longer.")
+        if step is not None and step not in steps:
             raise ValueError(f"{path} has no checkpoint of step {step}; it has {steps}.")
         step = steps[-1] if step is None else step
         variables = checkpoints.restore_weights(step, abstract)

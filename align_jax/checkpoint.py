@@ -62,7 +62,8 @@ class Checkpointer:
             "training": {"step": state.step, "opt_state": state.opt_state},
             "data": data,
         }
-        self._checkpointer.save_checkpointables_async(step, items)
+        # Without force, Orbax skips a step while the previous one is still being written.
+        self._checkpointer.save_checkpointables_async(step, items, force=True)
 
     def wait(self) -> None:
         """Blocks until everything that was started is on disk."""
@@ -113,7 +114,12 @@ class Checkpointer:
     def _check(self, step: int, expected: dict[str, Any]) -> None:
         found = self._checkpointer.checkpointables_metadata(step).metadata
         for item, tree in expected.items():
-            difference = trees.describe_difference(_plain(tree), _plain(found[item]))
+            if found.get(item) is None:
+                raise ValueError(
+                    f"Checkpoint {self.folder / str(step)} is damaged: its {item!r} cannot be "
+                    "read. Remove that folder to use the checkpoint before it."
+                )
+            difference = trees.describe_difference(_plain(tree), _plain(found[item]), limit=2)
             if difference:
                 raise ValueError(
                     f"Checkpoint {self.folder}, step {step}, does not fit the model: {difference}."

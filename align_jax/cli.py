@@ -5,6 +5,7 @@ Exit code 0: done; 1: the run failed; 2: bad input. `--debug` shows the tracebac
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,24 +14,46 @@ from align_jax import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code of `align <argv>`."""
+    """Returns the exit code of `align <argv>`; None takes the command line of this process."""
+    if argv is None:
+        _use_huge_pages()
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if rest and not args.takes_config:
         parser.error(f"unrecognised argument {rest[0]!r}; see `align {args.verb} --help`.")
     try:
         args.run(args, rest)
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except (ValueError, *_WRONG_PATH) as error:
         return _fail(error, args.debug, 2)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, KeyboardInterrupt) as error:
         return _fail(error, args.debug, 1)
     return 0
 
 
-def _fail(error: Exception, debug: bool, code: int) -> int:
+_WRONG_PATH = (
+    FileExistsError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+
+
+def _use_huge_pages() -> None:
+    # XLA allocates and frees its temporaries each step. With 4-KiB pages the kernel clears them
+    # again every time: 200,000 page faults a step in the quickstart, half of its time on 2 cores
+    # (experiments/benchmarks/huge_pages.py). glibc reads this setting only when a process starts.
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _fail(error: BaseException, debug: bool, code: int) -> int:
     if debug:
         raise error
-    text = " ".join(str(error).split()) or repr(error)
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}."
     print(f"align: {text}", file=sys.stderr, flush=True)
     return code
 
@@ -109,7 +132,7 @@ def _verb(verbs, name, run, text):
 def _train(args, rest) -> None:
     from align_jax import config as config_lib
 
-    config = config_lib.load_config([f"--config={args.config}", *rest])
+    config = config_lib.load_config(args.config, rest)
 
     from align_jax import train
 
@@ -119,6 +142,8 @@ def _train(args, rest) -> None:
 def _evaluate(args, rest) -> None:
     from align_jax import align, evals, workdir
 
+    if args.template and not args.zeroshot:
+        raise ValueError("--template is of no use without --zeroshot SOURCE.")
     config = workdir.load_config(args.workdir)
     chosen = {}
     for number, source in enumerate(args.retrieval):
@@ -128,7 +153,8 @@ def _evaluate(args, rest) -> None:
         if args.template:
             entry["templates"] = _templates(args.template)
         chosen[f"zeroshot{number or ''}"] = entry
-    evaluators = evals.make_evaluators(chosen or config.eval.evaluators.to_dict())
+    chosen = chosen or config.eval.evaluators.to_dict()
+    evaluators = evals.make_evaluators(chosen)
     if not evaluators:
         raise ValueError(
             f"the config of {args.workdir} has no evaluators; give --retrieval or --zeroshot."
@@ -148,7 +174,9 @@ def _evaluate(args, rest) -> None:
 
 
 def _templates(given: list[str]):
-    return given[0] if len(given) == 1 and "{}" not in given[0] else tuple(given)
+    first = given[0]
+    is_file = len(given) == 1 and "{}" not in first and (os.path.exists(first) or " " not in first)
+    return first if is_file else tuple(given)
 
 
 def _pack(args, rest) -> None:

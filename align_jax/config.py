@@ -4,15 +4,17 @@ An experiment file (`configs/*.py`) starts from `default_config()`, changes what
 returns it. `validate` rejects unknown keys and impossible combinations before anything compiles.
 """
 
+import ast
 import difflib
 import json
 import math
 import os
+import re
 import sys
+import traceback
 from collections.abc import Sequence
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 
 def default_config() -> ConfigDict:
@@ -103,31 +105,30 @@ def default_config() -> ConfigDict:
     return c
 
 
-def load_config(arguments: Sequence[str]) -> ConfigDict:
-    """Returns the config of `--config FILE[:ARG] [--config.key=value ...]`, not yet validated.
+def load_config(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Returns the config that an experiment file makes, overridden, locked, not yet validated.
+
+    Args:
+      file: path of a Python file with `get_config()`, or `PATH:ARG` to call `get_config(ARG)`.
+      overrides: `--config.a.b=value`; the value is read as the type that the key has.
 
     Raises:
-      ValueError: no config, a file that cannot be loaded, an unknown key or a value of wrong type.
+      ValueError: a file that cannot be loaded, an unknown key or a value of another type.
     """
-    for argument in arguments:
-        if argument.startswith("--config="):
-            # Experiment files may start from one another: `from configs.x import get_config`.
-            file = os.path.abspath(argument.removeprefix("--config=").split(":")[0])
-            folder = os.path.dirname(os.path.dirname(file))
-            if folder not in sys.path:
-                sys.path.append(folder)
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
-    try:
-        rest = values(["align", *arguments])
-    except (flags.Error, KeyError, AttributeError, TypeError, OSError) as error:
-        message = str(error).strip().strip("'\"").splitlines()
-        raise ValueError(message[0] if message else repr(error)) from error
-    if len(rest) > 1:
-        raise ValueError(f"unrecognised argument {rest[1]!r}; overrides look like --config.a.b=1.")
-    if values["config"].value is None:
-        raise ValueError("--config is missing, e.g. --config configs/quickstart.py")
-    return values["config"].value
+    path, _, argument = file.partition(":")
+    # Experiment files may start from one another: `from configs.x import get_config`.
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(path)))
+    if folder not in sys.path:
+        sys.path.append(folder)
+    config = _run_file(path, [argument] if argument else [])
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not name.startswith("--config.") or not equals:
+            raise ValueError(
+                f"Unrecognised argument {override!r}; overrides look like --config.train.steps=200."
+            )
+        _override(config, name.removeprefix("--config.").split("."), text)
+    return config.lock()
 
 
 def to_json(config: ConfigDict) -> str:
@@ -136,14 +137,23 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """Returns the config that `to_json` wrote; lists become tuples again."""
+    """Returns the config that `to_json` wrote; lists become tuples again.
+
+    Raises:
+      ValueError: not JSON, or other keys than a config has.
+    """
 
     def tuples(value):
         if isinstance(value, dict):
             return {key: tuples(item) for key, item in value.items()}
         return tuple(tuples(item) for item in value) if isinstance(value, list) else value
 
-    return ConfigDict(tuples(json.loads(text)))
+    content = tuples(json.loads(text))
+    if not isinstance(content, dict):
+        raise ValueError("it holds no groups of keys.")
+    config = ConfigDict(content)
+    _check_keys(config, default_config(), "config")
+    return config
 
 
 def validate(config: ConfigDict, *, num_devices: int, num_processes: int = 1) -> None:
@@ -158,14 +168,18 @@ def validate(config: ConfigDict, *, num_devices: int, num_processes: int = 1) ->
     for path, allowed in _choices().items():
         _check_choice(config, path, allowed)
     for path in _POSITIVE:
-        if not _get(config, path) > 0:
-            raise ValueError(f"config.{path}={_get(config, path)} must be positive.")
+        if not 0.0 < _get(config, path) < math.inf:
+            raise ValueError(f"config.{path}={_get(config, path)} must be positive and finite.")
     for path in _RATES:
         if not 0.0 <= _get(config, path) < 1.0:
             raise ValueError(f"config.{path}={_get(config, path)} must lie in [0, 1).")
     for path in _NOT_NEGATIVE:
         if not 0.0 <= _get(config, path) < math.inf:
-            raise ValueError(f"config.{path}={_get(config, path)} must not be negative.")
+            raise ValueError(f"config.{path}={_get(config, path)} must be finite and not negative.")
+    for path in ("optim.no_decay", "optim.no_trust_ratio"):
+        _check_patterns(_get(config, path), path)
+    if config.train.seed >= 2**32:
+        raise ValueError(f"config.train.seed={config.train.seed} must be below 2**32.")
     if not config.data.source:
         raise ValueError(
             "config.data.source is empty; name a dataset, e.g. 'scenes?size=20000&seed=1'."
@@ -280,19 +294,51 @@ def _check_batch(config, num_devices, num_processes):
         )
 
 
+def _check_patterns(patterns, path):
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"config.{path} holds {pattern!r}, no regular expression: {error}."
+            ) from error
+
+
 def _check_keys(config, known, path):
     for key in config:
-        if key not in known:
-            close = difflib.get_close_matches(key, list(known), n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"Unknown key {path}.{key}.{hint} Known: {', '.join(sorted(known))}.")
-        if isinstance(known[key], ConfigDict) and key != "evaluators":
-            if not isinstance(config[key], ConfigDict):
-                raise ValueError(f"{path}.{key}={config[key]!r} must be a group of keys.")
-            _check_keys(config[key], known[key], f"{path}.{key}")
+        _check_known(key, known, path)
+        value, default = config[key], known[key]
+        if isinstance(default, ConfigDict) and not isinstance(value, ConfigDict):
+            raise ValueError(f"{path}.{key}={value!r} must be a group of keys.")
+        if key == "evaluators":
+            for name, entry in value.items():
+                if not isinstance(entry, ConfigDict):
+                    raise ValueError(f"{path}.{key}.{name}={entry!r} must be a group of keys.")
+        elif isinstance(default, ConfigDict):
+            _check_keys(value, default, f"{path}.{key}")
+        elif type(value) is not type(default):
+            raise ValueError(_wrong_type(f"{path}.{key}", value, default))
     missing = [key for key in known if key not in config]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; start from default_config().")
+
+
+def _check_known(key, known, path):
+    if key not in known:
+        close = difflib.get_close_matches(key, list(known), n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"Unknown key {path}.{key}.{hint} Known: {', '.join(sorted(known))}.")
+
+
+def _wrong_type(path, value, default):
+    wanted = {
+        bool: "true or false",
+        int: "an integer",
+        float: "a number",
+        str: "a text",
+        tuple: "a tuple, e.g. \"('_bn/',)\"",
+    }
+    return f"{path}={value!r} must be {wanted.get(type(default), type(default).__name__)}."
 
 
 def _check_choice(config, path, allowed):
@@ -302,6 +348,69 @@ def _check_choice(config, path, allowed):
     close = difflib.get_close_matches(str(value), allowed, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValueError(f"config.{path}={value!r} is unknown.{hint} Known: {', '.join(allowed)}.")
+
+
+def _run_file(path, arguments):
+    try:
+        with open(path, encoding="utf-8") as file:
+            code = compile(file.read(), path, "exec")
+        content = {"__name__": "config", "__file__": path}
+        exec(code, content)
+        config = content["get_config"](*arguments) if "get_config" in content else None
+    except OSError as error:
+        if error.filename != path:
+            raise
+        raise ValueError(f"--config {path} cannot be read: {error.strerror}.") from error
+    except Exception as error:  # whatever a mistake in the file raises
+        reason = error
+        while isinstance(reason, Exception) and reason.args:  # str(KeyError) would be quoted
+            reason = reason.args[0]
+        raise ValueError(
+            f"--config {_where(path, error)}: {type(error).__name__}: {reason}"
+        ) from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f"--config {path} must define get_config() that returns a ConfigDict; start from "
+            "align_jax.config.default_config()."
+        )
+    return config
+
+
+def _where(path, error):
+    if isinstance(error, SyntaxError) and error.filename == path:
+        return f"{path}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    return f"{path}:{lines[-1]}" if lines else path
+
+
+def _override(config, keys, text):
+    path = "config"
+    for key in keys[:-1]:
+        _check_known(key, config, path)
+        config, path = config[key], f"{path}.{key}"
+        if not isinstance(config, ConfigDict):
+            raise ValueError(f"{path} holds a value, no keys; set it by --{path}=...")
+    _check_known(keys[-1], config, path)
+    path, default = f"{path}.{keys[-1]}", config[keys[-1]]
+    if isinstance(default, ConfigDict):
+        raise ValueError(f"{path}={text} is a group of keys; set one, e.g. --{path}.KEY=...")
+    config[keys[-1]] = _parse(path, text, default)
+
+
+def _parse(path, text, default):
+    if isinstance(default, str):
+        return text
+    try:
+        if isinstance(default, float):
+            value = float(text)
+        else:
+            value = ast.literal_eval(text.capitalize() if isinstance(default, bool) else text)
+    except (ValueError, SyntaxError):
+        value = text
+    if type(value) is not type(default):
+        raise ValueError(_wrong_type(path, value, default))
+    return value
 
 
 def _get(config, path):

@@ -41,8 +41,8 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
         data = len(devices) // fsdp
     if data * fsdp != len(devices) or fsdp < 1:
         raise ValueError(
-            f"mesh.data={data} x mesh.fsdp={fsdp} is not the number of devices, {len(devices)}; "
-            f"use mesh.data=-1 and a mesh.fsdp that divides {len(devices)}."
+            f"config.mesh.data={data} x config.mesh.fsdp={fsdp} is not the number of devices, "
+            f"{len(devices)}; use config.mesh.data=-1 and a config.mesh.fsdp that divides it."
         )
     types = (AxisType.Auto, AxisType.Auto)
     slices = len({getattr(device, "slice_index", 0) for device in devices})

@@ -51,8 +51,10 @@ def train_and_evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str,
     """
     config_lib.validate(config, num_devices=jax.device_count(), num_processes=jax.process_count())
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp)
-    source = sources.open_source(config.data.source)
-    evaluators = evals_lib.make_evaluators(config.eval.evaluators.to_dict())
+    with _naming("config.data.source"):
+        source = sources.open_source(config.data.source)
+    with _naming("config.eval.evaluators"):
+        evaluators = evals_lib.make_evaluators(config.eval.evaluators.to_dict())
     tokenizer, preprocessing = workdir.open_for_training(path, config, source, log=_log)
 
     model = dual_encoder.make_model(
@@ -86,6 +88,7 @@ def train_and_evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str,
     else:
         state, data = checkpoints.restore(resume_step, abstract, {"dropped": dropped})
         dropped = np.array(data["dropped"])
+    workdir.write_config(path, config)
     _welcome(config, path, mesh, source, abstract, resume_step)
 
     with contextlib.ExitStack() as stack:
@@ -134,8 +137,12 @@ class _Run:
         step = int(state.step)
         if step and self._evaluation_due(step):
             self._evaluate(step, state)  # the run was stopped before it
-        pending, batch = None, None
-        while step < last and not stop.requested:
+        elif step == last and self.results:
+            _log(evals_lib.format_table(self.results))
+        if step == last:
+            _log(f"step {step}: this run is complete; a larger config.train.steps continues it.")
+        pending, batch, stopping = None, None, ""
+        while step < last and not stopping:
             arrays, host_batch, wait_s = batch or self._next(batches)
             state, step_metrics = step_fn(state, arrays)
             step += 1
@@ -146,8 +153,10 @@ class _Run:
                 self._report(*pending)
             pending = (step, step_metrics, host_batch, wait_s)
 
-            saves = step == last or step % config.checkpoint.every_steps == 0 or stop.requested
-            evaluates = self._evaluation_due(step) and not stop.requested
+            # Read once: a signal that comes from here on stops the run after the next step.
+            stopping = stop.requested
+            saves = step == last or step % config.checkpoint.every_steps == 0 or stopping
+            evaluates = self._evaluation_due(step) and not stopping
             if saves or evaluates:
                 pending = self._report(*pending)
             if evaluates:
@@ -156,8 +165,8 @@ class _Run:
                 self._save(state)
         self.checkpoints.wait()
         self.progress.close()
-        if step < last:
-            _log(f"{stop.requested}: saved step {step}; run the same command to continue.")
+        if stopping:
+            _log(f"{stopping}: saved step {step}; run the same command to continue.")
         return self.results
 
     def _evaluation_due(self, step) -> bool:
@@ -190,12 +199,13 @@ class _Run:
 
     def _diverged(self, step, values) -> str:
         self.checkpoints.wait()
-        good = self.checkpoints.latest_step()
-        kept = f"checkpoint {good} is the last good one" if good is not None else "none was saved"
+        # The parameters of checkpoint step - 1 are those that gave this loss.
+        good = [saved for saved in self.checkpoints.steps() if saved < step - 1]
+        kept = f"checkpoint {good[-1]} is the last good one" if good else "no checkpoint before it"
         return (
             f"step {step}: loss is {values['loss']}, gradient norm {values['grad_norm']}; stopped "
-            f"({kept}). Lower config.optim.learning_rate, lengthen config.optim.warmup_steps or "
-            "set config.optim.clip_norm."
+            f"({kept}). Start another --workdir with a lower config.optim.learning_rate, more "
+            "config.optim.warmup_steps or a config.optim.clip_norm."
         )
 
     def _save(self, state) -> None:
@@ -204,7 +214,10 @@ class _Run:
 
     def _evaluate(self, step, state) -> None:
         self.encoder.variables = state.variables()
-        self.results = evals_lib.run_evaluators(self.evaluators, self.encoder)
+        try:
+            self.results = evals_lib.run_evaluators(self.evaluators, self.encoder)
+        except ValueError as error:  # the input was checked before: now it is the run that failed
+            raise RuntimeError(f"step {step}: {error}") from error
         self.evaluated.add(step)
         if self.results:
             self.writer.write(step, {f"eval/{key}": v for key, v in self.results.items()})
@@ -223,6 +236,15 @@ class _Run:
                 )
         plots.write_plots(self.path, chance_loss=2 * math.log(self.config.train.batch_size))
         self.progress.restart()
+
+
+@contextlib.contextmanager
+def _naming(path: str):
+    """Puts the config path in front of the ValueErrors of code that does not know it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 class _stop_signals:

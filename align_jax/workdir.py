@@ -5,6 +5,7 @@ tokenizer/           Hugging Face tokenizer files
 preprocessing.json   image size, resize, tokens, and the tokenizer's fingerprint
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -57,7 +58,9 @@ class Preprocessing:
 def open_for_training(
     workdir: str | os.PathLike, config: ConfigDict, source: PairSource, *, log=print
 ) -> tuple[tokenizer_lib.WordPieceTokenizer, Preprocessing]:
-    """Returns (tokenizer, preprocessing) of a new or continued run; writes a new run's files.
+    """Returns (tokenizer, preprocessing) of a new or continued run.
+
+    Writes a new run's tokenizer and preprocessing; `write_config` then makes it a workdir.
 
     Args:
       workdir: folder of the run.
@@ -69,6 +72,8 @@ def open_for_training(
       ValueError: the workdir belongs to a run with another config, tokenizer or preprocessing.
     """
     workdir = Path(workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir {workdir} is a file; name a folder.")
     if (workdir / "config.json").exists():
         _check_same_run(workdir, config)
         tokenizer, preprocessing = load(workdir)
@@ -80,6 +85,11 @@ def open_for_training(
                     f"{given.fingerprint()}, but the run in {workdir} uses "
                     f"{tokenizer.fingerprint()}; use that one or another --workdir."
                 )
+    elif any((workdir / "checkpoints").glob("[0-9]*")):
+        raise ValueError(
+            f"{workdir} holds checkpoints but no config.json; put that file back or use another "
+            "--workdir."
+        )
     else:
         if config.data.tokenizer:
             tokenizer = tokenizer_lib.load_tokenizer(config.data.tokenizer)
@@ -92,8 +102,15 @@ def open_for_training(
         workdir.mkdir(parents=True, exist_ok=True)
         tokenizer.save(workdir / "tokenizer")
         _write(workdir / "preprocessing.json", json.dumps(dataclasses.asdict(preprocessing)))
-    _write(workdir / "config.json", config_lib.to_json(config))
     return tokenizer, preprocessing
+
+
+def write_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
+    """Writes config.json: from now on the folder is that of a run with this config.
+
+    Call it when nothing can be wrong with the config any more: a mistake is not to be remembered.
+    """
+    _write(Path(workdir) / "config.json", config_lib.to_json(config))
 
 
 def load(
@@ -102,21 +119,24 @@ def load(
     """Returns (tokenizer, preprocessing) of an existing workdir.
 
     Raises:
-      ValueError: files are missing, or the tokenizer is not the one the run was trained with.
+      ValueError: files are missing or damaged, or they do not belong to the same run.
     """
     workdir = Path(workdir)
-    for name in ("config.json", "preprocessing.json"):
-        if not (workdir / name).is_file():
-            raise ValueError(
-                f"{workdir} is no workdir: {name} is missing; name a folder of `align train`."
-            )
-    preprocessing = Preprocessing(**json.loads((workdir / "preprocessing.json").read_text()))
+    config = load_config(workdir)
     tokenizer = tokenizer_lib.load_tokenizer(workdir / "tokenizer")
+    preprocessing = _read_preprocessing(workdir / "preprocessing.json")
     if tokenizer.fingerprint() != preprocessing.tokenizer_fingerprint:
         raise ValueError(
             f"{workdir / 'tokenizer'} has fingerprint {tokenizer.fingerprint()}, but the run was "
             f"trained with {preprocessing.tokenizer_fingerprint}; put that tokenizer back."
         )
+    for name, value in dataclasses.asdict(_describe(config, tokenizer)).items():
+        before = getattr(preprocessing, name)
+        if value != before:
+            raise ValueError(
+                f"{workdir} contradicts itself: {name} is {before!r} by preprocessing.json, "
+                f"{value!r} by config.json and tokenizer; put the run's own files back."
+            )
     return tokenizer, preprocessing
 
 
@@ -124,20 +144,31 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict:
     """Returns the config of an existing workdir.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or it is damaged.
     """
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise ValueError(
             f"{workdir} is no workdir: config.json is missing; name a folder of `align train`."
         )
-    return config_lib.from_json(path.read_text())
+    try:
+        return config_lib.from_json(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
 
 
 def captions(source: PairSource):
-    """Yields every caption of a source, in order."""
+    """Yields every caption of a source, in order; records that cannot be read are passed over."""
     for index in range(len(source)):
-        yield from source[index].captions
+        with contextlib.suppress(OSError):
+            yield from source.captions(index)
+
+
+def _read_preprocessing(path):
+    try:
+        return Preprocessing(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:  # no file, not JSON, other keys
+        raise ValueError(f"{path} cannot be used: {error}") from error
 
 
 def _describe(config, tokenizer):

@@ -41,10 +41,10 @@ def get_config():
     c.loss.temperature_init = 0.07
     c.loss.mask_duplicates = "both"
 
-    c.train.batch_size = 192
-    c.train.steps = 1600
+    c.train.batch_size = 256
+    c.train.steps = 700
     c.checkpoint.every_steps = 100
-    c.eval.every_steps = 400
+    c.eval.every_steps = 100
     c.log.every_steps = 10
     c.eval.evaluators.dev = {"type": "retrieval", "source": "data/flickr8k?split=dev"}
     return c

@@ -29,19 +29,19 @@ def get_config():
     c.data.vocab_size = 512
 
     c.optim.name = "adamw"
-    c.optim.learning_rate = 3e-3
+    c.optim.learning_rate = 4e-3
     c.optim.b2 = 0.98
-    c.optim.warmup_steps = 100
+    c.optim.warmup_steps = 60
     c.optim.schedule = "cosine"
     c.optim.weight_decay = 1e-4
     c.optim.temperature = "log"
     c.loss.temperature_init = 0.07
-    c.loss.label_smoothing = 0.0  # 900 steps: all weight on telling near pairs apart
+    c.loss.label_smoothing = 0.0  # 1050 steps: all weight on telling near pairs apart
 
     c.train.batch_size = 64
-    c.train.steps = 900
-    c.checkpoint.every_steps = 300
-    c.eval.every_steps = 300
+    c.train.steps = 1050
+    c.checkpoint.every_steps = 350
+    c.eval.every_steps = 350
     c.log.every_steps = 10
     c.eval.evaluators.scenes = {"type": "retrieval", "source": "scenes?size=512&seed=1000003"}
     prompts = {

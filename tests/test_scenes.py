@@ -120,7 +120,7 @@ def test_first_captions_are_nearly_complete_and_tell_512_scenes_apart():
         # Shape, colour, size of each object and the tone; places are checked by pixels below.
         words = sum(len(names_in(caption, names)) for names in (SHAPES, COLOURS, SIZES, TONES))
         complete += words == 3 * len(scene.objects) + 1
-    assert len(facts) >= 495  # about 9,000 scenes of one object, many more of two
+    assert len(facts) >= 470  # 2,000 scenes of one object, many more of two
     assert complete > 0.8 * 512  # expected 0.95 (background) * 0.95 to 0.95**2 (sizes)
 
 
@@ -214,7 +214,7 @@ def test_labelled_scenes_are_balanced_and_show_their_class(attribute, classes):
     source = LabelledScenes(200, seed=1, attribute=attribute)
     assert source.classes == classes
     items = [source[index] for index in range(200)]
-    assert np.bincount([item.label for item in items]).tolist() == [20] * 10
+    assert np.ptp(np.bincount([item.label for item in items], minlength=len(classes))) <= 1
     assert len({item.image.tobytes() for item in items}) == 200
     if attribute == "colour":
         for item in items:

@@ -13,7 +13,6 @@ _SYNONYMS = {
     "square": ("square", "box"),
     "ring": ("ring", "donut"),
     "cross": ("cross", "plus sign"),
-    "diamond": ("diamond", "rhombus"),
     "crescent": ("crescent", "moon"),
     "rectangle": ("rectangle", "bar"),
     "plain": ("plain {} background", "{} background", "solid {} background"),

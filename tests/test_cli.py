@@ -1,0 +1,509 @@
+"""cli.py: what a user who makes a mistake is told, and what each verb does when there is none."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import (
+    CONFIG,
+    StubStep,
+    align_command,
+    environment,
+    make_pairs,
+    read_lines,
+    snapshot,
+    write_table,
+)
+from transformers import AutoTokenizer
+
+from align_jax import cli, config, train, workdir
+from align_jax.data import sources, tokenizer
+
+TRAIN = ("train", "--config", "config.py", "--workdir", "run")
+EVAL = ("eval", "--workdir", "run", "--retrieval", "data?split=train")
+MORE_CAPTIONS = [{"image": "0.jpg", "captions": ["zebras graze", "zebras graze again"]}]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A folder with packed pairs, two vocabularies, a config and a workdir of 10 (stub) steps."""
+    folder = tmp_path_factory.mktemp("project")
+    make_pairs(folder, count=12)
+    (folder / "config.py").write_text(CONFIG.replace("c.train.steps = 40", "c.train.steps = 10"))
+    write_table(folder / "other.jsonl", MORE_CAPTIONS)
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+        StubStep().patch(patch)
+        for arguments in (
+            ("pack", "captions.jsonl?images=images", "--out", "data"),
+            ("vocab", "data", "--out", "tokenizer", "--size", "200"),
+            ("vocab", "other.jsonl?images=images", "--out", "other", "--size", "200"),
+            ("train", "--config", "config.py:plain", "--workdir", "run"),
+        ):
+            assert cli.main(arguments) == 0
+    return folder
+
+
+@pytest.fixture
+def inside(project, monkeypatch):
+    """The same folder as current directory; nothing may get as far as a train step."""
+
+    def train_step(state, batch):
+        raise AssertionError("bad input came as far as the compiler")
+
+    monkeypatch.setattr(train.train_step, "compile_train_step", lambda *args: train_step)
+    monkeypatch.chdir(project)
+    return project
+
+
+def error_of(capfd, *arguments):
+    """Runs `align`; returns its only line of error, asserting that it left all files alone."""
+    before = snapshot(".")
+    capfd.readouterr()
+    code = cli.main([str(argument) for argument in arguments])
+    printed = capfd.readouterr()
+    assert snapshot(".") == before
+    assert code == 2, printed.err
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("align: ")
+    return line.removeprefix("align: ")
+
+
+def changed_config(change):
+    with open("config.py") as file:
+        text = file.read()
+    with open("changed.py", "w") as file:
+        file.write(text.replace("    return c\n", f"    {change}\n    return c\n"))
+    line = text.splitlines().index("    return c") + 1
+    return ("train", "--config", "changed.py", "--workdir", "new"), line
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "--config.trian.steps=3",
+            "Unknown key config.trian. Did you mean 'train'? Known: checkpoint, data, eval, log, "
+            "loss, mesh, model, optim, train.",
+        ),
+        (
+            "--config.train.stepz=3",
+            "Unknown key config.train.stepz. Did you mean 'steps'? Known: batch_size, seed, steps.",
+        ),
+        ("--config.train.steps=ten", "config.train.steps='ten' must be an integer."),
+        ("--config.train.steps=1.5", "config.train.steps=1.5 must be an integer."),
+        ("--config.optim.eps=tiny", "config.optim.eps='tiny' must be a number."),
+        ("--config.data.flip=maybe", "config.data.flip='maybe' must be true or false."),
+        (
+            "--config.optim.no_decay=bias",
+            "config.optim.no_decay='bias' must be a tuple, e.g. \"('_bn/',)\".",
+        ),
+        (
+            "--config.optim.no_decay=('(',)",
+            "config.optim.no_decay holds '(', no regular expression: missing ), unterminated "
+            "subpattern at position 0.",
+        ),
+        (
+            "--config.train=3",
+            "config.train=3 is a group of keys; set one, e.g. --config.train.KEY=...",
+        ),
+        (
+            "--train.steps=3",
+            "Unrecognised argument '--train.steps=3'; overrides look like "
+            "--config.train.steps=200.",
+        ),
+        (
+            "--config.model.image.variant=nanno",
+            "config.model.image.variant='nanno' is unknown. Did you mean 'nano'? Known: pico, "
+            "nano, b0, b1, b2, b3, b4, b5, b6, b7, b8, l2.",
+        ),
+        (
+            "--config.train.batch_size=12",
+            "config.train.batch_size=12 is not divisible by 8 devices; use 8 or 16.",
+        ),
+        (
+            "--config.model.bn_group_size=3",
+            "config.model.bn_group_size=3 does not divide config.train.batch_size=8; choose one "
+            "of [2, 4, 8].",
+        ),
+        ("--config.train.seed=4294967296", "config.train.seed=4294967296 must be below 2**32."),
+        ("--config.optim.eps=nan", "config.optim.eps=nan must be positive and finite."),
+        (
+            "--config.data.source=nowhere?split=train",
+            "config.data.source: nowhere does not exist; accepted: ",
+        ),
+        (
+            "--config.data.source=data?split=dev",
+            "config.data.source: data?split=dev: split 'dev' is not in data; it has train.",
+        ),
+        (
+            "--config.data.tokenizer=nowhere",
+            "No tokenizer at nowhere (config.data.tokenizer): looked for ",
+        ),
+        (
+            "--config.eval.evaluators.own.source=nowhere",
+            "config.eval.evaluators: Evaluator 'own': nowhere does not exist; accepted: ",
+        ),
+        (
+            "--config.eval.evaluators.own.type=retreival",
+            "config.eval.evaluators: Unknown evaluator 'retreival'. Did you mean 'retrieval'? ",
+        ),
+    ],
+)
+def test_wrong_override_is_one_line_and_makes_no_workdir(inside, capfd, override, message):
+    command = ("train", "--config", "config.py", "--workdir", "new", override)
+    assert error_of(capfd, *command).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("c.trian = 3", "Unknown key config.trian. Did you mean 'train'? Known: "),
+        ("c.train.stepz = 3", "Unknown key config.train.stepz. Did you mean 'steps'? Known: "),
+        ("c.train.steps = None", "config.train.steps=None must be an integer."),
+        ("c.eval.evaluators.x = 'a'", "config.eval.evaluators.x='a' must be a group of keys."),
+        ("c.trian.steps = 3", "--config changed.py:{line}: AttributeError: 'trian' Did you mean "),
+        ("c.train.steps = 'ten'", "--config changed.py:{line}: TypeError: Could not override "),
+        ("c.train.steps = stepz", "--config changed.py:{line}: NameError: name 'stepz' is not "),
+        ("c.train.steps = = 3", "--config changed.py:{line}: SyntaxError: invalid syntax"),
+        ("return None", "--config changed.py must define get_config() that returns a ConfigDict"),
+    ],
+)
+def test_wrong_experiment_file_is_one_line_that_names_the_place(inside, capfd, change, message):
+    command, line = changed_config(change)
+    assert error_of(capfd, *command).startswith(message.format(line=line))
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("nowhere.py", "--config nowhere.py cannot be read: No such file or directory."),
+        ("images", "--config images cannot be read: Is a directory."),
+    ],
+)
+def test_missing_experiment_file_is_one_line(inside, capfd, file, message):
+    command = ("train", "--config", file, "--workdir", "new")
+    assert error_of(capfd, *command) == message
+
+
+def test_workdir_that_is_a_file_is_one_line(inside, capfd):
+    command = ("train", "--config", "config.py", "--workdir", "config.py")
+    assert error_of(capfd, *command) == "--workdir config.py is a file; name a folder."
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "--config.model.image.variant=nano",
+            "config.model.image.variant='nano', but the run in run was started with 'pico'; ",
+        ),
+        ("--config.train.seed=1", "config.train.seed=1, but the run in run was started with 0; "),
+        ("--config.train.steps=9", "config.train.steps=9, but the run in run was started with 10"),
+    ],
+)
+def test_resume_with_another_config_names_both_values(inside, capfd, override, message):
+    assert error_of(capfd, *TRAIN, override).startswith(message)
+
+
+def test_resume_with_another_tokenizer_names_both_fingerprints(inside, capfd):
+    own, other = (
+        tokenizer.load_tokenizer(folder).fingerprint() for folder in ("tokenizer", "other")
+    )
+    assert error_of(capfd, *TRAIN, "--config.data.tokenizer=other") == (
+        f"config.data.tokenizer=other has fingerprint {other}, but the run in run uses {own}; use "
+        "that one or another --workdir."
+    )
+
+
+@contextlib.contextmanager
+def replaced(path, content):
+    with open(path, "rb") as file:
+        original = file.read()
+    try:
+        with open(path, "w") as file:
+            file.write(content)
+        yield
+    finally:
+        with open(path, "wb") as file:
+            file.write(original)
+
+
+@pytest.mark.parametrize("command", [TRAIN, EVAL], ids=["train", "eval"])
+def test_replaced_tokenizer_in_the_workdir_names_both_fingerprints(inside, capfd, command):
+    own, other = (
+        tokenizer.load_tokenizer(folder).fingerprint() for folder in ("tokenizer", "other")
+    )
+    with open("other/tokenizer.json") as file:
+        content = file.read()
+    with replaced("run/tokenizer/tokenizer.json", content):
+        assert error_of(capfd, *command) == (
+            f"run/tokenizer has fingerprint {other}, but the run was trained with {own}; put that "
+            "tokenizer back."
+        )
+
+
+@pytest.mark.parametrize("command", [TRAIN, EVAL], ids=["train", "eval"])
+def test_preprocessing_that_is_not_of_the_run_names_both_values(inside, capfd, command):
+    with open("run/preprocessing.json") as file:
+        content = json.load(file) | {"image_size": 64}
+    with replaced("run/preprocessing.json", json.dumps(content)):
+        assert error_of(capfd, *command).startswith(
+            "run contradicts itself: image_size is 64 by preprocessing.json, 32 by config.json"
+        )
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_checkpoint_of_another_size_names_a_tensor_and_both_shapes(inside, capfd, command):
+    edited = workdir.load_config("run")
+    edited.model.embed_dim = 64
+    arguments = {
+        "train": (*TRAIN, "--config.model.embed_dim=64"),
+        "eval": EVAL,
+    }
+    with replaced("run/config.json", config.to_json(edited)):
+        message = error_of(capfd, *arguments[command])
+    assert "checkpoints, step 10, does not fit the model: " in message
+    assert "params/image_projection/bias is (32,), the model expects (64,)" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "{", "run/config.json cannot be used: Expecting property name "),
+        ("config.json", "[]", "run/config.json cannot be used: it holds no groups of keys."),
+        ("preprocessing.json", "{}", "run/preprocessing.json cannot be used: "),
+    ],
+)
+def test_damaged_file_of_the_workdir_is_named(inside, capfd, name, content, message):
+    with replaced(f"run/{name}", content):
+        assert error_of(capfd, *EVAL).startswith(message)
+
+
+def test_lost_config_of_a_run_is_one_line(inside, capfd):
+    os.rename("run/config.json", "set_aside.json")
+    try:
+        message = error_of(capfd, *TRAIN)
+    finally:
+        os.rename("set_aside.json", "run/config.json")
+    assert message.startswith("run holds checkpoints but no config.json; put that file back or ")
+
+
+def test_damaged_checkpoint_is_named_with_a_way_out(inside, capfd):
+    os.rename("run/checkpoints/10/training", "run/set_aside")
+    try:
+        message = error_of(capfd, *TRAIN)
+    finally:
+        os.rename("run/set_aside", "run/checkpoints/10/training")
+    assert message.endswith(
+        "run/checkpoints/10 is damaged: its 'training' cannot be read. Remove that folder to use "
+        "the checkpoint before it."
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--workdir", "images"),
+            "images is no workdir: config.json is missing; name a folder of ",
+        ),
+        (("--workdir", "nowhere"), "nowhere is no workdir: config.json is missing; name a folder "),
+        (
+            ("--workdir", "run", "--retrieval", "data", "--step", "7"),
+            "run has no checkpoint of step 7; it has [8, 10].",
+        ),
+        (
+            ("--workdir", "run", "--retrieval", "nowhere"),
+            "Evaluator 'retrieval': nowhere does not exist; accepted: ",
+        ),
+        (
+            ("--workdir", "run", "--zeroshot", "scenes?size=4&label=shap"),
+            "Evaluator 'zeroshot': label=shap of scenes is unknown; use ",
+        ),
+        (
+            (
+                *("--workdir", "run", "--zeroshot", "scenes?size=4&label=shape"),
+                *("--template", "a shape"),
+            ),
+            "Evaluator 'zeroshot': Template 'a shape' has no {} to put the class name at.",
+        ),
+        (
+            ("--workdir", "run", "--template", "a {}"),
+            "--template is of no use without --zeroshot SOURCE.",
+        ),
+    ],
+)
+def test_wrong_eval_arguments_are_one_line(inside, capfd, arguments, message):
+    assert error_of(capfd, "eval", *arguments).startswith(message)
+
+
+def test_eval_of_a_workdir_without_evaluators_says_what_to_give(inside, capfd):
+    assert error_of(capfd, "eval", "--workdir", "run") == (
+        "the config of run has no evaluators; give --retrieval or --zeroshot."
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("pack", "nowhere", "--out", "new"), "nowhere does not exist; accepted: "),
+        (("pack", "captions.jsonl", "--out", "new"), "captions.jsonl does not say where its "),
+        (
+            ("pack", "captions.jsonl?images=images", "--out", "config.py"),
+            "{here}/config.py is a file; name a folder.",
+        ),
+        (
+            ("pack", "captions.jsonl?images=images", "--out", "data"),
+            "{here}/data already has a split 'train'; choose another split or folder.",
+        ),
+        (("vocab", "nowhere", "--out", "new"), "nowhere does not exist; accepted: "),
+        (("vocab", "data", "--out", "new", "--size", "10"), "config.data.vocab_size=10 is too "),
+        (("vocab", "data", "--out", "config.py"), "config.py: File exists."),
+    ],
+)
+def test_wrong_pack_and_vocab_arguments_are_one_line(inside, capfd, arguments, message):
+    assert error_of(capfd, *arguments).startswith(message.format(here=os.getcwd()))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("trian",),
+        ("train", "--config", "config.py"),
+        ("train", "--workdir", "new"),
+        ("eval",),
+        ("eval", "--workdir", "run", "--step", "x"),
+        ("eval", "--workdir", "run", "--config.eval.batch_size=3"),
+        ("pack", "captions.jsonl?images=images"),
+        ("vocab", "data", "--out", "new", "--size", "many"),
+    ],
+)
+def test_wrong_arguments_exit_with_2(inside, capfd, arguments):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(arguments)
+    assert exit_info.value.code == 2
+    assert "error: " in capfd.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("verb", ["train", "eval", "pack", "vocab"])
+def test_help_of_each_verb_shows_one_example(capfd, verb):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main([verb, "--help"])
+    assert exit_info.value.code == 0
+    assert capfd.readouterr().out.count(f"example: align {verb} ") == 1
+
+
+def test_config_error_in_a_process_of_its_own_is_fast_and_has_no_traceback(project):
+    start_s = time.monotonic()
+    done = subprocess.run(
+        align_command(*TRAIN, "--config.trian.steps=3"),
+        cwd=project,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert time.monotonic() - start_s < 15
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("align: Unknown key config.trian.")
+    assert done.stderr.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(inside):
+    with pytest.raises(ValueError, match="Unknown key config.trian"):
+        cli.main([*TRAIN, "--debug", "--config.trian.steps=3"])
+
+
+def test_overrides_are_read_as_the_type_of_their_key(inside):
+    loaded = config.load_config(
+        "config.py:plain",
+        [
+            "--config.train.steps=1_000",
+            "--config.optim.learning_rate=1",
+            "--config.data.flip=false",
+            "--config.data.source=a=b?c=d",
+            "--config.optim.no_decay=('a', 'b')",
+        ],
+    )
+    assert loaded.train.steps == 1000 and type(loaded.train.steps) is int
+    assert loaded.optim.learning_rate == 1.0 and type(loaded.optim.learning_rate) is float
+    assert loaded.data.flip is False
+    assert loaded.data.source == "a=b?c=d"
+    assert loaded.optim.no_decay == ("a", "b")
+    assert len(loaded.eval.evaluators) == 0  # get_config("plain")
+
+
+def test_experiment_files_may_start_from_one_another(inside, tmp_path):
+    (tmp_path / "family").mkdir()
+    (tmp_path / "family" / "base.py").write_text(CONFIG)
+    (tmp_path / "family" / "child.py").write_text(
+        "from family.base import get_config as base\n\n\n"
+        "def get_config():\n    c = base()\n    c.train.steps = 7\n    return c\n"
+    )
+    loaded = config.load_config(str(tmp_path / "family" / "child.py"))
+    assert loaded.train.steps == 7 and loaded.model.text.variant == "tiny"
+
+
+def test_config_survives_json(inside):
+    loaded = config.load_config("config.py")
+    assert config.from_json(config.to_json(loaded)).to_dict() == loaded.to_dict()
+
+
+def test_pack_prints_its_report_and_drops_what_cannot_be_used(inside, tmp_path, capfd):
+    with open("captions.jsonl") as file:
+        rows = [json.loads(line) for line in file]
+    rows[2]["captions"] = [" "]
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff broken")
+    rows.append({"image": "broken.jpg", "captions": ["broken"]})
+    write_table(tmp_path / "captions.jsonl", rows)
+    spec = f"{tmp_path}/captions.jsonl?images=images,{tmp_path}"
+    assert cli.main(["pack", spec, "--out", str(tmp_path / "out"), "--split", "dev"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert report["records_written"] == 11
+    assert report["skipped"] == {"caption_empty": 1, "image_truncated": 1}
+    packed = sources.open_source(f"{tmp_path / 'out'}?split=dev")
+    assert len(packed) == 11 and packed[0].captions == tuple(rows[0]["captions"])
+
+
+def test_vocab_writes_a_tokenizer_that_hugging_face_reads(inside, tmp_path, capfd):
+    assert cli.main(["vocab", "data", "--out", str(tmp_path), "--size", "200"]) == 0
+    ours = tokenizer.load_tokenizer(tmp_path)
+    assert capfd.readouterr().out == (
+        f"wrote {ours.vocab_size} wordpieces to {tmp_path} ({ours.fingerprint()})\n"
+    )
+    ids, mask = ours.encode(["a red square"], 8)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)("a red square")["input_ids"]
+    assert ids[0][mask[0] == 1].tolist() == theirs
+    assert "square" in ours.tokens
+
+
+def test_interrupted_start_leaves_a_workdir_that_the_same_command_continues(
+    inside, monkeypatch, capfd
+):
+    def crash_at_3(step):
+        if step == 3:
+            raise RuntimeError("crash")
+
+    command = ("train", "--config", "config.py:plain", "--workdir", "early")
+    StubStep(act=crash_at_3).patch(monkeypatch)
+    assert cli.main(command) == 1
+    StubStep().patch(monkeypatch)
+    assert cli.main(command) == 0
+    assert "starting early" in capfd.readouterr().err
+    lines = read_lines(inside / "early" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 11))
+
+
+def test_module_runs_as_a_program(project):
+    done = subprocess.run(
+        [sys.executable, "-m", "align_jax.cli", "--version"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout.strip().count(".") >= 1
