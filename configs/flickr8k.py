@@ -20,20 +20,20 @@ def get_config():
     c.model.embed_dim = 256
     c.model.dtype = "float32"
     c.model.bn_decay = 0.95
-    c.model.bn_group_size = 64  # the last maps of a 96-px image are 3 x 3
+    c.model.bn_group_size = 64  # the last maps of a 64-px image are 2 x 2
 
     c.data.source = "data/flickr8k?split=train"
-    c.data.image_size = 96
-    c.data.resize_size = 112
+    c.data.image_size = 64
+    c.data.resize_size = 72
     c.data.resize = "pil"
     c.data.max_tokens = 24
     c.data.vocab_size = 4096
 
     c.optim.name = "adamw"
-    c.optim.learning_rate = 2e-3
+    c.optim.learning_rate = 3e-3
     c.optim.text_lr_multiplier = 0.5
     c.optim.b2 = 0.98
-    c.optim.warmup_steps = 150
+    c.optim.warmup_steps = 60
     c.optim.schedule = "cosine"
     c.optim.weight_decay = 0.1
     c.optim.no_decay = ("_bn/", "_norm/", "bias$")
@@ -42,7 +42,7 @@ def get_config():
     c.loss.mask_duplicates = "both"
 
     c.train.batch_size = 256
-    c.train.steps = 700
+    c.train.steps = 1000
     c.checkpoint.every_steps = 100
     c.eval.every_steps = 100
     c.log.every_steps = 10

@@ -29,9 +29,9 @@ def get_config():
     c.data.vocab_size = 512
 
     c.optim.name = "adamw"
-    c.optim.learning_rate = 4e-3
+    c.optim.learning_rate = 3e-3
     c.optim.b2 = 0.98
-    c.optim.warmup_steps = 60
+    c.optim.warmup_steps = 100
     c.optim.schedule = "cosine"
     c.optim.weight_decay = 1e-4
     c.optim.temperature = "log"

@@ -62,7 +62,7 @@ POSITIONS = {
     "bottom right": (0.74, 0.74),
 }
 
-_SINGLE = 0.65  # share of scenes with one object
+_SINGLE = 0.5  # share of scenes with one object
 _MIN_IMAGE_SIZE_PX = 16
 _MIN_CONTRAST = 110  # Euclidean distance in RGB between an object and its background
 _SUPERSAMPLING = 4
