@@ -37,7 +37,6 @@ setup(
     extras_require={
         "test": [
             "pytest>=8",
-            "pytest-xdist",
             "ruff>=0.14",
             "scipy",
             "torch==2.13.0",

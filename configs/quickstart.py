@@ -36,12 +36,12 @@ def get_config():
     c.optim.weight_decay = 1e-4
     c.optim.temperature = "log"
     c.loss.temperature_init = 0.07
-    c.loss.label_smoothing = 0.0  # 1050 steps: all weight on telling near pairs apart
+    c.loss.label_smoothing = 0.0  # 800 steps: all weight on telling near pairs apart
 
     c.train.batch_size = 64
-    c.train.steps = 1050
-    c.checkpoint.every_steps = 350
-    c.eval.every_steps = 350
+    c.train.steps = 800
+    c.checkpoint.every_steps = 200
+    c.eval.every_steps = 200
     c.log.every_steps = 10
     c.eval.evaluators.scenes = {"type": "retrieval", "source": "scenes?size=512&seed=1000003"}
     prompts = {
