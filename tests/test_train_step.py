@@ -1,5 +1,6 @@
 """The sharded train step: the same numbers on every mesh, with everything random switched on."""
 
+import functools
 from unittest import mock
 
 import jax
@@ -35,12 +36,14 @@ def make_batches():
     ]
 
 
-def run(data, fsdp, *, form="sharded", changes=None, steps=STEPS):
+@functools.cache
+def run(data, fsdp, *, changes=(), steps=STEPS):
+    """(losses, final state, abstract state) of a run; kept, since compiling takes longest."""
     c = config.default_config()
     c.model.image.variant, c.model.text.variant, c.model.embed_dim = "pico", "tiny", 64
     c.model.dtype, c.model.bn_group_size = "float32", 4
     c.optim.learning_rate, c.optim.warmup_steps = 1e-3, 2
-    c.update_from_flattened_dict(changes or {})
+    c.update_from_flattened_dict(dict(changes))
     assert c.model.image.drop_path_rate > 0 and c.model.text.dropout_rate > 0
     if data * fsdp == 1:
         axes = (mesh.DATA, mesh.FSDP)
@@ -52,7 +55,7 @@ def run(data, fsdp, *, form="sharded", changes=None, steps=STEPS):
     optimizer = optim.make_optimizer(c.optim, schedule)
     with mock.patch.object(mesh, "FSDP_MIN_ELEMENTS", 256):  # so that small tensors are split too
         abstract = state.abstract_state(model, optimizer, m)
-    loss_fn = losses.make_loss(form, m, label_smoothing=0.1)
+    loss_fn = losses.make_loss("sharded", m, label_smoothing=0.1)
     step_fn = train_step.compile_train_step(
         train_step.make_train_step(
             model,
@@ -72,7 +75,7 @@ def run(data, fsdp, *, form="sharded", changes=None, steps=STEPS):
     for batch in make_batches()[:steps]:
         s, metrics = step_fn(s, mesh.put_batch(batch, mesh.batch_sharding(m)))
         history.append(float(metrics["loss"]))
-    assert step_fn._cache_size() == 1  # compiled once
+    assert step_fn._cache_size() == min(1, steps)  # compiled once
     return history, s, abstract
 
 
@@ -117,7 +120,7 @@ def test_parameters_called_zero_gradient_really_are(one_device):
 
 
 def test_state_is_born_sharded_and_stays_so():
-    _, s, abstract = run(2, 4, steps=1)
+    _, s, abstract = run(2, 4)
     kernels = 0
     for leaf, want in zip(jax.tree.leaves(s), jax.tree.leaves(abstract), strict=True):
         assert leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim)
@@ -125,14 +128,9 @@ def test_state_is_born_sharded_and_stays_so():
     assert kernels > 50  # parameters and both moments
 
 
-def test_dense_and_sharded_forms_give_the_same_steps(one_device):
-    np.testing.assert_allclose(run(8, 1, form="dense")[0], one_device[0], rtol=1e-5)
-
-
 def test_locked_image_tower_does_not_move():
-    changes = {"model.bn_mode": "frozen", "optim.image_lr_multiplier": 0.0}
+    changes = (("model.bn_mode", "frozen"), ("optim.image_lr_multiplier", 0.0))
     _, before, _ = run(1, 1, changes=changes, steps=0)
-    before = jax.device_get(before)
     _, after, _ = run(1, 1, changes=changes, steps=3)
     jax.tree.map(np.testing.assert_array_equal, before.params["image"], after.params["image"])
     jax.tree.map(np.testing.assert_array_equal, before.batch_stats, after.batch_stats)
