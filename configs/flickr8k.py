@@ -4,8 +4,9 @@ align pack 'captions.jsonl?images=train.zip' --out data/flickr8k --split train
 align pack 'dev.jsonl?images=dev.zip' --out data/flickr8k --split dev
 align train --config configs/flickr8k.py --workdir runs/flickr8k
 
-Under 60 minutes on 2 CPU cores. Scores on the 1,000 dev images: README, "Results". No published
-model is trained on so little; zero-shot models trained at scale reach R@10 above 90 %.
+24 minutes on 2 busy CPU cores. R@10 on the 1,000 dev images: 8.5 % image to text, 8.9 % text to
+image (chance 1 %). Published: none for so little data; zero-shot models trained at scale reach more
+than 96 % on Flickr30K (Jia et al. 2021).
 """
 
 from align_jax.config import default_config

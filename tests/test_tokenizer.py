@@ -121,7 +121,7 @@ def test_encode_in_threads_with_other_lengths_gives_the_same_as_alone(tokenizer)
 def test_trained_vocabulary_opens_with_special_tokens_and_has_the_size_asked_for(tokenizer):
     assert tokenizer.tokens[:5] == SPECIAL_TOKENS == ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
     assert tokenizer.vocab_size == len(set(tokenizer.tokens)) == 600
-    assert {"circle", "background", "striped"} <= set(tokenizer.tokens)
+    assert {"circle", "background", "gradient"} <= set(tokenizer.tokens)
 
 
 def test_trained_vocabulary_of_few_captions_is_smaller_and_spells_all_their_words():
