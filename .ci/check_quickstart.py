@@ -13,7 +13,8 @@ FLOORS = {
     "eval/colour/top1": 80.0,
 }
 
-results = [line for line in read_metrics(f"{sys.argv[1]}/metrics.jsonl") if set(FLOORS) <= set(line)]
+lines = read_metrics(f"{sys.argv[1]}/metrics.jsonl")
+results = [line for line in lines if set(FLOORS) <= set(line)]
 if not results:
     sys.exit("no evaluation in metrics.jsonl")
 for name, floor in FLOORS.items():

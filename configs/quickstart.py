@@ -2,8 +2,8 @@
 
 align train --config configs/quickstart.py --workdir runs/quickstart
 
-About 6 minutes on 2 quiet CPU cores. On 512 unseen scenes: image to text R@1 48.6 %, zero-shot colour
-100 %, shape 48.8 %. Published score: none, the data is our own.
+About 6 minutes on 2 quiet CPU cores. On 512 unseen scenes: image to text R@1 48.6 %, zero-shot
+colour 100 %, shape 48.8 %. Published score: none, the data is our own.
 """
 
 from align_jax.config import default_config

@@ -1,0 +1,54 @@
+"""The experiment files: they load, are valid, and hold the published hyper-parameters."""
+
+from pathlib import Path
+
+import pytest
+
+from align_jax import config, trees
+from align_jax.models import dual_encoder
+
+FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+
+# batch, steps, peak rate, warm-up (align_paper, section 3), parameters of image and text side with
+# the vocabulary the config names: 100,000 wordpieces in the paper, 30,522 in COYO. By hand, from
+# hf_align_parity 6: encoder of 30,522 + 69,478 more rows of the embedding + projection.
+PUBLISHED = {
+    "align_b7_base": (16_384, 1_200_000, 1e-3, 10_000, 62_143_440, 162_742_912, 100_000),
+    "align_l2_large": (16_384, 1_200_000, 1e-3, 10_000, 467_219_796, 406_648_160, 100_000),
+    "coyo_b7_base": (65_536, 300_000, 2e-3, 40_000, 62_143_440, 109_383_808, 30_522),
+    "cc3m_b3_mini": (16_384, 100_000, 5e-3, 10_000, 10_349_736, 11_269_248, 30_522),
+}
+
+
+def load(name):
+    return config.load_config(
+        str(Path(__file__).parents[1] / "configs" / f"{name}.py"),
+        ["--config.data.source=scenes?size=10"],
+    )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_config_is_valid_and_opens_with_its_command(path):
+    config.validate(load(path.stem), num_devices=8)
+    text = path.read_text()
+    assert f"align train --config configs/{path.name}" in text
+    assert "ublished" in text
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_config_holds_the_published_recipe(name):
+    c = load(name)
+    batch, steps, rate, warmup, image, text, vocab_size = PUBLISHED[name]
+    assert (c.train.batch_size, c.train.steps) == (batch, steps)
+    assert (c.optim.learning_rate, c.optim.warmup_steps) == (rate, warmup)
+    assert (c.optim.name, c.optim.schedule, c.optim.weight_decay) == ("lamb", "linear", 1e-5)
+    assert (c.loss.label_smoothing, c.loss.temperature_init) == (0.1, 1.0)
+    assert (c.data.image_size, c.data.resize_size, c.data.max_tokens) == (289, 346, 64)
+    assert c.model.bn_group_size == 16
+    model = dual_encoder.make_model(c.model, vocab_size=vocab_size)
+    params = dual_encoder.abstract_variables(model)["params"]
+    sides = {
+        side: trees.count({k: v for k, v in params.items() if k.startswith(side)})
+        for side in ("image", "text")
+    }
+    assert sides == {"image": image, "text": text}
