@@ -1,6 +1,7 @@
-"""Fails if the quickstart in the given workdir learned much less than the README shows.
+"""Fails if the quickstart in the given workdir learned less than the README shows.
 
-The goals are 50, 90 and 90 %; these floors guard against a broken run, see the README.
+The goals are 50, 90 and 90 %. The floors leave a few points to processors that round otherwise: on
+one machine two runs give the same scores to the last digit.
 """
 
 import sys
@@ -8,9 +9,9 @@ import sys
 from align_jax.metrics import read_metrics
 
 FLOORS = {
-    "eval/scenes/image_to_text_r1": 30.0,
-    "eval/shape/top1": 30.0,
-    "eval/colour/top1": 80.0,
+    "eval/scenes/image_to_text_r1": 45.0,
+    "eval/shape/top1": 85.0,
+    "eval/colour/top1": 90.0,
 }
 
 lines = read_metrics(f"{sys.argv[1]}/metrics.jsonl")

@@ -2,11 +2,14 @@
 
 align train --config configs/quickstart.py --workdir runs/quickstart
 
-About 6 minutes on 2 quiet CPU cores. On 512 unseen scenes: image to text R@1 48.6 %, zero-shot
-colour 100 %, shape 48.8 %. Published score: none, the data is our own.
+About 5 minutes on 2 quiet CPU cores. On 512 unseen scenes: image to text R@1 52.3 %, zero-shot
+colour 100 %, shape 94.5 %. Published score: none, the data is our own.
 """
 
 from align_jax.config import default_config
+
+COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "white", "black")
+SHAPES = ("circle", "hourglass", "triangle", "star", "ring", "crescent", "rectangle")
 
 
 def get_config():
@@ -36,18 +39,19 @@ def get_config():
     c.optim.schedule = "cosine"
     c.optim.weight_decay = 1e-4
     c.optim.temperature = "log"
-    c.loss.temperature_init = 0.07
-    c.loss.label_smoothing = 0.0  # 800 steps: all weight on telling near pairs apart
+    c.loss.temperature_init = 0.03  # at 0.07 shapes, which few pairs differ in alone, come later
+    c.loss.label_smoothing = 0.0  # a short run: all weight on telling near pairs apart
 
     c.train.batch_size = 64
-    c.train.steps = 800
+    c.train.steps = 1200
     c.checkpoint.every_steps = 200
     c.eval.every_steps = 200
     c.log.every_steps = 10
     c.eval.evaluators.scenes = {"type": "retrieval", "source": "scenes?size=512&seed=1000003"}
+    # As with CLIP's and ALIGN's prompts: what a template names besides the class averages out.
     prompts = {
-        "shape": ("a red {}", "a blue {}", "a green {}", "a yellow {}"),
-        "colour": ("a {} circle", "a {} square", "a {} triangle", "a {} star"),
+        "shape": tuple(f"a {colour} {{}} in the center" for colour in COLOURS),
+        "colour": tuple(f"a {{}} {shape} in the center" for shape in SHAPES),
     }
     for label, templates in prompts.items():
         c.eval.evaluators[label] = {

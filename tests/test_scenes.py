@@ -171,7 +171,7 @@ def test_object_area_grows_with_its_size_word():
     areas = {size: [] for size in SIZES}
     for index in range(600):
         item = true_scene(index, source).objects[0]
-        if item.shape == "square":
+        if item.shape == "circle":
             areas[item.size].append(object_pixels(source[index].image, item.colour)[0])
     small, medium, large = (np.median(areas[size]) for size in ("small", "medium", "large"))
     assert 50 < small < 0.7 * medium < 0.5 * large

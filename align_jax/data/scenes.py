@@ -28,11 +28,10 @@ COLOURS = {
 }
 SHAPES = (
     "circle",
-    "square",
+    "hourglass",
     "triangle",
     "star",
     "ring",
-    "cross",
     "crescent",
     "rectangle",
 )
@@ -300,19 +299,16 @@ def _make_outlines():
     circle = np.stack([np.cos(turn), np.sin(turn)], axis=1)
     corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
     fifths = np.arange(10) * np.pi / 5
-    tips = np.where(np.arange(10) % 2, 0.42, 1)
+    tips = np.where(np.arange(10) % 2, 0.34, 1)
     star = np.stack([np.sin(fifths) * tips, -np.cos(fifths) * tips], axis=1)
-    arm = 0.32
-    quarter = np.array([[arm, -1], [arm, -arm], [1, -arm]])
-    quarters = [quarter @ np.linalg.matrix_power(np.array([[0, 1], [-1, 0]]), k) for k in range(4)]
+    hourglass = np.array([[-0.85, -1], [0.85, -1], [0.15, 0], [0.85, 1], [-0.85, 1], [-0.15, 0]])
     return {
         "circle": (0.92 * circle,),
-        "square": (0.8 * corners,),
+        "hourglass": (hourglass,),
         "triangle": (np.array([[0, -1], [0.95, 0.75], [-0.95, 0.75]]),),
         "star": (star,),
-        "ring": (circle, 0.55 * circle),
-        "cross": (np.concatenate(quarters),),
-        "crescent": (circle, 0.82 * circle + np.array([0.46, -0.1])),
+        "ring": (circle, 0.62 * circle),
+        "crescent": (circle, 0.82 * circle + np.array([0.54, -0.1])),
         "rectangle": (corners * np.array([1, 0.42]),),
     }
 
