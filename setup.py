@@ -22,6 +22,7 @@ setup(
         "array_record",
         "flax>=0.12,<0.13",
         "grain>=0.2.18,<0.3",
+        "huggingface_hub>=0.34",
         "jax>=0.10,<0.12",
         "matplotlib>=3.9",
         "ml-collections>=1.1",
@@ -36,12 +37,14 @@ setup(
     ],
     extras_require={
         "test": [
+            "pyarrow>=17",
             "pytest>=8",
             "ruff>=0.14",
             "scipy",
             "torch==2.13.0",
             "transformers>=5,<6",
         ],
+        "parquet": ["pyarrow>=17"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
     },

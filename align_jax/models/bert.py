@@ -35,16 +35,34 @@ VARIANTS: dict[str, BertSize] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What every layer of an encoder shares; see `Bert` for the meaning."""
+
+    num_heads: int
+    feed_forward_dim: int
+    activation: str
+    norm_eps: float
+    dropout_rate: float
+    attention_dropout_rate: float
+    dtype: jnp.dtype
+
+
 class Bert(nn.Module):
     """Maps token ids [B, L] to hidden states [B, L, H] in `dtype`.
 
     Attributes:
       vocab_size: rows of the word embedding.
       num_layers, hidden_dim, num_heads: size of the encoder.
+      feed_forward_dim: hidden units of the feed-forward layers; None for 4 x hidden_dim.
       max_positions: longest L.
-      dropout_rate: of embeddings, attention weights and residual branches.
+      num_segments: rows of the segment embedding; only the first is ever used.
+      activation: key of `layers.ACTIVATIONS`.
+      norm_eps: added to the variance by layer normalisation.
+      dropout_rate: of embeddings and residual branches.
+      attention_dropout_rate: of attention weights.
       dtype: of matmuls; parameters are float32.
-      remat: "none", or "block" to recompute each layer's activations in the backward pass.
+      remat: of each layer, see `layers.remat`.
       scan_layers: compile the equal layers once. Same numbers, same parameter tree.
     """
 
@@ -52,8 +70,13 @@ class Bert(nn.Module):
     num_layers: int
     hidden_dim: int
     num_heads: int
+    feed_forward_dim: int | None = None
     max_positions: int = 512
+    num_segments: int = 2
+    activation: str = "gelu"
+    norm_eps: float = 1e-12
     dropout_rate: float = 0.1
+    attention_dropout_rate: float = 0.1
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     scan_layers: bool = False
@@ -72,10 +95,12 @@ class Bert(nn.Module):
         positions = self.param(
             "position_embeddings", init.zeros, (self.max_positions, self.hidden_dim), jnp.float32
         )
-        # One segment is ever used; both rows exist because checkpoints have them.
-        segments = self.param("segment_embeddings", init.zeros, (2, self.hidden_dim), jnp.float32)
+        # One segment is ever used; the other rows exist because checkpoints have them.
+        segments = self.param(
+            "segment_embeddings", init.zeros, (self.num_segments, self.hidden_dim), jnp.float32
+        )
         x = words + positions[:length] + segments[0]
-        x = _layer_norm(self, "embeddings_norm")(x)
+        x = _layer_norm(self, "embeddings_norm", self.norm_eps)(x)
         *layer_keys, embedding_keys = layers.split_keys(keys, self.num_layers + 1)
         x = layers.dropout(x, self.dropout_rate, embedding_keys)
         x = x.astype(self.dtype)
@@ -94,64 +119,66 @@ class Bert(nn.Module):
                 init=self.is_initializing(),
                 mutable=True,
             )
-        args = (self.num_layers, self.num_heads, self.dropout_rate, self.dtype, self.remat)
+        settings = Settings(
+            self.num_heads,
+            self.feed_forward_dim or 4 * self.hidden_dim,
+            self.activation,
+            self.norm_eps,
+            self.dropout_rate,
+            self.attention_dropout_rate,
+            self.dtype,
+        )
+        args = (self.num_layers, settings, self.remat)
         return encoder(*args, name="encoder")(x, bias, tuple(layer_keys))
 
 
 class BertLayer(nn.Module):
     """One post-LN transformer layer: [B, L, H] -> [B, L, H]."""
 
-    num_heads: int
-    dropout_rate: float
-    dtype: jnp.dtype
+    settings: Settings
 
     @nn.compact
     def __call__(self, x: jax.Array, bias: jax.Array, keys: jax.Array | None):
+        settings = self.settings
         batch, length, hidden_dim = x.shape
-        head_dim = hidden_dim // self.num_heads
-        precision = layers.matmul_precision(self.dtype)
+        head_dim = hidden_dim // settings.num_heads
+        dtype, precision = settings.dtype, layers.matmul_precision(settings.dtype)
 
         def dense(features, name):
             return nn.Dense(
-                features, dtype=self.dtype, precision=precision, kernel_init=init.zeros, name=name
+                features, dtype=dtype, precision=precision, kernel_init=init.zeros, name=name
             )
 
         def heads(name):
-            return dense(hidden_dim, name)(x).reshape(batch, length, self.num_heads, head_dim)
+            return dense(hidden_dim, name)(x).reshape(batch, length, settings.num_heads, head_dim)
 
         weight_keys, attended_keys, output_keys = layers.split_keys(keys, 3)
         query, key, value = heads("query"), heads("key"), heads("value")
         scores = jnp.einsum("BQNK,BLNK->BNQL", query, key, precision=precision)
         scores = scores.astype(jnp.float32) / head_dim**0.5 + bias
         weights = nn.softmax(scores)  # [B, N, L, L] f32
-        weights = layers.dropout(weights, self.dropout_rate, weight_keys)
-        attended = jnp.einsum(
-            "BNQL,BLNK->BQNK", weights.astype(self.dtype), value, precision=precision
-        )
+        weights = layers.dropout(weights, settings.attention_dropout_rate, weight_keys)
+        attended = jnp.einsum("BNQL,BLNK->BQNK", weights.astype(dtype), value, precision=precision)
         attended = dense(hidden_dim, "attention_out")(attended.reshape(x.shape))
-        attended = layers.dropout(attended, self.dropout_rate, attended_keys)
-        x = _layer_norm(self, "attention_norm")(x + attended).astype(self.dtype)
+        attended = layers.dropout(attended, settings.dropout_rate, attended_keys)
+        x = _layer_norm(self, "attention_norm", settings.norm_eps)(x + attended).astype(dtype)
 
-        y = dense(4 * hidden_dim, "feed_forward")(x)
-        y = dense(hidden_dim, "feed_forward_out")(nn.gelu(y, approximate=False))
-        y = layers.dropout(y, self.dropout_rate, output_keys)
-        return _layer_norm(self, "feed_forward_norm")(x + y).astype(self.dtype), None
+        y = dense(settings.feed_forward_dim, "feed_forward")(x)
+        y = dense(hidden_dim, "feed_forward_out")(layers.ACTIVATIONS[settings.activation](y))
+        y = layers.dropout(y, settings.dropout_rate, output_keys)
+        return _layer_norm(self, "feed_forward_norm", settings.norm_eps)(x + y).astype(dtype), None
 
 
 class _Encoder(nn.Module):
     num_layers: int
-    num_heads: int
-    dropout_rate: float
-    dtype: jnp.dtype
+    settings: Settings
     remat: str
 
     @nn.compact
     def __call__(self, x: jax.Array, bias: jax.Array, keys: tuple) -> jax.Array:
-        layer = _layer_class(self.remat)
+        layer = layers.remat(BertLayer, self.remat)
         for i in range(self.num_layers):
-            x, _ = layer(self.num_heads, self.dropout_rate, self.dtype, name=f"layer{i}")(
-                x, bias, keys[i]
-            )
+            x, _ = layer(self.settings, name=f"layer{i}")(x, bias, keys[i])
         return x
 
 
@@ -160,24 +187,18 @@ class _ScannedEncoder(_Encoder):
     def __call__(self, x: jax.Array, bias: jax.Array, keys: tuple) -> jax.Array:
         layer_keys = None if keys[0] is None else jnp.stack(keys)  # [layers, B]
         scanned = nn.scan(
-            _layer_class(self.remat),
+            layers.remat(BertLayer, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": False},
             in_axes=(nn.broadcast, 0),
             length=self.num_layers,
         )
-        x, _ = scanned(self.num_heads, self.dropout_rate, self.dtype, name="layers")(
-            x, bias, layer_keys
-        )
+        x, _ = scanned(self.settings, name="layers")(x, bias, layer_keys)
         return x
 
 
-def _layer_norm(module: nn.Module, name: str) -> nn.LayerNorm:
+def _layer_norm(module: nn.Module, name: str, eps: float) -> nn.LayerNorm:
     # Two-pass variance: the fast form is negative by rounding where a row is nearly constant.
     return nn.LayerNorm(
-        epsilon=1e-12, dtype=jnp.float32, use_fast_variance=False, name=name, parent=module
+        epsilon=eps, dtype=jnp.float32, use_fast_variance=False, name=name, parent=module
     )
-
-
-def _layer_class(remat: str) -> type[BertLayer]:
-    return nn.remat(BertLayer, prevent_cse=False) if remat == "block" else BertLayer

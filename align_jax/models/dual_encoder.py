@@ -1,7 +1,8 @@
 """The dual encoder, and THE SEAM: everything outside `models/` calls the functions of this file.
 
 Variables are a plain dict {"params": ..., "batch_stats": ...} with the subtrees `image`, `text`,
-`image_projection` (only where widths differ), `text_projection` and the scalar `temperature`.
+`image_projection` (only where widths differ), `text_projection`, the scalar `temperature` and, for
+the sigmoid loss only, the scalar `bias`, which no tower uses.
 Source: Jia et al. 2021, section 4.
 """
 
@@ -24,6 +25,7 @@ class DualEncoder(nn.Module):
       embed_dim: D. The image projection exists only if the trunk's width differs from it.
       image_width: C, width of the trunk's pooled feature.
       temperature_init: starting value of the scalar that divides the cosine.
+      bias_init: starting value of the sigmoid loss's bias; None: there is none.
     """
 
     image: efficientnet.EfficientNet
@@ -31,6 +33,7 @@ class DualEncoder(nn.Module):
     embed_dim: int
     image_width: int
     temperature_init: float = 1.0
+    bias_init: float | None = None
 
     def setup(self):
         # Projections, norms and loss stay float32 in every compute dtype.
@@ -45,6 +48,8 @@ class DualEncoder(nn.Module):
             self.image_projection = dense()
         self.text_projection = dense()
         self.temperature = self.param("temperature", init.zeros, (), jnp.float32)
+        if self.bias_init is not None:
+            self.bias = self.param("bias", init.zeros, (), jnp.float32)
 
     def __call__(self, images, ids, mask, train, image_keys=None, text_keys=None):
         z_image = self.encode_image(images, train, image_keys)
@@ -60,13 +65,16 @@ class DualEncoder(nn.Module):
         return self.text_projection(states[:, 0].astype(jnp.float32))
 
 
-def make_model(config, *, vocab_size: int, temperature_init: float = 1.0) -> DualEncoder:
+def make_model(
+    config, *, vocab_size: int, temperature_init: float = 1.0, bias_init: float | None = None
+) -> DualEncoder:
     """Returns the dual encoder that the config group `model` describes.
 
     Args:
       config: group `model` of a config (`align_jax.config`), already validated.
       vocab_size: of the tokenizer.
       temperature_init: > 0.
+      bias_init: see `DualEncoder`.
     """
     width, depth = efficientnet.VARIANTS[config.image.variant]
     size = bert.VARIANTS[config.text.variant]
@@ -89,19 +97,21 @@ def make_model(config, *, vocab_size: int, temperature_init: float = 1.0) -> Dua
             size.num_heads,
             max_positions=config.text.max_positions,
             dropout_rate=config.text.dropout_rate,
+            attention_dropout_rate=config.text.dropout_rate,
             scan_layers=config.scan_layers,
             **common,
         ),
         embed_dim=config.embed_dim,
         image_width=efficientnet.output_width(config.image.variant),
         temperature_init=temperature_init,
+        bias_init=bias_init,
     )
 
 
 def abstract_variables(model: DualEncoder) -> Variables:
     """Returns the variables as `jax.ShapeDtypeStruct`s; computes nothing."""
     images = jnp.zeros((1, 64, 64, 3), jnp.uint8)  # no parameter depends on the image size
-    ids = jnp.zeros((1, 8), jnp.int32)
+    ids = jnp.zeros((1, 1), jnp.int32)
     return jax.eval_shape(
         lambda: model.init(jax.random.key(0), images, ids, jnp.ones_like(ids), False)
     )
@@ -120,6 +130,8 @@ def init_variables(model: DualEncoder, *, seed: int, shardings: Variables) -> Va
         name = trees.path_name(path)
         if name == "params/temperature":
             value = np.float32(model.temperature_init)
+        elif name == "params/bias":
+            value = np.float32(model.bias_init)
         else:
             value = init.draw(name, leaf.shape, seed)
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: value[index])

@@ -16,7 +16,7 @@ from align_jax.models import init, layers
 
 @dataclasses.dataclass(frozen=True)
 class StageSpec:
-    """One row of the B0 table; `repeats` and channels are before scaling."""
+    """One row of a stage table, before or after scaling (`scale_stages`)."""
 
     kernel_size: int
     repeats: int
@@ -52,8 +52,6 @@ VARIANTS: dict[str, tuple[float, float]] = {
     "l2": (4.3, 5.3),
 }
 
-SQUEEZE_RATIO = 0.25
-
 
 def round_filters(channels: int, width: float, divisor: int = 8) -> int:
     """Returns `channels * width` rounded to a multiple of `divisor`, never below 90 % of it."""
@@ -67,9 +65,24 @@ def round_repeats(repeats: int, depth: float) -> int:
     return math.ceil(depth * repeats)
 
 
+def scale_stages(
+    stages: tuple[StageSpec, ...], width: float, depth: float, divisor: int = 8
+) -> tuple[StageSpec, ...]:
+    """Returns the stages with the channels and repeats that a trunk of this size has."""
+    return tuple(
+        dataclasses.replace(
+            stage,
+            repeats=round_repeats(stage.repeats, depth),
+            in_channels=round_filters(stage.in_channels, width, divisor),
+            out_channels=round_filters(stage.out_channels, width, divisor),
+        )
+        for stage in stages
+    )
+
+
 def output_width(variant: str) -> int:
     """Returns the width C of the pooled feature of a variant, e.g. 640 for "b7"."""
-    return round_filters(STAGES[-1].out_channels, VARIANTS[variant][0])
+    return scale_stages(STAGES, *VARIANTS[variant])[-1].out_channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +91,10 @@ class Settings:
 
     padding: str
     activation: str
+    squeeze_ratio: float
     bn_mode: str
     bn_group_size: int
+    bn_eps: float
     dtype: jnp.dtype
     train: bool
 
@@ -93,30 +108,44 @@ class Settings:
         }
 
     def norm(self, name: str) -> layers.GroupedBatchNorm:
-        return layers.GroupedBatchNorm(self.bn_mode, self.bn_group_size, self.train, name=name)
+        return layers.GroupedBatchNorm(
+            self.bn_mode, self.bn_group_size, self.train, self.bn_eps, name=name
+        )
 
 
 class EfficientNet(nn.Module):
     """Maps normalised pixels [B, H, W, 3] to pooled features [B, C], float32, not unit norm.
 
     Attributes:
-      width, depth: multipliers of the B0 table.
+      width, depth: multipliers of the stage table.
+      stages: the table; the stem has the input channels of its first row.
+      depth_divisor: scaled channels are multiples of it.
+      squeeze_ratio: squeeze-excitation channels over the block's input channels.
+      pooling: "mean" or "max" over all pixels of the last map.
       padding: "hf" or "same", see `layers.conv_padding`.
+      depthwise_padding: blocks, counted over all stages from 0, whose strided depthwise
+        convolution pads both sides alike. Empty for ALIGN.
       activation: key of `layers.ACTIVATIONS`.
       drop_path_rate: stochastic depth; block b of n drops with probability rate * b / n.
-      bn_mode, bn_group_size: see `layers.GroupedBatchNorm`.
+      bn_mode, bn_group_size, bn_eps: see `layers.GroupedBatchNorm`.
       dtype: of convolutions and activations; parameters, statistics and pooling are float32.
-      remat: "none", or "block" to recompute each block's activations in the backward pass.
+      remat: of each block, see `layers.remat`.
       scan_blocks: compile the equal blocks of a stage once. Same numbers, same parameter tree.
     """
 
     width: float
     depth: float
+    stages: tuple[StageSpec, ...] = STAGES
+    depth_divisor: int = 8
+    squeeze_ratio: float = 0.25
+    pooling: str = "mean"
     padding: str = "hf"
+    depthwise_padding: tuple[int, ...] = ()
     activation: str = "swish"
     drop_path_rate: float = 0.2
     bn_mode: str = "grouped"
     bn_group_size: int = 16
+    bn_eps: float = 1e-3
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     scan_blocks: bool = False
@@ -124,11 +153,19 @@ class EfficientNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, keys: jax.Array | None = None) -> jax.Array:
         settings = Settings(
-            self.padding, self.activation, self.bn_mode, self.bn_group_size, self.dtype, train
+            self.padding,
+            self.activation,
+            self.squeeze_ratio,
+            self.bn_mode,
+            self.bn_group_size,
+            self.bn_eps,
+            self.dtype,
+            train,
         )
         activate = layers.ACTIVATIONS[self.activation]
+        stages = scale_stages(self.stages, self.width, self.depth, self.depth_divisor)
         x = nn.Conv(
-            round_filters(STAGES[0].in_channels, self.width),
+            stages[0].in_channels,
             (3, 3),
             (2, 2),
             padding=layers.conv_padding(self.padding, 3, 2, x.shape[1:3]),
@@ -137,12 +174,14 @@ class EfficientNet(nn.Module):
         )(x.astype(self.dtype))
         x = activate(settings.norm("stem_bn")(x))
 
-        repeats = [round_repeats(stage.repeats, self.depth) for stage in STAGES]
-        block_keys = layers.split_keys(keys, sum(repeats))
+        num_blocks = sum(stage.repeats for stage in stages)
+        block_keys = layers.split_keys(keys, num_blocks)
         first_block = 0
-        for number, (stage, count) in enumerate(zip(STAGES, repeats, strict=True), 1):
-            rates = [self.drop_path_rate * (first_block + i) / sum(repeats) for i in range(count)]
-            stage_args = (stage, self.width, tuple(rates), settings, self.remat)
+        for number, stage in enumerate(stages, 1):
+            count = stage.repeats
+            rates = [self.drop_path_rate * (first_block + i) / num_blocks for i in range(count)]
+            symmetric = first_block in self.depthwise_padding
+            stage_args = (stage, symmetric, tuple(rates), settings, self.remat)
             if self.scan_blocks and count > 1:
                 names = tuple(f"block{i}" for i in range(1, count))
                 stack, unstack = layers.stack_blocks(names, "rest")
@@ -159,7 +198,8 @@ class EfficientNet(nn.Module):
             stage_keys = block_keys[first_block : first_block + count]
             x = stage_class(*stage_args, name=f"stage{number}")(x, stage_keys)
             first_block += count
-        return x.astype(jnp.float32).mean((1, 2))  # [B, C]
+        x = x.astype(jnp.float32)
+        return x.max((1, 2)) if self.pooling == "max" else x.mean((1, 2))  # [B, C]
 
 
 class MBConv(nn.Module):
@@ -170,7 +210,7 @@ class MBConv(nn.Module):
     """
 
     stage: StageSpec
-    width: float
+    symmetric: bool
     is_first: bool
     settings: Settings
 
@@ -179,7 +219,6 @@ class MBConv(nn.Module):
         drop_rate, keys = rate_and_keys
         stage, settings = self.stage, self.settings
         activate = layers.ACTIVATIONS[settings.activation]
-        out_channels = round_filters(stage.out_channels, self.width)
         in_channels = x.shape[-1]
         stride = stage.stride if self.is_first else 1
         residual = x
@@ -188,13 +227,17 @@ class MBConv(nn.Module):
                 x
             )
             x = activate(settings.norm("expand_bn")(x))
-        padding = layers.conv_padding(settings.padding, stage.kernel_size, stride, x.shape[1:3])
+        # The symmetric padding of a strided convolution is that of an unstrided one.
+        padding = layers.conv_padding(
+            settings.padding, stage.kernel_size, 1 if self.symmetric else stride, x.shape[1:3]
+        )
         x = layers.DepthwiseConv(
             stage.kernel_size, stride, padding, settings.dtype, name="depthwise"
         )(x)
         x = activate(settings.norm("depthwise_bn")(x))
-        x = _SqueezeExcite(max(1, int(in_channels * SQUEEZE_RATIO)), settings, name="squeeze")(x)
-        x = nn.Dense(out_channels, name="project", **settings.conv_kwargs())(x)
+        squeezed = max(1, int(in_channels * settings.squeeze_ratio))
+        x = _SqueezeExcite(squeezed, settings, name="squeeze")(x)
+        x = nn.Dense(stage.out_channels, name="project", **settings.conv_kwargs())(x)
         x = settings.norm("project_bn")(x)
         if not self.is_first:
             x = layers.drop_path(x, drop_rate, keys) + residual
@@ -218,16 +261,16 @@ class _SqueezeExcite(nn.Module):
 
 class _Stage(nn.Module):
     stage: StageSpec
-    width: float
+    symmetric: bool
     drop_rates: tuple[float, ...]
     settings: Settings
     remat: str
 
     @nn.compact
     def __call__(self, x: jax.Array, keys) -> jax.Array:
-        block = _block_class(self.remat)
+        block = layers.remat(MBConv, self.remat)
         for i, rate in enumerate(self.drop_rates):
-            x, _ = block(self.stage, self.width, i == 0, self.settings, name=f"block{i}")(
+            x, _ = block(self.stage, self.symmetric, i == 0, self.settings, name=f"block{i}")(
                 x, (rate, keys[i])
             )
         return x
@@ -236,8 +279,8 @@ class _Stage(nn.Module):
 class _ScannedStage(_Stage):
     @nn.compact
     def __call__(self, x: jax.Array, keys) -> jax.Array:
-        block = _block_class(self.remat)
-        x, _ = block(self.stage, self.width, True, self.settings, name="block0")(
+        block = layers.remat(MBConv, self.remat)
+        x, _ = block(self.stage, self.symmetric, True, self.settings, name="block0")(
             x, (self.drop_rates[0], keys[0])
         )
         scanned = nn.scan(
@@ -248,11 +291,7 @@ class _ScannedStage(_Stage):
         )
         rates = jnp.asarray(self.drop_rates[1:], jnp.float32)
         rest_keys = None if keys[0] is None else keys[1:]
-        x, _ = scanned(self.stage, self.width, False, self.settings, name="rest")(
+        x, _ = scanned(self.stage, self.symmetric, False, self.settings, name="rest")(
             x, (rates, rest_keys)
         )
         return x
-
-
-def _block_class(remat: str) -> type[MBConv]:
-    return nn.remat(MBConv, prevent_cse=False) if remat == "block" else MBConv

@@ -22,6 +22,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
 }
 
+REMAT = ("none", "dots", "block")
 BN_MODES = ("grouped", "global", "frozen")
 
 
@@ -249,6 +250,22 @@ def _drop(x, rate, keys, shape):
     keep_rate = jnp.float32(1.0) - rate
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, keep_rate, shape))(keys)
     return jnp.where(keep, x / keep_rate.astype(x.dtype), jnp.zeros((), x.dtype))
+
+
+def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
+    """Returns the block, changed to compute activations again in the backward pass.
+
+    Args:
+      block: class of a module.
+      policy: one of `REMAT`. "none" keeps all activations; "block" only the block's input; "dots"
+        also the results of matrix products (dense layers and 1x1 convolutions), so that only
+        cheap operations run twice.
+    """
+    if policy == "none":
+        return block
+    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    # prevent_cse would hinder XLA; inside of a scan or a block there is nothing to merge.
+    return nn.remat(block, prevent_cse=False, policy=keep)
 
 
 def stack_blocks(names: tuple[str, ...], stacked: str) -> tuple[Callable, Callable]:
