@@ -24,6 +24,10 @@ def default_config() -> ConfigDict:
     """
     c = ConfigDict()
 
+    # Hub id, Hugging Face folder or workdir whose weights a new run starts from; "" for none.
+    c.init_from = ""
+    c.init_towers = "both"  # or "image" or "text": that tower alone, without its projection
+
     c.model = model = ConfigDict()
     model.image = ConfigDict()
     model.image.variant = "b7"  # key of models/efficientnet.VARIANTS
@@ -38,7 +42,7 @@ def default_config() -> ConfigDict:
     model.bn_mode = "grouped"  # "grouped", "global" or "frozen"
     model.bn_group_size = 16  # images per group, whatever the number of devices
     model.bn_decay = 0.99  # weight of the old running statistics
-    model.remat = "none"  # "block": recompute activations block by block
+    model.remat = "none"  # recompute activations: "dots" all but matmuls, "block" all of a block
     model.scan_layers = False  # compile equal blocks once; same numbers
 
     c.data = data = ConfigDict()
@@ -54,9 +58,13 @@ def default_config() -> ConfigDict:
     data.num_workers = 0  # decode processes; 0 decodes in threads only
 
     c.loss = loss = ConfigDict()
-    loss.form = "sharded"  # "sharded" or "dense"
-    loss.label_smoothing = 0.1
+    loss.kind = "softmax"  # "softmax" (ALIGN) or "sigmoid" (SigLIP)
+    # Same numbers: "sharded" (a device's rows x the batch), "ring" (memory of a tile) or "dense".
+    loss.form = "sharded"
+    loss.tile_size = 1024  # rows and columns of a tile of the ring
+    loss.label_smoothing = 0.1  # of the softmax; the sigmoid loss has none
     loss.temperature_init = 1.0
+    loss.bias_init = -10.0  # of the sigmoid loss
     loss.mask_duplicates = "none"  # drop false negatives: "caption", "image" or "both"
 
     c.optim = optim = ConfigDict()
@@ -68,6 +76,7 @@ def default_config() -> ConfigDict:
     optim.b1 = 0.9
     optim.b2 = 0.999
     optim.eps = 1e-6
+    optim.momentum_dtype = "float32"  # of the first moment: "bfloat16" halves its memory
     optim.clip_norm = 0.0  # global gradient norm; 0 does not clip
     # Regexes on parameter names. COYO: BatchNorm scale and bias neither decay nor take LAMB's trust
     # ratio; everything else, the temperature included, does both.
@@ -88,6 +97,7 @@ def default_config() -> ConfigDict:
     c.train = ConfigDict()
     c.train.batch_size = 16_384  # global, in pairs
     c.train.steps = 1_200_000
+    c.train.microbatches = 1  # parts in which the towers see the batch; same numbers, less memory
     c.train.seed = 0
 
     c.checkpoint = ConfigDict()
@@ -198,6 +208,13 @@ def validate(config: ConfigDict, *, num_devices: int, num_processes: int = 1) ->
             f"config.data.max_tokens={config.data.max_tokens} must lie in [3, "
             f"config.model.text.max_positions={config.model.text.max_positions}]."
         )
+    if config.loss.kind == "sigmoid" and config.loss.label_smoothing:
+        raise ValueError(
+            f"config.loss.label_smoothing={config.loss.label_smoothing} is of the softmax; set it "
+            "to 0 with config.loss.kind='sigmoid'."
+        )
+    if not math.isfinite(config.loss.bias_init):
+        raise ValueError(f"config.loss.bias_init={config.loss.bias_init} must be finite.")
     _check_batch(config, num_devices, num_processes)
     if config.optim.warmup_steps >= config.train.steps:
         raise ValueError(
@@ -217,11 +234,13 @@ _POSITIVE = (
     "model.bn_group_size",
     "data.vocab_size",
     "data.num_threads",
+    "loss.tile_size",
     "loss.temperature_init",
     "optim.learning_rate",
     "optim.eps",
     "train.batch_size",
     "train.steps",
+    "train.microbatches",
     "checkpoint.every_steps",
     "checkpoint.keep",
     "eval.every_steps",
@@ -254,16 +273,19 @@ def _choices() -> dict[str, tuple[str, ...]]:
     from align_jax.models import bert, efficientnet, layers
 
     return {
+        "init_towers": ("both", "image", "text"),
         "model.image.variant": tuple(efficientnet.VARIANTS),
         "model.text.variant": tuple(bert.VARIANTS),
         "model.dtype": ("bfloat16", "float32"),
         "model.padding": ("hf", "same"),
         "model.bn_mode": layers.BN_MODES,
-        "model.remat": ("none", "block"),
+        "model.remat": layers.REMAT,
         "data.resize": ("pil", "tf"),
+        "loss.kind": tuple(losses.PARTS),
         "loss.form": losses.FORMS,
         "loss.mask_duplicates": tuple(losses.DUPLICATES),
         "optim.name": ("lamb", "adamw", "lion"),
+        "optim.momentum_dtype": ("float32", "bfloat16"),
         "optim.schedule": ("linear", "cosine"),
         "optim.temperature": ("same", "log", "fixed"),
     }
@@ -288,9 +310,24 @@ def _check_batch(config, num_devices, num_processes):
             f"config.model.bn_group_size={group} does not divide config.train.batch_size={batch}; "
             f"choose one of {divisors}."
         )
+    parts = config.train.microbatches
+    if parts > 1:
+        if config.model.bn_mode == "global":
+            raise ValueError(
+                f"config.train.microbatches={parts} never sees the batch that "
+                "config.model.bn_mode='global' normalises over; use 'grouped' or 'frozen'."
+            )
+        unit = math.lcm(num_devices, group if config.model.bn_mode == "grouped" else 1)
+        if batch % (parts * unit):
+            raise ValueError(
+                f"config.train.microbatches={parts} does not cut config.train.batch_size={batch} "
+                f"into parts divisible by {num_devices} devices and "
+                f"config.model.bn_group_size={group}; use at most {max(1, batch // unit)}, and a "
+                f"divisor of it."
+            )
     if config.loss.form == "dense" and batch > 4096:
         raise ValueError(
-            f"config.loss.form='dense' builds a {batch} x {batch} matrix; use 'sharded'."
+            f"config.loss.form='dense' builds a {batch} x {batch} matrix; use 'sharded' or 'ring'."
         )
 
 

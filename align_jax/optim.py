@@ -65,16 +65,19 @@ def in_log_space(inner: optax.GradientTransformation) -> optax.GradientTransform
 
 
 def _label(name, _):
+    if name == "bias":  # of the sigmoid loss: learns as any tensor of the text side does
+        return "text"
     return "temperature" if name == "temperature" else name.split("/")[0].split("_")[0]
 
 
 def _rule(config, schedule, multiplier):
     if multiplier == 0:
         return optax.set_to_zero()
+    dtype = config.momentum_dtype
     if config.name == "lion":
-        direction = optax.scale_by_lion(config.b1, config.b2)
+        direction = optax.scale_by_lion(config.b1, config.b2, mu_dtype=dtype)
     else:
-        direction = optax.scale_by_adam(config.b1, config.b2, config.eps)
+        direction = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=dtype)
     parts = [direction]
     if config.weight_decay:
         mask = _unless(config.no_decay)

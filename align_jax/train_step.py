@@ -1,5 +1,11 @@
-"""The training and embedding steps: pure functions, and the one place where anything is jitted."""
+"""The training and embedding steps: pure functions, and the one place where anything is jitted.
 
+With `microbatches` the towers see a part of the batch at a time and are run again for their
+gradient, while one loss sees the embeddings of the whole global batch: the numbers are those of the
+full batch, the activations those of a part. Source: gradient caching (Gao et al. 2021), as a scan.
+"""
+
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,6 +32,7 @@ def make_train_step(
     seed: int,
     bn_decay: float,
     mask_duplicates: str = "none",
+    microbatches: int = 1,
 ) -> TrainStep:
     """Returns `train_step(state, batch) -> (state, metrics)`, pure and not yet jitted.
 
@@ -42,22 +49,19 @@ def make_train_step(
       seed: of dropout and stochastic depth.
       bn_decay: weight of the old BatchNorm statistics.
       mask_duplicates: key of `losses.DUPLICATES`.
+      microbatches: parts in which the towers see the batch. Each must hold whole BatchNorm groups
+        and a multiple of the devices; loss, gradients and statistics stay those of one pass.
     """
     update_stats = partial(dual_encoder.update_batch_stats, decay=bn_decay)
-    rows = mesh_lib.batch_sharding(mesh)
+    encode = _make_encode(model, mesh, seed, microbatches)
 
     def train_step(s: state.TrainState, batch: dict) -> tuple[state.TrainState, dict]:
-        keys = dual_encoder.example_keys(seed, s.step, batch["index"])
         hashes = tuple(batch[name] for name in losses.DUPLICATES[mask_duplicates])
 
         def loss_of(params):
             variables = {"params": params, "batch_stats": s.batch_stats}
-            z_image, z_text, temperature, moments = dual_encoder.apply_towers(
-                model, variables, batch, train=True, keys=keys
-            )
-            z_image = jax.lax.with_sharding_constraint(z_image, rows)
-            z_text = jax.lax.with_sharding_constraint(z_text, rows)
-            loss, parts = loss_fn(z_image, z_text, temperature, hashes)
+            z_image, z_text, temperature, moments = encode(variables, s.step, batch)
+            loss, parts = loss_fn(z_image, z_text, temperature, hashes, params.get("bias", 0.0))
             return loss, (parts, temperature, moments)
 
         (loss, (parts, temperature, moments)), gradients = jax.value_and_grad(
@@ -75,12 +79,61 @@ def make_train_step(
             "loss": loss,
             **parts,
             "temperature": temperature,
+            **({"bias": s.params["bias"]} if "bias" in s.params else {}),
             "learning_rate": schedule(s.step),
             "grad_norm": optax.tree.norm(gradients),
         }
         return new_state, metrics
 
     return train_step
+
+
+def _make_encode(model, mesh, seed, microbatches):
+    """Returns `encode(variables, step, batch)` -> what `apply_towers` returns in train mode."""
+    rows = mesh_lib.batch_sharding(mesh)
+
+    def encode_part(variables, step, part):
+        part = jax.lax.with_sharding_constraint(part, rows)
+        z_image, z_text, temperature, moments = dual_encoder.apply_towers(
+            model,
+            variables,
+            part,
+            train=True,
+            keys=dual_encoder.example_keys(seed, step, part["index"]),
+        )
+        z_image, z_text = jax.lax.with_sharding_constraint((z_image, z_text), rows)
+        return z_image, z_text, temperature, moments
+
+    if microbatches == 1:
+        return encode_part
+
+    group = model.image.bn_group_size if model.image.bn_mode == "grouped" else 1
+
+    def encode(variables, step, batch):
+        size = batch["index"].shape[0]
+        # Every device contributes to every part with its own rows, where its share of the batch
+        # holds enough BatchNorm groups for that; else rows travel.
+        shares = math.gcd(mesh.size, size // group // microbatches)
+
+        def split(x):  # [B, ...] -> [parts, B / parts, ...]
+            x = x.reshape(shares, microbatches, -1, *x.shape[1:]).swapaxes(0, 1)
+            return x.reshape(microbatches, -1, *x.shape[3:])
+
+        def merge(x):
+            x = x.reshape(microbatches, shares, -1, *x.shape[2:]).swapaxes(0, 1)
+            return jax.lax.with_sharding_constraint(x.reshape(size, *x.shape[3:]), rows)
+
+        # prevent_cse guards against a merge of both passes, which a scan already rules out.
+        @partial(jax.checkpoint, prevent_cse=False)
+        def body(_, part):
+            return None, encode_part(variables, step, part)
+
+        inputs = {name: split(batch[name]) for name in ("image", "ids", "mask", "index")}
+        _, (z_image, z_text, temperature, moments) = jax.lax.scan(body, None, inputs)
+        moments = jax.tree.map(lambda m: m.mean(0), moments)
+        return merge(z_image), merge(z_text), temperature[0], moments
+
+    return encode
 
 
 def compile_train_step(train_step: TrainStep, abstract: state.TrainState, mesh: Mesh) -> TrainStep:
@@ -139,6 +192,17 @@ def compile_embed(
             out_shardings=everywhere,
         ),
     )
+
+
+def compile_ranking(count: Callable, mesh: Mesh) -> Callable:
+    """Returns jitted `count(owners, members)`: rows over the mesh in, results replicated out.
+
+    Args:
+      count: from `evals.ranking`, a `shard_map`.
+      mesh: of that.
+    """
+    rows = mesh_lib.batch_sharding(mesh)
+    return _jit(count, in_shardings=(rows, rows), out_shardings=mesh_lib.replicated(mesh))
 
 
 def _jit(fn: Callable, **shardings) -> Callable:

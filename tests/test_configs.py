@@ -1,5 +1,6 @@
 """The experiment files: they load, are valid, and hold the published hyper-parameters."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,27 @@ def test_config_holds_the_published_recipe(name):
         for side in ("image", "text")
     }
     assert sides == {"image": image, "text": text}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"form": "rings"}, "config.loss.form='rings' is unknown. Did you mean 'ring'?"),
+        ({"kind": "siglip"}, "config.loss.kind='siglip' is unknown. Did you mean 'sigmoid'?"),
+        ({"tile_size": 0}, "config.loss.tile_size=0 must be positive"),
+        ({"kind": "sigmoid"}, "config.loss.label_smoothing=0.1 is of the softmax; set it to 0"),
+        ({"bias_init": float("nan")}, "config.loss.bias_init=nan must be finite"),
+        ({"form": "dense"}, "config.loss.form='dense' builds a 16384 x 16384 matrix"),
+    ],
+)
+def test_loss_settings_that_cannot_work_are_named(changes, message):
+    c = load("align_b7_base")
+    c.loss.update(changes)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        config.validate(c, num_devices=8)
+
+
+def test_sigmoid_loss_in_ring_form_is_valid():
+    c = load("align_b7_base")
+    c.loss.update({"kind": "sigmoid", "form": "ring", "label_smoothing": 0.0, "tile_size": 7})
+    config.validate(c, num_devices=8)

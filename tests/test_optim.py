@@ -157,3 +157,25 @@ def test_clip_norm_bounds_the_gradient_the_optimizer_sees():
     moved = jax.tree.map(lambda a, b: np.sum(np.square(a - b)), history[0], history[1])
     # eps 1 makes Adam's update about m / 1, whose norm is the clipped gradient's.
     assert np.sqrt(sum(jax.tree.leaves(moved))) <= 0.1 * 1e-3 * 1.001
+
+
+@pytest.mark.parametrize("name", ["lamb", "adamw", "lion"])
+def test_bfloat16_momentum_is_stored_so_and_changes_little(name):
+    full, _ = run(settings(name=name))
+    half, state = run(settings(name=name, momentum_dtype="bfloat16"))
+    moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert any(leaf.dtype == jnp.bfloat16 for leaf in moments)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(half[-1]))
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(full[-1]), jax.tree.leaves(half[-1]), strict=True
+    ):
+        # bfloat16 keeps 8 bits; lion only takes signs, which this rounding does not turn over.
+        moved = np.abs(a - initial_value(path)).max()
+        np.testing.assert_allclose(b, a, atol=0.02 * moved + 1e-7)
+
+
+def initial_value(path):
+    node = PARAMS
+    for key in path:
+        node = node[key.key]
+    return np.asarray(node, np.float32)

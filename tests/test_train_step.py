@@ -1,4 +1,4 @@
-"""The sharded train step: the same numbers on every mesh, with everything random switched on."""
+"""The train step: the same numbers on every mesh and in any number of microbatches."""
 
 import functools
 from unittest import mock
@@ -6,18 +6,19 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 
-from align_jax import config, losses, mesh, optim, state, train_step, trees
-from align_jax.models import dual_encoder
+from align_jax import config, mesh, train, train_step, trees
 
-BATCH, SIZE, LENGTH, VOCAB, STEPS = 32, 64, 10, 60, 5
+BATCH, SIZE, LENGTH, VOCAB, STEPS = 64, 64, 10, 60, 5
 
 # Their gradient is zero in exact arithmetic, so they only collect rounding noise. A key bias shifts
 # all scores of a softmax row alike. The last BatchNorm bias of a stage's first block (no stochastic
 # depth there) reaches nothing but the next block's 1x1 convolution and its BatchNorm, which removes
 # it; stage 7 feeds the pooling instead.
 ZERO_GRADIENT = (r"/key/bias$", r"stage[1-6]/block0/project_bn/bias$")
+
+
+slow = pytest.mark.slow
 
 
 def make_batches():
@@ -36,40 +37,30 @@ def make_batches():
     ]
 
 
+def make_program(mesh_, changes=()):
+    """What `train.make_program` gives for the smallest model with everything random switched on."""
+    c = config.default_config()
+    c.model.image.variant, c.model.text.variant, c.model.embed_dim = "pico", "tiny", 64
+    c.model.dtype, c.model.bn_group_size, c.model.bn_decay = "float32", 4, 0.9
+    c.optim.learning_rate, c.optim.warmup_steps, c.train.steps = 1e-3, 2, 10
+    c.loss.temperature_init, c.loss.mask_duplicates = 0.1, "caption"
+    c.update_from_flattened_dict(dict(changes))
+    assert c.model.image.drop_path_rate > 0 and c.model.text.dropout_rate > 0
+    return train.make_program(c, mesh_, vocab_size=VOCAB)
+
+
+def mesh_of(data, fsdp):
+    if data * fsdp > 1:
+        return mesh.make_mesh(data, fsdp)
+    return mesh.make_mesh(1, 1, devices=jax.devices()[:1])
+
+
 @functools.cache
 def run(data, fsdp, *, changes=(), steps=STEPS):
     """(losses, final state, abstract state) of a run; kept, since compiling takes longest."""
-    c = config.default_config()
-    c.model.image.variant, c.model.text.variant, c.model.embed_dim = "pico", "tiny", 64
-    c.model.dtype, c.model.bn_group_size = "float32", 4
-    c.optim.learning_rate, c.optim.warmup_steps = 1e-3, 2
-    c.update_from_flattened_dict(dict(changes))
-    assert c.model.image.drop_path_rate > 0 and c.model.text.dropout_rate > 0
-    if data * fsdp == 1:
-        axes = (mesh.DATA, mesh.FSDP)
-        m = jax.make_mesh((1, 1), axes, (AxisType.Auto,) * 2, devices=jax.devices()[:1])
-    else:
-        m = mesh.make_mesh(data, fsdp)
-    model = dual_encoder.make_model(c.model, vocab_size=VOCAB, temperature_init=0.1)
-    schedule = optim.make_schedule(c.optim, 10)
-    optimizer = optim.make_optimizer(c.optim, schedule)
+    m = mesh_of(data, fsdp)
     with mock.patch.object(mesh, "FSDP_MIN_ELEMENTS", 256):  # so that small tensors are split too
-        abstract = state.abstract_state(model, optimizer, m)
-    loss_fn = losses.make_loss("sharded", m, label_smoothing=0.1)
-    step_fn = train_step.compile_train_step(
-        train_step.make_train_step(
-            model,
-            optimizer,
-            schedule,
-            loss_fn,
-            m,
-            seed=3,
-            bn_decay=0.9,
-            mask_duplicates="caption",
-        ),
-        abstract,
-        m,
-    )
+        model, optimizer, abstract, step_fn = make_program(m, changes)
     s = train_step.init_state(model, optimizer, abstract, seed=0)
     history = []
     for batch in make_batches()[:steps]:
@@ -86,10 +77,62 @@ def one_device():
 
 @pytest.mark.parametrize("shape", [(8, 1), (4, 2), (2, 4), (1, 8)])
 def test_five_steps_on_a_mesh_equal_one_device(one_device, shape):
-    losses_one, state_one, _ = one_device
-    losses_mesh, state_mesh, _ = run(*shape)
-    np.testing.assert_allclose(losses_mesh, losses_one, rtol=1e-5)
-    found, expected = (jax.device_get(s) for s in (state_mesh, state_one))
+    assert_same_run(run(*shape), one_device)
+
+
+def test_five_steps_with_the_ring_equal_one_device(one_device):
+    changes = (("loss.form", "ring"), ("loss.tile_size", 3))  # of 8 pairs a device
+    assert_same_run(run(4, 2, changes=changes), one_device)
+
+
+@slow
+@slow
+def test_sigmoid_loss_with_the_ring_equals_one_device_and_moves_its_bias():
+    sigmoid = (("loss.kind", "sigmoid"), ("loss.label_smoothing", 0.0))
+    ring = run(8, 1, changes=sigmoid + (("loss.form", "ring"), ("loss.tile_size", 3)))
+    assert_same_run(ring, run(1, 1, changes=sigmoid))
+    assert -10.1 < float(ring[1].params["bias"]) < -9.9
+    assert float(ring[1].params["bias"]) != -10.0
+
+
+@pytest.mark.parametrize(
+    "shape, microbatches",
+    [
+        ((1, 1), 4),
+        ((4, 2), 8),
+        *(
+            pytest.param(shape, parts, marks=slow)
+            for shape in [(1, 1), (8, 1), (4, 2)]
+            for parts in (2, 4, 8)
+            if (shape, parts) not in [((1, 1), 4), ((4, 2), 8)]
+        ),
+    ],
+)
+def test_five_steps_in_microbatches_equal_one_pass(one_device, shape, microbatches):
+    changes = (("train.microbatches", microbatches),)
+    assert_same_run(run(*shape, changes=changes), one_device)
+
+
+@slow
+def test_eight_microbatches_need_at_most_two_fifths_of_the_memory():
+    m, size = mesh_of(1, 1), 256
+    temporaries = {}
+    for parts in (1, 8):
+        _, _, abstract, step_fn = make_program(m, (("train.microbatches", parts),))
+        batch = {
+            name: jax.ShapeDtypeStruct((size, *value.shape[1:]), value.dtype)
+            for name, value in make_batches()[0].items()
+        }
+        analysis = step_fn.lower(abstract, batch).compile().memory_analysis()
+        temporaries[parts] = analysis.temp_size_in_bytes
+    assert temporaries[8] <= 0.4 * temporaries[1], temporaries
+
+
+def assert_same_run(found, expected):
+    """Losses to 1e-5, parameters and BatchNorm statistics to 1e-4 of each tensor's norm."""
+    (losses_found, state_found, _), (losses_expected, state_expected, _) = found, expected
+    np.testing.assert_allclose(losses_found, losses_expected, rtol=1e-5)
+    found, expected = (jax.device_get(s) for s in (state_found, state_expected))
     for (name, value), want in zip(
         trees.named_leaves(found.params), jax.tree.leaves(expected.params), strict=True
     ):

@@ -1,0 +1,72 @@
+"""Memory of the loss forms, per device, by the compiled program's own analysis.
+
+    python experiments/benchmarks/loss_memory.py
+
+Compiles value and gradient of the softmax loss (float32 embeddings of width 640, captions masked)
+for 8 fake CPU devices at three global batches; nothing is executed, no array is made. Temporaries
+are what the program needs beside its arguments and results; a block is a device's share of one
+side's embeddings.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+DEVICES, DIM, BATCHES = 8, 640, (16_384, 32_768, 65_536)
+LIMITS = "ring: at most 2.1 times per doubling, and 8 blocks at the largest batch"
+
+
+def main():
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    print(f"jax {jax.__version__}, {DEVICES} fake CPU devices, D = {DIM}; MiB per device")
+    print(f"{'form':<9}{'tile':>6}{'batch':>9}{'temporaries':>13}{'in blocks':>11}{'growth':>8}")
+    ring = []
+    for form, tile_size in (("dense", None), ("sharded", None), ("ring", 1024), ("ring", 2048)):
+        found = []
+        for batch in BATCHES:
+            temporaries = temporary_bytes(form, batch, tile_size)
+            found.append((batch, temporaries))
+            growth = f"{temporaries / found[-2][1]:.2f}" if len(found) > 1 else ""
+            print(
+                f"{form:<9}{tile_size or '':>6}{batch:>9,}{temporaries / 2**20:>13,.1f}"
+                f"{temporaries / block_bytes(batch):>11.2f}{growth:>8}",
+                flush=True,
+            )
+        if tile_size == 1024:
+            ring = found
+    growths = [after / before for (_, before), (_, after) in itertools.pairwise(ring)]
+    held = max(growths) <= 2.1 and ring[-1][1] <= 8 * block_bytes(BATCHES[-1])
+    print(f"{LIMITS}: {'held' if held else 'NOT HELD'}")
+    return 0 if held else 1
+
+
+def temporary_bytes(form, batch, tile_size):
+    """Returns the bytes of temporaries per device of the compiled value and gradient."""
+    from align_jax import losses, mesh
+
+    m = mesh.make_mesh()
+    options = {} if tile_size is None else {"tile_size": tile_size}
+    loss_fn = losses.make_loss(form, m, label_smoothing=0.1, **options)
+    rows, everywhere = mesh.batch_sharding(m), mesh.replicated(m)
+    z = jax.ShapeDtypeStruct((batch, DIM), jnp.float32, sharding=rows)
+    temperature = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+    hashes = (jax.ShapeDtypeStruct((batch, 2), jnp.uint32, sharding=rows),)
+    step = jax.jit(
+        jax.value_and_grad(lambda *args: loss_fn(*args)[0], argnums=(0, 1, 2)),
+        out_shardings=(everywhere, (rows, rows, everywhere)),
+    )
+    analysis = step.lower(z, z, temperature, hashes).compile().memory_analysis()
+    return analysis.temp_size_in_bytes
+
+
+def block_bytes(batch):
+    """Returns the bytes of one device's share of one side's embeddings."""
+    return batch // DEVICES * DIM * 4
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    sys.exit(main())
