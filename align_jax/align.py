@@ -1,17 +1,40 @@
-"""`Align`: a trained model with its tokenizer and preprocessing, as one object."""
+"""`Align`: a trained model with its tokenizer and preprocessing, as one object; `load` makes it."""
 
+import dataclasses
+import hashlib
+import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from align_jax import checkpoint, train_step, workdir
+from align_jax import __version__, checkpoint, encode, hub, model_card, train_step, trees, workdir
 from align_jax import mesh as mesh_lib
-from align_jax.data import images as images_lib
+from align_jax.data import processor
 from align_jax.data.tokenizer import WordPieceTokenizer
-from align_jax.models import dual_encoder
+from align_jax.evals import templates as templates_lib
+from align_jax.evals import zeroshot
+from align_jax.models import convert, dual_encoder, hf_config, weights_file
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where weights come from.
+
+    Attributes:
+      name: of the folder, or the hub id.
+      step: of the checkpoint, if a workdir of ours.
+      config: of the run, likewise.
+    """
+
+    name: str
+    step: int | None = None
+    config: ConfigDict | None = None
 
 
 class Align:
@@ -23,7 +46,11 @@ class Align:
       tokenizer: that the model was trained with.
       preprocessing: likewise.
       mesh: over which batches are split.
-      batch_size: examples per call of the compiled model, rounded up to a multiple of the devices.
+      batch_size: most examples per call of the compiled model, rounded up to a multiple of the
+        devices.
+      origin: for the model card and reports; None where the model is still being trained.
+      hf_extras: tensors of a Hugging Face checkpoint that the model does not use, for `save`.
+      show_progress: whether long inputs get a progress bar, if stderr is a terminal.
     """
 
     def __init__(
@@ -31,16 +58,25 @@ class Align:
         model: dual_encoder.DualEncoder,
         variables: dual_encoder.Variables,
         tokenizer: WordPieceTokenizer,
-        preprocessing: workdir.Preprocessing,
+        preprocessing: processor.Preprocessing,
         mesh: Mesh,
         *,
         batch_size: int,
+        origin: Origin | None = None,
+        hf_extras: Mapping[str, np.ndarray] | None = None,
+        show_progress: bool = False,
     ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1.")
+        self.model = model
         self.variables = variables
         self.tokenizer = tokenizer
         self.preprocessing = preprocessing
+        self.origin = origin
+        self.hf_extras = dict(hf_extras or {})
         self._rows = mesh_lib.batch_sharding(mesh)
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
+        self._show_progress = show_progress
         shardings = jax.tree.map(lambda leaf: leaf.sharding, variables)
         self._embed_image, self._embed_text = train_step.compile_embed(model, shardings, mesh)
 
@@ -49,82 +85,218 @@ class Align:
         """The learned scalar that divides the cosine."""
         return float(self.variables["params"]["temperature"])
 
-    def encode_image(self, images: Sequence) -> np.ndarray:
-        """Returns z_image [N, D] of encoded bytes, paths, PIL images or uint8 RGB arrays.
+    def encode_image(self, images: Iterable, *, on_error: str = "raise") -> np.ndarray:
+        """Returns z_image [N, D] float32, unit norm; row i is image i.
+
+        Images are decoded by several threads while the device computes. EXIF orientation is
+        honoured and everything becomes RGB, see `data/images.decode_image`.
+
+        Args:
+          images: any number of paths, encoded bytes, Pillow images, uint8 arrays ([H, W],
+            [H, W, 3] or RGBA), or functions of no arguments that return one of these, called in
+            the decoding threads. May be a generator, or one array [N, H, W, 3].
+          on_error: what happens to an image that cannot be read or decoded: "raise", or "skip",
+            which logs a warning that names it and makes its row NaN.
 
         Raises:
-          images.BadImage: (a ValueError) one of them cannot be decoded.
+          images.BadImage: (a ValueError) one of them cannot be decoded; the message names it.
+          OSError: one of them cannot be read.
+          ValueError: nothing to encode, or one image instead of a list of them.
         """
-        p = self.preprocessing
-        views = (
-            images_lib.eval_view(
-                images_lib.decode_image(image),
-                resize_px=p.resize_size,
-                crop_px=p.image_size,
-                method=p.resize,
-            )
-            for image in images
+        if on_error not in encode.ON_ERROR:
+            raise ValueError(f"on_error={on_error!r} is unknown; use 'raise' or 'skip'.")
+        if isinstance(images, np.ndarray) and images.ndim != 4:
+            raise ValueError(f"images is one array {list(images.shape)}; put it in a list.")
+        if not isinstance(images, Iterable) or isinstance(images, str | bytes):
+            raise ValueError(f"images is one {type(images).__name__}; put it in a list.")
+        batches = encode.image_batches(
+            images, self.preprocessing, batch_size=self._batch_size, on_error=on_error
         )
-        return self._encode(self._embed_image, ((view,) for view in views))
+        return self._encode(self._embed_image, batches, images, "images")
 
-    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
-        """Returns z_text [N, D] of texts, truncated to the model's number of tokens."""
-        ids, mask = self.tokenizer.encode(list(texts), self.preprocessing.max_tokens)
-        return self._encode(self._embed_text, zip(ids, mask, strict=True))
+    def encode_text(self, texts: Iterable[str]) -> np.ndarray:
+        """Returns z_text [N, D] float32, unit norm, of texts cut to the model's number of tokens.
 
-    def _encode(self, embed: Callable, examples: Iterable[tuple[np.ndarray, ...]]) -> np.ndarray:
-        blocks, rows = [], []
-        for row in examples:
-            rows.append(row)
-            if len(rows) == self._batch_size:
-                blocks.append(self._call(embed, rows))
-                rows = []
-        if rows:
-            blocks.append(self._call(embed, rows))
-        if not blocks:
-            raise ValueError("Nothing to encode: the input is empty.")
-        return np.concatenate(blocks)
+        Raises:
+          ValueError: nothing to encode, one text instead of a list of them, or no strings.
+        """
+        if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+            raise ValueError(f"texts is one {type(texts).__name__}; put it in a list.")
+        batches = encode.text_batches(
+            texts,
+            self.tokenizer,
+            max_tokens=self.preprocessing.max_tokens,
+            batch_size=self._batch_size,
+        )
+        return self._encode(self._embed_text, batches, texts, "texts")
 
-    def _call(self, embed, rows):
-        count = len(rows)
-        rows = rows + [rows[-1]] * (self._batch_size - count)  # one shape, one compilation
-        arrays = []
-        for column in zip(*rows, strict=True):
-            value = np.stack(column)
-            # Every process holds the whole batch here, so each takes its devices' rows of it.
-            arrays.append(
-                jax.make_array_from_callback(
-                    value.shape, self._rows, lambda index, value=value: value[index]
-                )
-            )
-        return np.asarray(embed(self.variables, *arrays))[:count]
+    def similarity(self, z_image: np.ndarray, z_text: np.ndarray) -> np.ndarray:
+        """Returns logits [N_image, N_text] float32: cosines divided by the temperature.
+
+        Args:
+          z_image: [N_image, D], unit norm.
+          z_text: [N_text, D], unit norm.
+        """
+        return z_image @ z_text.T / np.float32(self.temperature)
+
+    def classify(
+        self,
+        images: Iterable,
+        labels: Sequence[str],
+        templates: str | Sequence[str] = templates_lib.SIMPLE,
+        *,
+        on_error: str = "raise",
+    ) -> np.ndarray:
+        """Returns probabilities [N, C] float32; each row sums to 1.
+
+        Args:
+          images: see `encode_image`.
+          labels: C candidate labels, put where a template has `{}`.
+          templates: prompts whose embeddings are averaged, see `evals/templates.load_templates`.
+          on_error: see `encode_image`.
+
+        Raises:
+          ValueError: no label, a template without `{}`, or see `encode_image`.
+        """
+        if isinstance(labels, str):
+            raise ValueError("labels is one str; put it in a list.")
+        templates = templates_lib.load_templates(templates)
+        z_text = zeroshot.class_vectors(self.encode_text, list(labels), templates)
+        logits = self.similarity(self.encode_image(images, on_error=on_error), z_text)
+        odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return odds / odds.sum(axis=1, keepdims=True)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes a folder that `load` and transformers' AlignModel and AlignProcessor read.
+
+        It holds model.safetensors (float32), config.json, the tokenizer, the preprocessing (files
+        of transformers 4 and 5) and README.md, a model card.
+
+        Raises:
+          ValueError: the folder is a file or a workdir, or the model has an image projection,
+            which the format has no place for, that cannot be folded into the layer before.
+        """
+        folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file; name a folder.")
+        if (folder / "config.json").exists() and not is_hugging_face(folder):
+            raise ValueError(f"{folder} is a workdir; name another folder.")
+        p = self.preprocessing
+        config = hf_config.hf_from_model(self.model, image_size=p.image_size)
+        tensors = convert.to_hf(jax.device_get(self.variables), self.model, self.hf_extras)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights_file.write_safetensors(folder / "model.safetensors", tensors)
+        processor.write_processor(folder, self.tokenizer, p)
+        origin = self.origin or Origin(folder.resolve().name)
+        card = model_card.make_card(
+            self.model,
+            self.variables,
+            p,
+            name=origin.name,
+            step=origin.step,
+            config=origin.config,
+            version=__version__,
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    def fingerprint(self) -> str:
+        """Returns 16 hex digits that identify weights, compute dtype, tokenizer, preprocessing."""
+        dtype = np.dtype(self.model.image.dtype).name
+        digest = hashlib.sha256(repr((self.preprocessing, dtype)).encode())
+        for name, leaf in sorted(trees.named_leaves(self.variables)):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(leaf))
+        return digest.hexdigest()[:16]
+
+    def _encode(self, embed, batches, inputs, unit):
+        return encode.encode(
+            partial(embed, self.variables),
+            batches,
+            sharding=self._rows,
+            batch_size=self._batch_size,
+            progress=encode.progress_bar(inputs, unit, enabled=self._show_progress),
+        )
 
 
-def load_workdir(
-    path: str | os.PathLike, *, step: int | None = None, batch_size: int = 64
-) -> tuple[Align, int]:
-    """Returns (model, step) from a training workdir.
+def load(
+    name_or_path: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    batch_size: int | None = None,
+    step: int | None = None,
+) -> Align:
+    """Returns a trained model from a workdir, a Hugging Face folder or the Hugging Face hub.
 
     Args:
-      path: workdir of `align train`.
-      step: of the checkpoint; None takes the newest.
-      batch_size: see `Align`.
+      name_or_path: a workdir of `align train`, a folder in the format of transformers' AlignModel,
+        or a hub id such as "kakaobrain/align-base".
+      dtype: of convolutions and matmuls, "float32" or "bfloat16"; None takes that of the run, and
+        float32 for Hugging Face weights. Norms, pooling, projections stay float32.
+      batch_size: most examples per call of the compiled model; None takes config.eval.batch_size
+        of the run, and 64 for Hugging Face weights.
+      step: of a workdir's checkpoint; None takes the newest.
 
     Raises:
-      ValueError: no workdir, no such checkpoint, or files that do not belong together.
+      ValueError: nothing of that name, files that are missing, damaged or do not belong together,
+        or no network to download from.
     """
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ValueError(f"dtype={dtype!r} is unknown; use 'float32' or 'bfloat16'.")
+    folder = hub.find_folder(name_or_path)
+    is_local = Path(name_or_path).is_dir()
+    name = folder.resolve().name if is_local else str(name_or_path)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} is no model: config.json is missing; name a workdir of `align train` or a "
+            "Hugging Face folder."
+        )
+    if not is_hugging_face(folder):
+        return _load_workdir(folder, name, dtype, batch_size, step)
+    if step is not None:
+        raise ValueError(f"{name_or_path} is no workdir, so it has no step {step}.")
+    tokenizer, preprocessing = processor.read_processor(folder)
+    loaded = convert.load_folder(folder, dtype=dtype or "float32")
+    model = loaded.model
+    if tokenizer.vocab_size > model.text.vocab_size:
+        raise ValueError(
+            f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, its model only "
+            f"{model.text.vocab_size}; they do not belong together."
+        )
+    max_tokens = min(preprocessing.max_tokens, model.text.max_positions)
+    mesh = mesh_lib.make_mesh()
+    return Align(
+        model,
+        jax.device_put(loaded.variables, mesh_lib.infer_shardings(loaded.variables, mesh)),
+        tokenizer,
+        dataclasses.replace(preprocessing, max_tokens=max_tokens),
+        mesh,
+        batch_size=64 if batch_size is None else batch_size,
+        origin=Origin(name),
+        hf_extras=loaded.extras,
+        show_progress=True,
+    )
+
+
+def _load_workdir(path: Path, name: str, dtype, batch_size, step) -> Align:
     config = workdir.load_config(path)
     tokenizer, preprocessing = workdir.load(path)
+    if dtype is not None:
+        config.model.dtype = dtype
     mesh = mesh_lib.make_mesh()
-    model = dual_encoder.make_model(config.model, vocab_size=tokenizer.vocab_size)
+    model = dual_encoder.make_model(
+        config.model,
+        vocab_size=tokenizer.vocab_size,
+        bias_init=config.loss.bias_init if config.loss.kind == "sigmoid" else None,
+    )
     shapes = dual_encoder.abstract_variables(model)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
         mesh_lib.infer_shardings(shapes, mesh),
     )
-    folder = os.path.join(path, "checkpoints")
-    if not os.path.isdir(folder):
+    folder = path / "checkpoints"
+    if not folder.is_dir():
         raise ValueError(f"{path} holds no checkpoint yet; run `align train` longer.")
     checkpoints = checkpoint.Checkpointer(folder)
     try:
@@ -137,4 +309,22 @@ def load_workdir(
         variables = checkpoints.restore_weights(step, abstract)
     finally:
         checkpoints.close()
-    return Align(model, variables, tokenizer, preprocessing, mesh, batch_size=batch_size), step
+    return Align(
+        model,
+        variables,
+        tokenizer,
+        preprocessing,
+        mesh,
+        batch_size=config.eval.batch_size if batch_size is None else batch_size,
+        origin=Origin(name, step, config),
+        show_progress=True,
+    )
+
+
+def is_hugging_face(folder: Path) -> bool:
+    """Returns whether config.json is that of a transformers model; ours has other groups."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and bool({"model_type", "architectures"} & config.keys())

@@ -8,9 +8,10 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from align_jax import __version__
+from align_jax import __version__, model_verbs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,14 +75,17 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(takes_config=True)
     train.add_argument("--config", required=True, metavar="FILE", help="experiment file")
     train.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+    several = train.add_argument_group("several processes (found by themselves on Cloud TPU VMs)")
+    several.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of process 0")
+    several.add_argument("--processes", type=int, default=0, metavar="N", help="of the run")
+    several.add_argument("--process", type=int, default=-1, metavar="I", help="this one, from 0")
 
-    evaluate = _verb(verbs, "eval", _evaluate, "run evaluators on a trained workdir")
+    evaluate = _verb(verbs, "eval", _evaluate, "run evaluators on a trained model")
     evaluate.epilog = (
         "example: align eval --workdir runs/quickstart --retrieval 'scenes?size=256&seed=5' "
         "--zeroshot 'scenes?size=256&seed=6&label=shape' --template 'a picture of a {}'"
     )
-    evaluate.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
-    evaluate.add_argument("--step", type=int, help="checkpoint; default: the newest")
+    model_verbs.add_model(evaluate, "--workdir", "--model")
     evaluate.add_argument(
         "--retrieval", action="append", default=[], metavar="SOURCE", help="pairs; repeatable"
     )
@@ -99,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         help="prompt with {} for the class name; repeatable, or one .json/.txt file of prompts",
     )
     evaluate.add_argument(
-        "--out", metavar="FILE", help="JSON; default: WORKDIR/eval/align_eval.json"
+        "--out", metavar="FILE", help="JSON; default for a workdir: WORKDIR/eval/align_eval.json"
     )
 
     pack = _verb(verbs, "pack", _pack, "write a TFDS ArrayRecord dataset from any pairs")
@@ -117,6 +121,28 @@ def _parser() -> argparse.ArgumentParser:
     vocab.add_argument(
         "--size", type=int, default=100_000, help="wordpieces (default: 100000, as in the paper)"
     )
+
+    model_verbs.add_verbs(partial(_verb, verbs))
+
+    compile_ = _verb(
+        verbs,
+        "compile",
+        _compile,
+        "plan a run: memory, FLOPs and collectives on chips that are not here",
+    )
+    compile_.epilog = (
+        "example: align compile --config configs/cc3m_b3_mini.py --topology v5e:8x8 "
+        "--config.mesh.fsdp=4 --out plan.json"
+    )
+    compile_.set_defaults(takes_config=True)
+    compile_.add_argument("--config", required=True, metavar="FILE", help="experiment file")
+    compile_.add_argument("--platform", choices=("tpu", "cpu"), default="tpu", help="default: tpu")
+    compile_.add_argument("--topology", help="chip and shape of a TPU slice, e.g. v5e:16x16")
+    compile_.add_argument("--slices", type=int, default=1, help="such slices (default: 1)")
+    compile_.add_argument(
+        "--devices", type=int, default=8, help="of --platform cpu, a quick check (default: 8)"
+    )
+    compile_.add_argument("--out", metavar="FILE", help="the report as JSON")
     return parser
 
 
@@ -135,49 +161,40 @@ def _train(args, rest) -> None:
 
     config = config_lib.load_config(args.config, rest)
 
-    from align_jax import train
+    from align_jax import multihost, train
 
-    train.train_and_evaluate(config, args.workdir)
+    with multihost.processes(args.coordinator, args.processes, args.process):
+        train.train_and_evaluate(config, args.workdir)
 
 
 def _evaluate(args, rest) -> None:
-    from align_jax import align, evals, workdir
+    from align_jax import align, evals
 
     if args.template and not args.zeroshot:
         raise ValueError("--template is of no use without --zeroshot SOURCE.")
-    config = workdir.load_config(args.workdir)
     chosen = {}
     for number, source in enumerate(args.retrieval):
         chosen[f"retrieval{number or ''}"] = {"type": "retrieval", "source": source}
     for number, source in enumerate(args.zeroshot):
         entry = {"type": "zeroshot", "source": source}
         if args.template:
-            entry["templates"] = _templates(args.template)
+            entry["templates"] = model_verbs.read_templates(args.template)
         chosen[f"zeroshot{number or ''}"] = entry
-    chosen = chosen or config.eval.evaluators.to_dict()
     evaluators = evals.make_evaluators(chosen)
+    model = align.load(args.model, step=args.step)
+    config = model.origin.config  # None: no workdir of ours
+    if config is not None and not chosen:
+        chosen = config.eval.evaluators.to_dict()
+        evaluators = evals.make_evaluators(chosen)
     if not evaluators:
-        raise ValueError(
-            f"the config of {args.workdir} has no evaluators; give --retrieval or --zeroshot."
-        )
-    model, step = align.load_workdir(
-        args.workdir, step=args.step, batch_size=config.eval.batch_size
-    )
+        raise ValueError(f"{args.model} names no evaluators; give --retrieval or --zeroshot.")
     results = evals.run_evaluators(evaluators, model)
     print(evals.format_table(results))
-    out = Path(args.out) if args.out else Path(args.workdir) / "eval" / "align_eval.json"
-    evals.write_json(
-        out,
-        results,
-        {"workdir": Path(args.workdir).name, "step": step, "evaluators": chosen},
-    )
-    print(f"wrote {out}")
-
-
-def _templates(given: list[str]):
-    first = given[0]
-    is_file = len(given) == 1 and "{}" not in first and (os.path.exists(first) or " " not in first)
-    return first if is_file else tuple(given)
+    out = args.out or (config is not None and Path(args.model) / "eval" / "align_eval.json")
+    if out:
+        origin = {"workdir": model.origin.name, "step": model.origin.step}
+        evals.write_json(out, results, {**origin, "evaluators": chosen})
+        print(f"wrote {out}")
 
 
 def _pack(args, rest) -> None:
@@ -196,6 +213,37 @@ def _vocab(args, rest) -> None:
     trained = tokenizer.train_wordpiece(workdir.captions(source), vocab_size=args.size)
     trained.save(args.out)
     print(f"wrote {trained.vocab_size} wordpieces to {args.out} ({trained.fingerprint()})")
+
+
+def _compile(args, rest) -> None:
+    from align_jax import config as config_lib
+
+    config = config_lib.load_config(args.config, rest)
+    if args.platform == "tpu" and not args.topology:
+        raise ValueError("--topology is missing, e.g. --topology v5e:4x4; or use --platform cpu.")
+
+    import jax
+
+    from align_jax import aot
+
+    jax.config.update("jax_platforms", "cpu")  # chips that are here stay free
+    if args.platform == "cpu":
+        devices = aot.cpu_devices(args.devices)
+    else:
+        devices = aot.topology_devices(args.topology, args.slices)
+    report = {
+        "config": Path(args.config).stem,
+        "overrides": rest,
+        "topology": args.topology if args.platform == "tpu" else "cpu",
+        "slices": args.slices,
+        **aot.compile_report(config, devices),
+    }
+    print(aot.format_report(report))
+    if args.out:
+        aot.write_report(args.out, report)
+        print(f"wrote {args.out}")
+    if not report["fits"]:
+        raise RuntimeError(f"{report['config']} does not fit; see the report above.")
 
 
 if __name__ == "__main__":

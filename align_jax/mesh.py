@@ -5,7 +5,7 @@ Their names appear in this file only.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,11 +20,12 @@ DATA, FSDP = "data", "fsdp"
 # Tensors below this many elements stay replicated: gathering them costs more than it saves.
 FSDP_MIN_ELEMENTS = 2**16
 
-# (regex on the path, "fsdp" or "replicate"); first match wins.
-PARAMETER_RULES = ((r"batch_stats", "replicate"), (r".*", "fsdp"))
+# (regex on the path, "fsdp" or "replicate"); first match wins. XLA answers a depthwise kernel split
+# by channels with a gather of the whole global batch.
+PARAMETER_RULES = ((r"batch_stats|/depthwise/kernel$", "replicate"), (r".*", "fsdp"))
 
 
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh over all devices of all processes.
 
     Devices of several TPU slices form a hybrid mesh: "data" crosses slices, "fsdp" never does.
@@ -32,11 +33,12 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
     Args:
       data: size of the batch axis; -1 takes what is left.
       fsdp: size of the axis over which parameters are sharded.
+      devices: to use instead, e.g. those of a topology that is not there.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if data == -1 and fsdp > 0 and len(devices) % fsdp == 0:
         data = len(devices) // fsdp
     if data * fsdp != len(devices) or fsdp < 1:
@@ -47,7 +49,7 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
     types = (AxisType.Auto, AxisType.Auto)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh((data, fsdp), (DATA, FSDP), axis_types=types)
+        return jax.make_mesh((data, fsdp), (DATA, FSDP), axis_types=types, devices=devices)
     if data % slices:
         raise ValueError(f"mesh.data={data} is not divisible by the {slices} slices.")
     grid = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp), (slices, 1), devices)

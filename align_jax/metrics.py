@@ -5,6 +5,7 @@ to an uninterrupted run's. Anything measured with a clock goes to perf.jsonl. Pl
 Only process 0 of a multi-process run creates these objects.
 """
 
+import io
 import json
 import math
 import os
@@ -88,6 +89,15 @@ class MetricWriter:
         self._tensorboard.write(int(step), scalars)
 
 
+class NoWriter:
+    """Takes the place of a `MetricWriter` in the processes that write nothing."""
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    write_timing = write
+
+
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Returns the lines of a metrics.jsonl or perf.jsonl as dicts, in file order.
 
@@ -111,6 +121,7 @@ class Progress:
       stream: where to print; standard error by default.
       period_s: seconds between lines where `stream` is no terminal.
       clock: monotonic seconds.
+      silent: whether to print nothing at all, as all processes but one do.
     """
 
     def __init__(
@@ -118,6 +129,7 @@ class Progress:
         total_steps: int,
         batch_size: int,
         *,
+        silent: bool = False,
         stream: TextIO | None = None,
         period_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
@@ -125,6 +137,8 @@ class Progress:
         self._total_steps = total_steps
         self._batch_size = batch_size
         self._stream = sys.stderr if stream is None else stream
+        if silent:
+            self._stream = io.StringIO()
         self._is_terminal = self._stream.isatty()
         self._period_s = _TERMINAL_PERIOD_S if self._is_terminal else period_s
         self._clock = clock

@@ -6,20 +6,35 @@ so that a kill at any moment repeats work but never loses or doubles a line.
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from align_jax import align, checkpoint, losses, metrics, optim, plots, train_step, trees, workdir
+from align_jax import (
+    align,
+    checkpoint,
+    init_from,
+    losses,
+    metrics,
+    multihost,
+    optim,
+    plots,
+    train_step,
+    trees,
+    workdir,
+)
 from align_jax import config as config_lib
 from align_jax import evals as evals_lib
 from align_jax import mesh as mesh_lib
@@ -55,29 +70,17 @@ def train_and_evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str,
         source = sources.open_source(config.data.source)
     with _naming("config.eval.evaluators"):
         evaluators = evals_lib.make_evaluators(config.eval.evaluators.to_dict())
-    tokenizer, preprocessing = workdir.open_for_training(path, config, source, log=_log)
-
-    model = dual_encoder.make_model(
-        config.model,
-        vocab_size=tokenizer.vocab_size,
-        temperature_init=config.loss.temperature_init,
+    if config.init_from and config.init_towers != "image":
+        with _naming("config.init_from"):
+            config = init_from.with_tokenizer(config)
+    opened = []
+    multihost.lead_first(
+        lambda: opened.extend(workdir.open_for_training(path, config, source, log=_log))
     )
-    schedule = optim.make_schedule(config.optim, config.train.steps)
-    optimizer = optim.make_optimizer(config.optim, schedule)
-    abstract = state_lib.abstract_state(model, optimizer, mesh)
-    step_fn = train_step.compile_train_step(
-        train_step.make_train_step(
-            model,
-            optimizer,
-            schedule,
-            losses.make_loss(config.loss.form, mesh, label_smoothing=config.loss.label_smoothing),
-            mesh,
-            seed=config.train.seed,
-            bn_decay=config.model.bn_decay,
-            mask_duplicates=config.loss.mask_duplicates,
-        ),
-        abstract,
-        mesh,
+    tokenizer, preprocessing = opened or workdir.read(path)
+
+    model, optimizer, abstract, step_fn = make_program(
+        config, mesh, vocab_size=tokenizer.vocab_size
     )
 
     checkpoints = checkpoint.Checkpointer(Path(path) / "checkpoints", keep=config.checkpoint.keep)
@@ -85,15 +88,24 @@ def train_and_evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str,
     resume_step = checkpoints.latest_step()
     if resume_step is None:
         state = train_step.init_state(model, optimizer, abstract, seed=config.train.seed)
+        if config.init_from:
+            _log(f"starting from {config.init_from} ({config.init_towers})")
+            variables = init_from.start_from(
+                config.init_from, config.init_towers, model, state.variables()
+            )
+            state = dataclasses.replace(state, **variables)
     else:
         state, data = checkpoints.restore(resume_step, abstract, {"dropped": dropped})
         dropped = np.array(data["dropped"])
-    workdir.write_config(path, config)
+    multihost.lead_first(lambda: workdir.write_config(path, config))
     _welcome(config, path, mesh, source, abstract, resume_step)
 
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.close)
-        writer = stack.enter_context(metrics.MetricWriter(path, resume_step=resume_step))
+        if multihost.is_lead():
+            writer = stack.enter_context(metrics.MetricWriter(path, resume_step=resume_step))
+        else:
+            writer = metrics.NoWriter()
         stop = stack.enter_context(_stop_signals())
         batches = stack.enter_context(
             contextlib.closing(_open_batches(config, source, tokenizer, int(state.step)))
@@ -110,6 +122,51 @@ def train_and_evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str,
         return run.train(state, step_fn, batches, stop)
 
 
+def make_program(
+    config: ConfigDict, mesh: Mesh, *, vocab_size: int
+) -> tuple[dual_encoder.DualEncoder, Any, state_lib.TrainState, Callable]:
+    """Returns (model, optimizer, abstract state, jitted train step) of a config; computes nothing.
+
+    Training and `align compile` both start here, so that what is planned is what runs.
+
+    Args:
+      config: already validated.
+      mesh: of real devices, or of a topology's.
+      vocab_size: of the tokenizer.
+    """
+    model = dual_encoder.make_model(
+        config.model,
+        vocab_size=vocab_size,
+        temperature_init=config.loss.temperature_init,
+        bias_init=config.loss.bias_init if config.loss.kind == "sigmoid" else None,
+    )
+    schedule = optim.make_schedule(config.optim, config.train.steps)
+    optimizer = optim.make_optimizer(config.optim, schedule)
+    abstract = state_lib.abstract_state(model, optimizer, mesh)
+    step_fn = train_step.compile_train_step(
+        train_step.make_train_step(
+            model,
+            optimizer,
+            schedule,
+            losses.make_loss(
+                config.loss.form,
+                mesh,
+                kind=config.loss.kind,
+                label_smoothing=config.loss.label_smoothing,
+                tile_size=config.loss.tile_size,
+            ),
+            mesh,
+            seed=config.train.seed,
+            bn_decay=config.model.bn_decay,
+            mask_duplicates=config.loss.mask_duplicates,
+            microbatches=config.train.microbatches,
+        ),
+        abstract,
+        mesh,
+    )
+    return model, optimizer, abstract, step_fn
+
+
 class _Run:
     """What the loop needs around the state; one method for each thing that happens in a step."""
 
@@ -121,15 +178,21 @@ class _Run:
         self.writer = writer
         self.encoder = encoder
         self.evaluators = evaluators
-        self.dropped = Counter(dict(zip(pipeline.DROP_REASONS, dropped.tolist(), strict=True)))
-        self.progress = metrics.Progress(config.train.steps, config.train.batch_size)
+        self.is_lead = multihost.is_lead()
+        # Of this process; process 0 carries what all of them dropped before the checkpoint.
+        before = dropped if self.is_lead else np.zeros_like(dropped)
+        self.dropped = Counter(dict(zip(pipeline.DROP_REASONS, before.tolist(), strict=True)))
+        self.progress = metrics.Progress(
+            config.train.steps, config.train.batch_size, silent=not self.is_lead
+        )
         self.results: dict[str, float] = {}
-        self.evaluated = set()
-        for line in metrics.read_metrics(self.path / "metrics.jsonl"):
-            results = {key[5:]: value for key, value in line.items() if key.startswith("eval/")}
-            if results:
-                self.results = results
-                self.evaluated.add(line["step"])
+        self.evaluated_step = -1
+        if self.is_lead:
+            for line in metrics.read_metrics(self.path / "metrics.jsonl"):
+                results = {key[5:]: value for key, value in line.items() if key.startswith("eval/")}
+                if results:
+                    self.results, self.evaluated_step = results, line["step"]
+        self.evaluated_step = multihost.agree(self.evaluated_step)
 
     def train(self, state, step_fn, batches: Iterator[pipeline.Batch], stop) -> dict[str, float]:
         """The loop; see the first lines of this file before changing the order of operations."""
@@ -142,8 +205,12 @@ class _Run:
         if step == last:
             _log(f"step {step}: this run is complete; a larger config.train.steps continues it.")
         pending, batch, stopping = None, None, ""
+        if step < last:
+            batch = self._next(batches)
+            step_fn = step_fn.lower(state, batch[0]).compile()
+            _log(memory_plan(step_fn, state))
         while step < last and not stopping:
-            arrays, host_batch, wait_s = batch or self._next(batches)
+            arrays, host_batch, wait_s = batch
             state, step_metrics = step_fn(state, arrays)
             step += 1
             # While the device works on this step, the host fetches the next batch and reports the
@@ -154,7 +221,7 @@ class _Run:
             pending = (step, step_metrics, host_batch, wait_s)
 
             # Read once: a signal that comes from here on stops the run after the next step.
-            stopping = stop.requested
+            stopping = "SIGTERM" if multihost.preempted(step) else stop.requested
             saves = step == last or step % config.checkpoint.every_steps == 0 or stopping
             evaluates = self._evaluation_due(step) and not stopping
             if saves or evaluates:
@@ -172,7 +239,7 @@ class _Run:
     def _evaluation_due(self, step) -> bool:
         if step % self.config.eval.every_steps and step != self.config.train.steps:
             return False
-        return step not in self.evaluated
+        return step != self.evaluated_step
 
     def _next(self, batches):
         start_s = time.perf_counter()
@@ -193,7 +260,8 @@ class _Run:
             self.dropped[reason] += count
         self.progress.update(step, values["loss"], wait_s)
         if step % self.config.log.every_steps == 0 or step == self.config.train.steps:
-            drops = {f"data/dropped_{r}": n for r, n in self.dropped.items() if n}
+            totals = zip(pipeline.DROP_REASONS, self._all_dropped().tolist(), strict=True)
+            drops = {f"data/dropped_{reason}": count for reason, count in totals if count}
             self.writer.write(step, {f"train/{k}": v for k, v in values.items()} | drops)
             self.writer.write_timing(step, self.progress.timing())
 
@@ -209,8 +277,11 @@ class _Run:
         )
 
     def _save(self, state) -> None:
-        counts = np.array([self.dropped[reason] for reason in pipeline.DROP_REASONS], np.int64)
-        self.checkpoints.save(state, {"dropped": counts})
+        self.checkpoints.save(state, {"dropped": self._all_dropped()})
+
+    def _all_dropped(self) -> np.ndarray:
+        counts = [self.dropped[reason] for reason in pipeline.DROP_REASONS]
+        return multihost.total(np.array(counts, np.int64))
 
     def _evaluate(self, step, state) -> None:
         self.encoder.variables = state.variables()
@@ -218,7 +289,9 @@ class _Run:
             self.results = evals_lib.run_evaluators(self.evaluators, self.encoder)
         except ValueError as error:  # the input was checked before: now it is the run that failed
             raise RuntimeError(f"step {step}: {error}") from error
-        self.evaluated.add(step)
+        self.evaluated_step = step
+        if not self.is_lead:
+            return
         if self.results:
             self.writer.write(step, {f"eval/{key}": v for key, v in self.results.items()})
             self.progress.log(f"step {step}\n{evals_lib.format_table(self.results)}")
@@ -238,6 +311,30 @@ class _Run:
         self.progress.restart()
 
 
+def memory_plan(compiled: Any, state: state_lib.TrainState) -> str:
+    """Returns a line on the bytes that a step needs on each device, before it has run.
+
+    Args:
+      compiled: the train step.
+      state: its first argument.
+    """
+
+    def held(tree):
+        return sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+        )
+
+    parts = {"parameters": held(state.variables()), "optimizer": held(state.opt_state)}
+    analysis = compiled.memory_analysis()
+    if analysis is not None:  # not every platform has it
+        parts["batch"] = analysis.argument_size_in_bytes - held(state)
+        parts["temporaries"] = analysis.temp_size_in_bytes
+    text = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts.items())
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return f"memory per device: {text}" + (f" of {limit / 2**20:,.0f} MiB" if limit else "")
+
+
 @contextlib.contextmanager
 def _naming(path: str):
     """Puts the config path in front of the ValueErrors of code that does not know it."""
@@ -252,7 +349,9 @@ class _stop_signals:
 
     def __enter__(self):
         self.requested = ""
-        self._before = {s: signal.signal(s, self._on_signal) for s in _SIGNALS}
+        # Several processes must stop after the same step: they learn of it by multihost.preempted.
+        caught = _SIGNALS if jax.process_count() == 1 else ()
+        self._before = {s: signal.signal(s, self._on_signal) for s in caught}
         return self
 
     def __exit__(self, *exc_info):
@@ -310,5 +409,5 @@ def _welcome(config, path, mesh, source, abstract, resume_step) -> None:
 
 
 def _log(text: str) -> None:
-    if jax.process_index() == 0:
+    if multihost.is_lead():
         print(text, file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from align_jax import config as config_lib
 from align_jax.data import tokenizer as tokenizer_lib
+from align_jax.data.processor import Preprocessing
 from align_jax.data.sources import PairSource
 
 # Keys that may differ between the parts of one run: they change neither the numbers nor the data.
@@ -27,32 +28,13 @@ FREE_KEYS = (
     "eval.",
     "log.",
     "loss.form",
+    "loss.tile_size",
     "mesh.",
     "model.remat",
     "model.scan_layers",
+    "train.microbatches",
     "train.steps",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprocessing:
-    """What must happen to an image or a text before the model sees it.
-
-    Attributes:
-      image_size: side of the crop, pixels.
-      resize_size: side before the crop, pixels.
-      resize: "pil" or "tf", see `data/images.resize`.
-      max_tokens: length of a tokenised text.
-      vocab_size: of the tokenizer.
-      tokenizer_fingerprint: of the tokenizer.
-    """
-
-    image_size: int
-    resize_size: int
-    resize: str
-    max_tokens: int
-    vocab_size: int
-    tokenizer_fingerprint: str
 
 
 def open_for_training(
@@ -123,8 +105,7 @@ def load(
     """
     workdir = Path(workdir)
     config = load_config(workdir)
-    tokenizer = tokenizer_lib.load_tokenizer(workdir / "tokenizer")
-    preprocessing = _read_preprocessing(workdir / "preprocessing.json")
+    tokenizer, preprocessing = read(workdir)
     if tokenizer.fingerprint() != preprocessing.tokenizer_fingerprint:
         raise ValueError(
             f"{workdir / 'tokenizer'} has fingerprint {tokenizer.fingerprint()}, but the run was "
@@ -138,6 +119,18 @@ def load(
                 f"{value!r} by config.json and tokenizer; put the run's own files back."
             )
     return tokenizer, preprocessing
+
+
+def read(
+    workdir: str | os.PathLike,
+) -> tuple[tokenizer_lib.WordPieceTokenizer, Preprocessing]:
+    """Returns (tokenizer, preprocessing) as they lie there, of a run that may have no config yet.
+
+    Raises:
+      ValueError: files are missing or damaged.
+    """
+    tokenizer = tokenizer_lib.load_tokenizer(Path(workdir) / "tokenizer")
+    return tokenizer, _read_preprocessing(Path(workdir) / "preprocessing.json")
 
 
 def load_config(workdir: str | os.PathLike) -> ConfigDict:

@@ -1,5 +1,6 @@
 """Eight fake CPU devices for every test; helpers that several test files need."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -17,3 +18,49 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("real data not found; set ALIGN_JAX_REAL_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory):
+    """A folder with packed pairs, two vocabularies, a config and a workdir of 10 (stub) steps."""
+    from helpers import CONFIG, StubStep, make_pairs, write_table
+
+    from align_jax import cli
+
+    folder = tmp_path_factory.mktemp("project")
+    make_pairs(folder, count=12)
+    (folder / "config.py").write_text(CONFIG.replace("c.train.steps = 40", "c.train.steps = 10"))
+    other = [{"image": "0.jpg", "captions": ["zebras graze", "zebras graze again"]}]
+    write_table(folder / "other.jsonl", other)
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+        StubStep().patch(patch)
+        for arguments in (
+            ("pack", "captions.jsonl?images=images", "--out", "data"),
+            ("vocab", "data", "--out", "tokenizer", "--size", "200"),
+            ("vocab", "other.jsonl?images=images", "--out", "other", "--size", "200"),
+            ("train", "--config", "config.py:plain", "--workdir", "run"),
+        ):
+            assert cli.main(arguments) == 0
+    return folder
+
+
+@pytest.fixture
+def inside(project, monkeypatch):
+    """The same folder as current directory; nothing may get as far as a train step."""
+    from align_jax import train
+
+    def train_step(state, batch):
+        raise AssertionError("bad input came as far as the compiler")
+
+    monkeypatch.setattr(train.train_step, "compile_train_step", lambda *args: train_step)
+    monkeypatch.chdir(project)
+    return project
+
+
+@pytest.fixture(scope="session")
+def tiny_hf(tmp_path_factory):
+    """(folder, torch model) of a tiny random AlignModel with its processor; do not change it."""
+    from tiny_hf import make_folder
+
+    folder = tmp_path_factory.mktemp("tiny_hf")
+    return folder, make_folder(folder)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 from PIL import Image, ImageDraw
 
-from align_jax import train, trees
+from align_jax import cli, train, trees
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220)}
 
@@ -114,19 +114,33 @@ def run_align(*arguments, cwd, env, timeout_s=300):
     )
 
 
-def start_align(*arguments, cwd, env):
-    """Starts `align <arguments>`; its standard error goes to the pipe `.stderr`."""
+def start_align(*arguments, cwd, env, stderr=subprocess.PIPE):
+    """Starts `align <arguments>`; its standard error goes to a file, or to the pipe `.stderr`."""
     return subprocess.Popen(
         align_command(*arguments),
         cwd=cwd,
         env=env,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
     )
 
 
-def wait_for_line(path, wanted, process, timeout_s=300):
+def error_of(capfd, *arguments):
+    """Runs `align`; returns its only line of error, asserting that it left all files alone."""
+    before = snapshot(".")
+    capfd.readouterr()
+    code = cli.main([str(argument) for argument in arguments])
+    printed = capfd.readouterr()
+    assert snapshot(".") == before
+    assert code == 2, printed.err
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("align: ")
+    return line.removeprefix("align: ")
+
+
+def wait_for_line(path, wanted, process, timeout_s=300, log=None):
     """Blocks until `wanted(line)` holds for a line of a growing JSON lines file; returns it."""
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
@@ -134,7 +148,8 @@ def wait_for_line(path, wanted, process, timeout_s=300):
             if wanted(line):
                 return line
         if process.poll() is not None:
-            raise AssertionError(f"ended with {process.returncode}: {process.stderr.read()}")
+            printed = log.read_text() if log else process.stderr.read()
+            raise AssertionError(f"ended with {process.returncode}: {printed}")
         time.sleep(0.005)
     process.kill()
     raise AssertionError(f"no such line in {path} after {timeout_s} s")
@@ -198,6 +213,15 @@ class StubStep:
             "temperature": np.float32(0.1),
         }
         return dataclasses.replace(state, step=state.step + 1), metrics
+
+    def lower(self, *args):
+        return self
+
+    def compile(self):
+        return self
+
+    def memory_analysis(self):
+        return None
 
     def patch(self, monkeypatch):
         """Makes `align train` in this process use the stub, on one device; returns the stub."""

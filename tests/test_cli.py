@@ -1,4 +1,4 @@
-"""cli.py: what a user who makes a mistake is told, and what each verb does when there is none."""
+"""cli.py: what a user who makes a mistake with an experiment is told; see also test_cli_data."""
 
 import contextlib
 import json
@@ -13,64 +13,15 @@ from helpers import (
     StubStep,
     align_command,
     environment,
-    make_pairs,
+    error_of,
     read_lines,
-    snapshot,
-    write_table,
 )
-from transformers import AutoTokenizer
 
-from align_jax import cli, config, train, workdir
-from align_jax.data import sources, tokenizer
+from align_jax import cli, config, workdir
+from align_jax.data import tokenizer
 
 TRAIN = ("train", "--config", "config.py", "--workdir", "run")
 EVAL = ("eval", "--workdir", "run", "--retrieval", "data?split=train")
-MORE_CAPTIONS = [{"image": "0.jpg", "captions": ["zebras graze", "zebras graze again"]}]
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """A folder with packed pairs, two vocabularies, a config and a workdir of 10 (stub) steps."""
-    folder = tmp_path_factory.mktemp("project")
-    make_pairs(folder, count=12)
-    (folder / "config.py").write_text(CONFIG.replace("c.train.steps = 40", "c.train.steps = 10"))
-    write_table(folder / "other.jsonl", MORE_CAPTIONS)
-    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
-        StubStep().patch(patch)
-        for arguments in (
-            ("pack", "captions.jsonl?images=images", "--out", "data"),
-            ("vocab", "data", "--out", "tokenizer", "--size", "200"),
-            ("vocab", "other.jsonl?images=images", "--out", "other", "--size", "200"),
-            ("train", "--config", "config.py:plain", "--workdir", "run"),
-        ):
-            assert cli.main(arguments) == 0
-    return folder
-
-
-@pytest.fixture
-def inside(project, monkeypatch):
-    """The same folder as current directory; nothing may get as far as a train step."""
-
-    def train_step(state, batch):
-        raise AssertionError("bad input came as far as the compiler")
-
-    monkeypatch.setattr(train.train_step, "compile_train_step", lambda *args: train_step)
-    monkeypatch.chdir(project)
-    return project
-
-
-def error_of(capfd, *arguments):
-    """Runs `align`; returns its only line of error, asserting that it left all files alone."""
-    before = snapshot(".")
-    capfd.readouterr()
-    code = cli.main([str(argument) for argument in arguments])
-    printed = capfd.readouterr()
-    assert snapshot(".") == before
-    assert code == 2, printed.err
-    assert printed.out == ""
-    (line,) = printed.err.splitlines()
-    assert line.startswith("align: ")
-    return line.removeprefix("align: ")
 
 
 def changed_config(change):
@@ -87,12 +38,13 @@ def changed_config(change):
     [
         (
             "--config.trian.steps=3",
-            "Unknown key config.trian. Did you mean 'train'? Known: checkpoint, data, eval, log, "
-            "loss, mesh, model, optim, train.",
+            "Unknown key config.trian. Did you mean 'train'? Known: checkpoint, data, eval, "
+            "init_from, init_towers, log, loss, mesh, model, optim, train.",
         ),
         (
             "--config.train.stepz=3",
-            "Unknown key config.train.stepz. Did you mean 'steps'? Known: batch_size, seed, steps.",
+            "Unknown key config.train.stepz. Did you mean 'steps'? Known: batch_size, "
+            "microbatches, seed, steps.",
         ),
         ("--config.train.steps=ten", "config.train.steps='ten' must be an integer."),
         ("--config.train.steps=1.5", "config.train.steps=1.5 must be an integer."),
@@ -305,100 +257,6 @@ def test_damaged_checkpoint_is_named_with_a_way_out(inside, capfd):
     )
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ("--workdir", "images"),
-            "images is no workdir: config.json is missing; name a folder of ",
-        ),
-        (("--workdir", "nowhere"), "nowhere is no workdir: config.json is missing; name a folder "),
-        (
-            ("--workdir", "run", "--retrieval", "data", "--step", "7"),
-            "run has no checkpoint of step 7; it has [8, 10].",
-        ),
-        (
-            ("--workdir", "run", "--retrieval", "nowhere"),
-            "Evaluator 'retrieval': nowhere does not exist; accepted: ",
-        ),
-        (
-            ("--workdir", "run", "--zeroshot", "scenes?size=4&label=shap"),
-            "Evaluator 'zeroshot': label=shap of scenes is unknown; use ",
-        ),
-        (
-            (
-                *("--workdir", "run", "--zeroshot", "scenes?size=4&label=shape"),
-                *("--template", "a shape"),
-            ),
-            "Evaluator 'zeroshot': Template 'a shape' has no {} to put the class name at.",
-        ),
-        (
-            ("--workdir", "run", "--template", "a {}"),
-            "--template is of no use without --zeroshot SOURCE.",
-        ),
-    ],
-)
-def test_wrong_eval_arguments_are_one_line(inside, capfd, arguments, message):
-    assert error_of(capfd, "eval", *arguments).startswith(message)
-
-
-def test_eval_of_a_workdir_without_evaluators_says_what_to_give(inside, capfd):
-    assert error_of(capfd, "eval", "--workdir", "run") == (
-        "the config of run has no evaluators; give --retrieval or --zeroshot."
-    )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("pack", "nowhere", "--out", "new"), "nowhere does not exist; accepted: "),
-        (("pack", "captions.jsonl", "--out", "new"), "captions.jsonl does not say where its "),
-        (
-            ("pack", "captions.jsonl?images=images", "--out", "config.py"),
-            "{here}/config.py is a file; name a folder.",
-        ),
-        (
-            ("pack", "captions.jsonl?images=images", "--out", "data"),
-            "{here}/data already has a split 'train'; choose another split or folder.",
-        ),
-        (("vocab", "nowhere", "--out", "new"), "nowhere does not exist; accepted: "),
-        (("vocab", "data", "--out", "new", "--size", "10"), "config.data.vocab_size=10 is too "),
-        (("vocab", "data", "--out", "config.py"), "config.py: File exists."),
-    ],
-)
-def test_wrong_pack_and_vocab_arguments_are_one_line(inside, capfd, arguments, message):
-    assert error_of(capfd, *arguments).startswith(message.format(here=os.getcwd()))
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        (),
-        ("trian",),
-        ("train", "--config", "config.py"),
-        ("train", "--workdir", "new"),
-        ("eval",),
-        ("eval", "--workdir", "run", "--step", "x"),
-        ("eval", "--workdir", "run", "--config.eval.batch_size=3"),
-        ("pack", "captions.jsonl?images=images"),
-        ("vocab", "data", "--out", "new", "--size", "many"),
-    ],
-)
-def test_wrong_arguments_exit_with_2(inside, capfd, arguments):
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main(arguments)
-    assert exit_info.value.code == 2
-    assert "error: " in capfd.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.parametrize("verb", ["train", "eval", "pack", "vocab"])
-def test_help_of_each_verb_shows_one_example(capfd, verb):
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main([verb, "--help"])
-    assert exit_info.value.code == 0
-    assert capfd.readouterr().out.count(f"example: align {verb} ") == 1
-
-
 def test_config_error_in_a_process_of_its_own_is_fast_and_has_no_traceback(project):
     start_s = time.monotonic()
     done = subprocess.run(
@@ -452,34 +310,6 @@ def test_experiment_files_may_start_from_one_another(inside, tmp_path):
 def test_config_survives_json(inside):
     loaded = config.load_config("config.py")
     assert config.from_json(config.to_json(loaded)).to_dict() == loaded.to_dict()
-
-
-def test_pack_prints_its_report_and_drops_what_cannot_be_used(inside, tmp_path, capfd):
-    with open("captions.jsonl") as file:
-        rows = [json.loads(line) for line in file]
-    rows[2]["captions"] = [" "]
-    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff broken")
-    rows.append({"image": "broken.jpg", "captions": ["broken"]})
-    write_table(tmp_path / "captions.jsonl", rows)
-    spec = f"{tmp_path}/captions.jsonl?images=images,{tmp_path}"
-    assert cli.main(["pack", spec, "--out", str(tmp_path / "out"), "--split", "dev"]) == 0
-    report = json.loads(capfd.readouterr().out)
-    assert report["records_written"] == 11
-    assert report["skipped"] == {"caption_empty": 1, "image_truncated": 1}
-    packed = sources.open_source(f"{tmp_path / 'out'}?split=dev")
-    assert len(packed) == 11 and packed[0].captions == tuple(rows[0]["captions"])
-
-
-def test_vocab_writes_a_tokenizer_that_hugging_face_reads(inside, tmp_path, capfd):
-    assert cli.main(["vocab", "data", "--out", str(tmp_path), "--size", "200"]) == 0
-    ours = tokenizer.load_tokenizer(tmp_path)
-    assert capfd.readouterr().out == (
-        f"wrote {ours.vocab_size} wordpieces to {tmp_path} ({ours.fingerprint()})\n"
-    )
-    ids, mask = ours.encode(["a red square"], 8)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)("a red square")["input_ids"]
-    assert ids[0][mask[0] == 1].tolist() == theirs
-    assert "square" in ours.tokens
 
 
 def test_interrupted_start_leaves_a_workdir_that_the_same_command_continues(

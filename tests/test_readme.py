@@ -37,11 +37,25 @@ def test_readme_first_blocks_are_the_two_set_up_commands():
 
 def test_every_file_named_in_the_readme_exists():
     names = re.findall(
-        r"`((?:align_jax|configs|experiments|tests)/[\w/.]*)`", (ROOT / "README.md").read_text()
+        r"`((?:align_jax|configs|docs|experiments|tests)/[\w/.]*)`",
+        (ROOT / "README.md").read_text(),
     )
     assert len(names) > 15
     for name in names:
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/huggingface.md"])
+def test_python_example_runs(page, tiny_hf, tmp_path, monkeypatch):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for name in ("cats.jpg", "car.jpg"):
+        Image.new("RGB", (60, 50), "red").save(name)
+    namespace = {}
+    exec(block.replace("kakaobrain/align-base", str(tiny_hf[0])), namespace)
+    assert namespace["z_image"].shape == (2, 32)
+    assert namespace["cosines"].shape[0] == 2
+    np.testing.assert_allclose(namespace["probabilities"].sum(axis=1), 1, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -58,6 +72,7 @@ def test_commands_of_the_readme_run_on_a_small_dataset(tmp_path):
             archive.writestr(f"{index}.jpg", buffer.getvalue())
             row = {"image": f"{index}.jpg", "captions": record.captions}
             table.write(json.dumps(row) + "\n")
+    Image.fromarray(np.asarray(source[0].image)).save(tmp_path / "cats.jpg")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     commands = [
         command.replace("\\\n", " ")
@@ -78,5 +93,6 @@ def test_commands_of_the_readme_run_on_a_small_dataset(tmp_path):
             text=True,
         )
         assert run.returncode == 0, f"{command}\n{run.stderr}"
-    assert verbs == ["pack", "vocab", "train", "eval"]
+    assert verbs == ["pack", "vocab", "train", "eval", "convert", "embed", "classify"]
+    assert (tmp_path / "embeddings/mine/00000.npy").exists()
     assert (tmp_path / "runs/mine/plots/gallery_dev.png").stat().st_size > 1000

@@ -21,6 +21,7 @@ __all__ = [
     "Evaluator",
     "Retrieval",
     "ZeroShot",
+    "format_probabilities",
     "format_table",
     "make_evaluators",
     "retrieval_gallery",
@@ -116,6 +117,31 @@ def format_table(results: Mapping[str, float]) -> str:
     if zeroshot:
         tables.append(_align_columns(_zeroshot_rows(zeroshot)))
     return "\n\n".join(tables)
+
+
+def format_probabilities(
+    names: Sequence[str], labels: Sequence[str], probabilities: Any, *, max_columns: int = 6
+) -> str:
+    """Returns one line an image: its probability for each label, or its best few with names.
+
+    Args:
+      names: of N images.
+      labels: C labels.
+      probabilities: [N, C], 0 to 1; NaN in the rows of images that could not be read.
+      max_columns: number of labels above which only the best of each image are shown.
+    """
+    if len(labels) <= max_columns:
+        rows = [["", *labels]]
+        rows += [
+            [name, *(f"{p:.4f}" for p in row)]
+            for name, row in zip(names, probabilities, strict=True)
+        ]
+        return _align_columns(rows)
+    rows = [["", *(f"{place + 1}." for place in range(max_columns))]]
+    for name, row in zip(names, probabilities, strict=True):
+        best = sorted(range(len(labels)), key=lambda k: -row[k])[:max_columns]
+        rows.append([name, *(f"{labels[k]} {row[k]:.4f}" for k in best)])
+    return _align_columns(rows)
 
 
 def write_json(

@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from align_jax.evals.retrieval import TIE_TOLERANCE, RetrievalEmbeddings
+from align_jax.evals.retrieval import RetrievalEmbeddings
 
 _TILE = 148  # px, side of an image
 _GAP = 14
@@ -39,7 +39,7 @@ def retrieval_gallery(
       num_queries: rows to draw, at most M.
       top: images a row, at most N.
     """
-    captions, z_image = embeddings.captions, np.asarray(embeddings.z_image, np.float64)
+    captions, z_image = embeddings.captions, embeddings.z_image
     num_queries, top = min(num_queries, len(captions)), min(top, len(z_image))
     queries = (np.arange(num_queries) + 0.5) * len(captions) / num_queries
     width = 2 * _MARGIN + _TEXT_WIDTH + (top + 1) * (_TILE + _GAP) + 2 * _GAP
@@ -48,9 +48,9 @@ def retrieval_gallery(
     draw = ImageDraw.Draw(sheet)
     _draw_header(draw, num_queries, len(captions), len(z_image), top)
     for row, query in enumerate(queries.astype(int)):
-        scores = z_image @ embeddings.z_text[query].astype(np.float64)  # [N]
+        scores = z_image @ embeddings.z_text[query]  # [N]
         own = int(embeddings.text_to_image[query])
-        own_rank = int(np.count_nonzero(scores >= scores[own] - TIE_TOLERANCE))  # 1 is best
+        own_rank = int(embeddings.text_ranks[query]) + 1
         y = _HEADER_HEIGHT + row * (_ROW_HEIGHT + _GAP)
         draw.line([(_MARGIN, y - _GAP), (width - _MARGIN, y - _GAP)], fill=_RULE)
         _draw_text_block(draw, (_MARGIN, y), captions[query])

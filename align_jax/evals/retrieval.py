@@ -1,6 +1,6 @@
 """Image-text retrieval: recall at k both ways with one or several captions per image.
 
-Ranks are exact for the embeddings given, whatever the chunk size; NumPy on the host. Drawing the
+How ranks are counted, over all devices and in bounded memory, is in ranking.py; drawing the
 results is in gallery.py. Source: Jia et al. 2021, section 5.2 (Flickr30K and MSCOCO protocol).
 """
 
@@ -12,85 +12,54 @@ import numpy as np
 
 from align_jax.data.images import BadImage, decode_image
 from align_jax.data.sources import open_source
-
-# The dot product of two float32 vectors, summed in float64, is known to about 1e-15, whatever the
-# order BLAS sums in; different float32 embeddings differ by far more.
-TIE_TOLERANCE = 1e-12
+from align_jax.evals.ranking import pair_ranks
 
 _IMAGES_PER_CALL = 256  # decoded images held at once
 
 
-def retrieval_recalls(
-    z_image: np.ndarray,
-    z_text: np.ndarray,
-    text_to_image: np.ndarray,
-    ks: Sequence[int] = (1, 5, 10),
-    chunk: int = 256,
-) -> dict[str, float]:
-    """Returns recalls in percent (0 to 100): `image_to_text_r<k>`, `text_to_image_r<k>`, and more.
-
-    Also `mean_recall` (the mean of them all), `num_images` and `num_captions`. Image to text is a
-    hit if any caption of the image is in the top k, text to image if the caption's image is; ties
-    are broken against the model, see `retrieval_ranks`.
-
-    Args: see `retrieval_ranks`; ks: cut-offs, at least 1.
-
-    Raises:
-      ValueError: see `retrieval_ranks`.
-
-    Source: Jia et al. 2021, table 4; the several-captions rule is that of Karpathy & Li 2015.
-    """
-    image_ranks, text_ranks = retrieval_ranks(z_image, z_text, text_to_image, chunk)
-    recalls = {f"image_to_text_r{k}": 100 * float(np.mean(image_ranks < k)) for k in ks}
-    recalls |= {f"text_to_image_r{k}": 100 * float(np.mean(text_ranks < k)) for k in ks}
-    mean_recall = float(np.mean(list(recalls.values())))
-    counts = {"num_images": len(image_ranks), "num_captions": len(text_ranks)}
-    return recalls | {"mean_recall": mean_recall} | counts
-
-
 def retrieval_ranks(
-    z_image: np.ndarray, z_text: np.ndarray, text_to_image: np.ndarray, chunk: int = 256
+    z_image: np.ndarray, z_text: np.ndarray, text_to_image: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the rank (0 is best) of each image's best caption [N] and of each text's image [M].
 
     The rank of a positive is the number of wrong candidates that score at least as high: a wrong
     candidate with an equal score counts against it, so a model that maps everything to one vector
     scores 0. The other captions of the same image are neither right nor wrong and do not count.
-    Scores closer than 1e-12 are equal; they are summed in float64, so that equal embeddings do tie.
+    Ranks are the same on any number of devices and processes, see `ranking.pair_ranks`.
 
     Args:
-      z_image: [N, D] float, unit norm.
-      z_text: [M, D] float, unit norm.
+      z_image: [N, D] float32, unit norm.
+      z_text: [M, D] float32, unit norm.
       text_to_image: [M] int, row of z_image that each text belongs to; every image needs a text.
-      chunk: images per block of scores; memory is about chunk x M x 12 bytes.
 
     Raises:
       ValueError: if shapes disagree, an embedding is not finite, or an image has no text.
     """
     text_to_image = np.asarray(text_to_image)
     _check_embeddings(z_image, z_text, text_to_image)
-    z_image = np.asarray(z_image, np.float64)
-    z_text = np.asarray(z_text, np.float64)
-    num_images, num_texts = len(z_image), len(z_text)
-    # [M] score of each true pair, and [N] score of each image's best caption
-    pair_score = np.empty(num_texts)
-    for start in range(0, num_texts, chunk):
-        rows = slice(start, start + chunk)
-        pair_score[rows] = np.einsum("md,md->m", z_text[rows], z_image[text_to_image[rows]])
-    best_score = np.full(num_images, -np.inf)
-    np.maximum.at(best_score, text_to_image, pair_score)
+    return pair_ranks(z_image, z_text, text_to_image)
 
-    image_ranks = np.empty(num_images, np.int64)
-    text_ranks = np.zeros(num_texts, np.int64)
-    for start in range(0, num_images, chunk):
-        rows = slice(start, start + chunk)
-        scores = z_image[rows] @ z_text.T  # [chunk, M]
-        is_wrong = np.arange(num_images)[rows, None] != text_to_image[None, :]
-        beats_caption = scores >= best_score[rows, None] - TIE_TOLERANCE
-        image_ranks[rows] = np.count_nonzero(beats_caption & is_wrong, axis=1)
-        beats_image = scores >= pair_score[None, :] - TIE_TOLERANCE
-        text_ranks += np.count_nonzero(beats_image & is_wrong, axis=0)
-    return image_ranks, text_ranks
+
+def retrieval_recalls(
+    image_ranks: np.ndarray, text_ranks: np.ndarray, ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, float]:
+    """Returns recalls in percent (0 to 100): `image_to_text_r<k>`, `text_to_image_r<k>`, and more.
+
+    Also `mean_recall` (the mean of them all), `num_images` and `num_captions`. Image to text is a
+    hit if any caption of the image is in the top k, text to image if the caption's image is.
+
+    Args:
+      image_ranks: [N] and
+      text_ranks: [M] from `retrieval_ranks`.
+      ks: cut-offs, at least 1.
+
+    Source: Jia et al. 2021, table 4; the several-captions rule is that of Karpathy & Li 2015.
+    """
+    found = {f"image_to_text_r{k}": 100 * float(np.mean(image_ranks < k)) for k in ks}
+    found |= {f"text_to_image_r{k}": 100 * float(np.mean(text_ranks < k)) for k in ks}
+    mean_recall = float(np.mean(list(found.values())))
+    counts = {"num_images": len(image_ranks), "num_captions": len(text_ranks)}
+    return found | {"mean_recall": mean_recall} | counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +69,7 @@ class RetrievalEmbeddings:
     z_image: np.ndarray  # [N, D] float32
     z_text: np.ndarray  # [M, D] float32
     text_to_image: np.ndarray  # [M] int64, row of z_image
+    text_ranks: np.ndarray  # [M] int64, of each text's image; 0 is best
     captions: list[str]  # M
     records: list[int]  # N
 
@@ -155,16 +125,11 @@ class Retrieval:
             raise ValueError(
                 f"None of the {num_skipped} records has both a caption and a readable image."
             )
-        self.embeddings = RetrievalEmbeddings(
-            z_image=np.concatenate(z_blocks),
-            z_text=model.encode_text(captions),
-            text_to_image=np.asarray(text_to_image, np.int64),
-            captions=captions,
-            records=records,
-        )
-        found = self.embeddings
-        recalls = retrieval_recalls(found.z_image, found.z_text, found.text_to_image)
-        return recalls | {"num_skipped": num_skipped}
+        z_image, z_text = np.concatenate(z_blocks), model.encode_text(captions)
+        rows = np.asarray(text_to_image, np.int64)
+        image_ranks, text_ranks = retrieval_ranks(z_image, z_text, rows)
+        self.embeddings = RetrievalEmbeddings(z_image, z_text, rows, text_ranks, captions, records)
+        return retrieval_recalls(image_ranks, text_ranks) | {"num_skipped": num_skipped}
 
     def load_image(self, row: int) -> np.ndarray:
         """Returns the image [H, W, 3] uint8 of a row of `self.embeddings.z_image`."""
@@ -198,7 +163,7 @@ def _check_embeddings(z_image: np.ndarray, z_text: np.ndarray, text_to_image: np
         missing = np.flatnonzero(num_captions == 0)
         raise ValueError(f"Every image needs a text; without one: {missing[:5].tolist()} ...")
     for what, z in (("image", z_image), ("text", z_text)):
-        bad = np.flatnonzero(~np.isfinite(z).all(axis=1))
+        bad = np.flatnonzero(~np.isfinite([z.max(axis=1), z.min(axis=1)]).all(axis=0))
         if bad.size:
             raise ValueError(
                 f"{bad.size} of {len(z)} {what} vectors are not finite; the first is row {bad[0]}."

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from align_jax.data.sources import open_labelled
-from align_jax.evals.retrieval import TIE_TOLERANCE, read_or_none
+from align_jax.evals.ranking import pair_ranks
+from align_jax.evals.retrieval import read_or_none
 from align_jax.evals.templates import SIMPLE, load_templates
 
 _IMAGES_PER_CALL = 256  # decoded images held at once
@@ -58,20 +59,18 @@ def zeroshot_accuracy(
     z_class: np.ndarray,
     labels: np.ndarray,
     ks: Sequence[int] = (1, 5),
-    chunk: int = 4096,
 ) -> dict[str, float]:
     """Returns accuracies in percent (0 to 100): `top<k>` and `mean_per_class`.
 
     A `top<k>` above 1 is left out where there are not more than k classes. Ties count against the
-    model: the label's rank is the number of other classes that score at least as high (scores
-    closer than 1e-12 are equal). `mean_per_class` is the mean of the top-1 accuracies of the
-    classes that occur.
+    model: the label's rank is the number of other classes that score at least as high, see
+    `ranking.pair_ranks`. `mean_per_class` is the mean of the top-1 accuracies of the classes that
+    occur.
 
     Args:
-      z_image: [N, D] float, unit norm.
-      z_class: [C, D] float, unit norm.
+      z_image: [N, D] float32, unit norm.
+      z_class: [C, D] float32, unit norm.
       labels: [N] int in 0..C-1.
-      chunk: images scored at once.
 
     Raises:
       ValueError: if shapes disagree, there is no image, a label is out of range or an embedding
@@ -80,13 +79,7 @@ def zeroshot_accuracy(
     z_image, labels = np.asarray(z_image), np.asarray(labels)
     num_classes = len(z_class)
     _check_labelled(z_image, z_class, labels)
-    z_class = np.asarray(z_class, np.float64)
-    ranks = np.empty(len(labels), np.int64)
-    for start in range(0, len(labels), chunk):
-        rows = slice(start, start + chunk)
-        scores = z_image[rows].astype(np.float64) @ z_class.T  # [chunk, C]
-        own = np.take_along_axis(scores, labels[rows, None], axis=1)
-        ranks[rows] = np.count_nonzero(scores >= own - TIE_TOLERANCE, axis=1) - 1  # less itself
+    _, ranks = pair_ranks(z_class, z_image, labels)
     metrics = {f"top{k}": 100 * float(np.mean(ranks < k)) for k in ks if k == 1 or num_classes > k}
     num_images = np.bincount(labels, minlength=num_classes)
     num_hits = np.bincount(labels, weights=ranks == 0, minlength=num_classes)

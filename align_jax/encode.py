@@ -1,0 +1,204 @@
+"""Any number of images or texts in batches of few shapes, and their embeddings in the given order.
+
+Threads decode images while the device computes. Texts are sorted by length, since a batch costs as
+much as its longest text. What an embedding is, is the models' business.
+"""
+
+import contextlib
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import jax
+import numpy as np
+import tqdm
+from jax.sharding import NamedSharding
+
+from align_jax.data import images as images_lib
+from align_jax.data.processor import Preprocessing
+from align_jax.data.tokenizer import WordPieceTokenizer
+
+ON_ERROR = ("raise", "skip")
+
+_TOKENS_STEP = 16  # text batches are padded to a multiple of this many tokens
+_BATCHES_PER_WINDOW = 32  # texts are sorted inside windows, so that generators may be endless
+_PROGRESS_AFTER_S = 2.0
+
+# (arrays of the compiled function, row of each example, rows that have no embedding)
+Batches = Generator[tuple[tuple[np.ndarray, ...], np.ndarray, list[int]], None, None]
+
+_logger = logging.getLogger(__name__)
+
+
+def encode(
+    embed: Callable[..., jax.Array],
+    batches: Batches,
+    *,
+    sharding: NamedSharding,
+    batch_size: int,
+    progress: tqdm.tqdm,
+) -> np.ndarray:
+    """Returns [N, D] float32, row i the embedding of example i; NaN where it has none.
+
+    Args:
+      embed: arrays of B rows -> [B, D].
+      batches: from `image_batches` or `text_batches`.
+      sharding: of the rows of a batch.
+      batch_size: most rows of a batch, a multiple of the devices. Smaller batches are padded to
+        the devices times a power of two, so few shapes are compiled.
+      progress: is told how many examples are done.
+
+    Raises:
+      ValueError: there is no example.
+    """
+    blocks, all_rows, all_bad, waiting = [], [], [], deque()
+    with contextlib.closing(batches), progress:
+        for arrays, rows, bad in batches:
+            size = _padded_size(len(rows), sharding.num_devices, batch_size)
+            waiting.append((embed(*(_to_device(a, size, sharding) for a in arrays)), len(rows)))
+            all_rows.append(rows)
+            all_bad += bad
+            # Fetched one batch late: the next one is prepared while the device computes.
+            if len(waiting) > 1:
+                blocks.append(_fetch(*waiting.popleft()))
+            progress.update(len(rows))
+        blocks += [_fetch(*item) for item in waiting]
+    if not blocks:
+        raise ValueError("Nothing to encode: the input is empty.")
+    z = np.concatenate(blocks)
+    z[np.concatenate(all_rows)] = z.copy()
+    z[all_bad] = np.nan
+    return z
+
+
+def image_batches(
+    images: Iterable, preprocessing: Preprocessing, *, batch_size: int, on_error: str
+) -> Batches:
+    """Yields uint8 [B, image_size, image_size, 3], B at most `batch_size`, in the given order.
+
+    Args:
+      images: what `images.decode_image` takes, or functions of no arguments that return it.
+      preprocessing: of the model.
+      batch_size: most images of a batch.
+      on_error: "raise", or "skip": the image is black, its row is reported, a warning is logged.
+
+    Raises:
+      images.BadImage, OSError: one of them cannot be used; the message names it.
+    """
+    black = np.zeros((preprocessing.image_size, preprocessing.image_size, 3), np.uint8)
+    views, bad, start = [], [], 0
+    pool = ThreadPoolExecutor(os.cpu_count() or 1)
+
+    def settle(future: Future):
+        try:
+            views.append(future.result())
+        except (images_lib.BadImage, OSError) as error:
+            if on_error == "raise":
+                raise
+            _logger.warning("left out: %s", error)
+            bad.append(start + len(views))
+            views.append(black)
+
+    waiting: deque[Future] = deque()
+    try:
+        for index, image in enumerate(images):
+            waiting.append(pool.submit(_view, index, image, preprocessing))
+            if len(waiting) <= 2 * batch_size:
+                continue
+            settle(waiting.popleft())
+            if len(views) == batch_size:
+                yield (np.stack(views),), np.arange(start, start + batch_size), bad
+                views, bad, start = [], [], start + batch_size
+        while waiting:
+            settle(waiting.popleft())
+            if len(views) == batch_size or not waiting:
+                yield (np.stack(views),), np.arange(start, start + len(views)), bad
+                views, bad, start = [], [], start + len(views)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def text_batches(
+    texts: Iterable[str], tokenizer: WordPieceTokenizer, *, max_tokens: int, batch_size: int
+) -> Batches:
+    """Yields (ids, mask), both int32 [B, L], with similar lengths together.
+
+    Args:
+      texts: of any length.
+      tokenizer: of the model.
+      max_tokens: to which texts are cut; L is a multiple of 16 or this.
+      batch_size: most texts of a batch.
+
+    Raises:
+      ValueError: one of them is no string.
+    """
+    start = 0
+    for window in _windows(texts, _BATCHES_PER_WINDOW * batch_size):
+        for index, text in enumerate(window):
+            if not isinstance(text, str):
+                raise ValueError(f"text {start + index} is a {type(text).__name__}, no string.")
+        ids, mask = tokenizer.encode(window, max_tokens)
+        lengths = mask.sum(axis=1)
+        order = np.argsort(lengths, kind="stable")
+        for first in range(0, len(window), batch_size):
+            rows = order[first : first + batch_size]
+            length = -(-int(lengths[rows[-1]]) // _TOKENS_STEP) * _TOKENS_STEP
+            yield (ids[rows, :length], mask[rows, :length]), start + rows, []
+        start += len(window)
+
+
+def progress_bar(inputs: Iterable, unit: str, *, enabled: bool) -> tqdm.tqdm:
+    """Returns a bar that appears after two seconds, if enabled and stderr is a terminal."""
+    return tqdm.tqdm(
+        total=len(inputs) if isinstance(inputs, Sized) else None,
+        unit=f" {unit}",
+        delay=_PROGRESS_AFTER_S,
+        disable=None if enabled else True,  # None: shown on a terminal
+        leave=False,
+    )
+
+
+def _view(index, image, preprocessing):
+    try:
+        rgb = images_lib.decode_image(image() if callable(image) else image)
+    except images_lib.BadImage as error:
+        if callable(image):  # it knows better than we what it read
+            raise
+        name = image if isinstance(image, str | os.PathLike) else f"image {index}"
+        raise images_lib.BadImage(error.reason, f"{name}: {error}") from error
+    return images_lib.eval_view(
+        rgb,
+        resize_px=preprocessing.resize_size,
+        crop_px=preprocessing.image_size,
+        method=preprocessing.resize,
+    )
+
+
+def _windows(items, size):
+    window = []
+    for item in items:
+        window.append(item)
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+def _padded_size(count, num_devices, batch_size):
+    size = num_devices
+    while size < count:
+        size *= 2
+    return min(size, batch_size)
+
+
+def _to_device(rows, size, sharding):
+    rows = np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
+    # Every process holds the whole batch here, so each takes its devices' rows of it.
+    return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
+
+
+def _fetch(z, count):
+    return np.asarray(z)[:count]

@@ -1,0 +1,230 @@
+"""`align compile`: reports of programs for chips that are not here, exit codes, pod plans."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import CONFIG, environment, make_pairs, run_align
+
+from align_jax import aot, cli, config, train
+from align_jax.data import pipeline, sources, tokenizer
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """An experiment file of the tiny config; its data source does not exist."""
+    path = tmp_path / "tiny.py"
+    path.write_text(CONFIG)
+    return path
+
+
+def compile_command(experiment, *arguments):
+    return [
+        *("compile", "--config", f"{experiment}:plain", "--config.train.batch_size=16"),
+        *("--config.data.vocab_size=99", *arguments),
+    ]
+
+
+class Fake:
+    """Stands in for a jitted function, and for what it lowers and compiles to."""
+
+    def __init__(self, error=None, text="ENTRY %main () -> f32[] {\n}\n"):
+        self._error, self._text = error, text
+
+    def lower(self, *arguments):
+        return self
+
+    def compile(self):
+        if self._error:
+            raise self._error
+        return self
+
+    def memory_analysis(self):
+        names = ("argument", "output", "alias", "temp", "generated_code")
+        sizes = {f"{name}_size_in_bytes": 2**30 for name in names}
+        return SimpleNamespace(**sizes, peak_memory_in_bytes=3 * 2**30)
+
+    def cost_analysis(self):
+        return {"flops": 1.0, "bytes accessed": 2.0}
+
+    def as_text(self):
+        return self._text
+
+
+@pytest.fixture
+def replace_train_step(monkeypatch):
+    """Puts a fake in the place of the jitted train step and of the embed steps."""
+    real = train.make_program
+
+    def replace(fake):
+        monkeypatch.setattr(train, "make_program", lambda *a, **k: (*real(*a, **k)[:3], fake))
+        monkeypatch.setattr(aot.train_step, "compile_embed", lambda *a: (Fake(), Fake()))
+
+    return replace
+
+
+def test_report_that_fits_is_printed_and_written(experiment, replace_train_step, tmp_path, capsys):
+    replace_train_step(Fake())
+    out = tmp_path / "plans" / "tiny.json"
+    arguments = ["--platform", "cpu", "--config.mesh.fsdp=2", "--out", str(out)]
+    assert cli.main(compile_command(experiment, *arguments)) == 0
+    report = json.loads(out.read_text())
+    assert report["fits"] and report["mesh"] == {"data": 4, "fsdp": 2}
+    assert report["num_chips"] == 8 and report["vocab_size"] == 99
+    assert report["overrides"][-1] == "--config.mesh.fsdp=2"
+    assert report["steps"]["train_step"]["memory"]["peak"] == 3 * 2**30
+    assert "peak 3.00" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("Ran out of memory in memory space hbm. Used 21.90G of 15.75G hbm. Exceeded by", 21.9),
+        (
+            "Ran out of memory on HBM, the total memory required for HLO temporaries (512.0M) exc",
+            0.5,
+        ),
+        ("Ran out of memory in another way", None),
+    ],
+)
+def test_program_that_does_not_fit_is_reported_and_exits_1(
+    message, gib, experiment, replace_train_step, tmp_path, capsys
+):
+    replace_train_step(Fake(jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}")))
+    out = tmp_path / "plan.json"
+    arguments = ["--platform", "cpu", "--out", str(out)]
+    assert cli.main(compile_command(experiment, *arguments)) == 1
+    step = json.loads(out.read_text())["steps"]["train_step"]
+    needed = step["memory"]["needed"]
+    assert (needed and needed / 2**30) == (gib and pytest.approx(gib))
+    output = capsys.readouterr()
+    assert "DOES NOT FIT" in output.out and message[:30] in output.out
+    assert "does not fit" in output.err and "Traceback" not in output.err
+
+
+def test_tensor_of_global_batch_squared_exits_1(experiment, replace_train_step, capsys):
+    square = "ENTRY %main () -> f32[] {\n  %logits = f32[2048,2048]{1,0} constant(0)\n}\n"
+    replace_train_step(Fake(text=square))
+    for batch, code in ((2048, 1), (4096, 0)):
+        arguments = ["--platform", "cpu", f"--config.train.batch_size={batch}"]
+        assert cli.main(compile_command(experiment, *arguments)) == code
+        assert ("f32[2048,2048]" in capsys.readouterr().out) == bool(code)
+    # The model itself is 1280 wide, so that such a tensor would mean nothing.
+    arguments = ["--platform", "cpu", "--config.train.batch_size=64"]
+    assert cli.main(compile_command(experiment, *arguments)) == 0
+
+
+def test_other_compiler_errors_are_raised(experiment, replace_train_step, capsys):
+    replace_train_step(Fake(jax.errors.JaxRuntimeError("INTERNAL: broken")))
+    assert cli.main(compile_command(experiment, "--platform", "cpu")) == 1
+    assert "INTERNAL: broken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--topology is missing"),
+        (("--topology", "v99:2x2"), "unknown chip 'v99'"),
+        (("--platform", "cpu", "--devices", "1000"), "--devices 1000"),
+        (("--platform", "cpu", "--config.mesh.fsdp=3"), "config.mesh.fsdp=3"),
+        (("--platform", "cpu", "--config.train.batch_size=12"), "not divisible by 8 devices"),
+        (("--platform", "cpu", "--config.model.widht=1"), "Unknown key"),
+    ],
+)
+def test_bad_input_exits_2_with_one_line(arguments, message, experiment, capsys):
+    assert cli.main(compile_command(experiment, *arguments)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_missing_libtpu_names_the_extra(experiment, monkeypatch, capsys):
+    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(compile_command(experiment, "--topology", "v5e:4x4")) == 1
+    assert "pip install 'align_jax[tpu]'" in capsys.readouterr().err
+
+
+def test_abstract_batch_is_what_the_pipeline_delivers(tmp_path):
+    make_pairs(tmp_path)
+    c = config.default_config()
+    c.data.image_size, c.data.max_tokens, c.loss.mask_duplicates = 32, 12, "both"
+    mesh = aot.mesh_lib.make_mesh()
+    abstract = aot._abstract_batch(c, mesh, 8)
+    source = sources.open_source(f"{tmp_path}/captions.jsonl?images={tmp_path}/images")
+    batches = pipeline.train_batches(
+        source,
+        tokenizer.train_wordpiece(["a red square"] * 9, vocab_size=100),
+        batch_size=8,
+        image_size_px=32,
+        resize_px=40,
+        resize="pil",
+        flip=True,
+        max_tokens=12,
+        seed=0,
+        hash_pairs=True,
+    )
+    arrays = next(batches).arrays
+    batches.close()
+    described = {name: (a.shape, jnp.dtype(a.dtype)) for name, a in abstract.items()}
+    assert described == {name: (a.shape, np.dtype(a.dtype)) for name, a in arrays.items()}
+
+
+@pytest.mark.slow
+def test_quick_report_on_cpu_names_the_collectives(experiment, tmp_path):
+    out = tmp_path / "plan.json"
+    command = compile_command(
+        experiment, "--platform", "cpu", "--devices", "8", "--config.mesh.fsdp=2", "--out", out
+    )
+    done = run_align(*command, cwd=tmp_path, env=environment())
+    assert done.returncode == 0, done.stderr
+    check_report(json.loads(out.read_text()), num_chips=8)
+    assert not done.stderr
+
+
+@pytest.mark.slow
+def test_train_step_compiles_for_a_tpu_topology(experiment, tmp_path):
+    pytest.importorskip("libtpu")
+    out = tmp_path / "plan.json"
+    command = compile_command(
+        experiment, "--topology", "v5e:2x4", "--config.mesh.fsdp=2", "--out", out
+    )
+    done = run_align(*command, cwd=tmp_path, env=environment(), timeout_s=900)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    check_report(report, num_chips=8)
+    assert report["chip"]["device_kind"] == "TPU v5 lite"
+    assert report["version"]["libtpu"] != "not installed"
+    assert 0 < report["steps"]["train_step"]["memory"]["peak"] < 2**30
+    assert not done.stderr
+    bad = run_align(
+        *compile_command(experiment, "--topology", "v5e:3x5"), cwd=tmp_path, env=environment()
+    )
+    assert bad.returncode == 2 and "--topology v5e:3x5" in bad.stderr
+
+
+def check_report(report, *, num_chips):
+    assert report["fits"] and report["num_chips"] == num_chips
+    steps = report["steps"]
+    assert set(steps) == {"train_step", "embed_image", "embed_text"}
+    kinds = {entry["kind"] for entry in steps["train_step"]["collectives"]}
+    assert "all-gather" in kinds and kinds & {"all-reduce", "reduce-scatter"}
+    for step in steps.values():
+        assert step["memory"]["arguments"] > 0 and step["unknown_loops"] == 0
+        assert step["traffic_bytes"] > step["memory"]["outputs"]
+    assert report["flops"]["model_per_chip"] == report["flops"]["model_per_pair"] * 16 / num_chips
+
+
+def test_pod_plans_page_is_generated_from_reports_that_all_fit():
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("g", root / "docs/pod_plans/generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    page = (root / "docs/pod_plans.md").read_text()
+    assert page == generate.main(), "run: python docs/pod_plans/generate.py"
+    for path in (root / "docs/pod_plans").glob("*.json"):
+        report = json.loads(path.read_text())
+        assert report["fits"] and f"{report['config']} on" in page, path.name

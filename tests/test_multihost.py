@@ -1,0 +1,163 @@
+"""Runs of several real processes: the lines of one process, and no hanging when one dies."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+from helpers import CONFIG, environment, make_pairs, read_lines, start_align, wait_for_line
+
+from align_jax import cli, multihost
+
+TRAIN = (
+    *("train", "--config", "config.py", "--config.train.batch_size=32"),
+    *("--config.model.bn_group_size=8", "--config.train.steps=12", "--config.eval.every_steps=6"),
+    "--config.checkpoint.every_steps=3",
+)
+STOP_S = 60  # how long the others may take to notice that a process is gone
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("project")
+    make_pairs(folder)
+    (folder / "config.py").write_text(CONFIG)
+    with contextlib.chdir(folder):
+        assert cli.main(["pack", "captions.jsonl?images=images", "--out", "data"]) == 0
+        assert cli.main(["vocab", "data", "--out", "tokenizer", "--size", "200"]) == 0
+    return folder
+
+
+def free_address():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def start(project, workdir, *overrides, processes=1, devices=8):
+    """Starts the processes of one run, `devices` in all; their standard error goes to files."""
+    address = free_address()
+    env = environment(
+        cache=project / f"cache{processes}",
+        JAX_NUM_CPU_DEVICES=str(devices // processes),
+        XLA_FLAGS="--xla_backend_optimization_level=0",
+    )
+    several = ["--coordinator", address, "--processes", processes] if processes > 1 else []
+    started = []
+    for process in range(processes):
+        own = ["--process", process] if processes > 1 else []
+        log = (project / f"{workdir}.{process}.log").open("w")
+        arguments = [*TRAIN, "--workdir", workdir, *overrides, *several, *own]
+        started.append(start_align(*arguments, cwd=project, env=env, stderr=log))
+    return started
+
+
+def finish(project, workdir, *overrides, **where):
+    for number, process in enumerate(start(project, workdir, *overrides, **where)):
+        assert process.wait(timeout=600) == 0, (project / f"{workdir}.{number}.log").read_text()
+    return read_lines(project / workdir / "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def straight(project):
+    return finish(project, "straight")
+
+
+def assert_same_lines(found, expected):
+    assert [line.keys() for line in found] == [line.keys() for line in expected]
+    for line, want in zip(found, expected, strict=True):
+        for name, value in want.items():
+            # Ranks are integers: a near tie may turn over under rounding, in at most one query.
+            tolerance = {"atol": 5.0} if name.startswith("eval/") else {"rtol": 1e-5}
+            np.testing.assert_allclose(line[name], value, err_msg=name, **tolerance)
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_lines_of_one(project, straight):
+    found = finish(project, "two", processes=2)
+    assert_same_lines(found, straight)
+    assert [line["step"] for line in found if "train/loss" in line] == list(range(1, 13))
+    assert re.search(r"process 0 of 2 on \S+, pid \d+", (project / "two.0.log").read_text())
+    # Process 1 reports only itself.
+    own = [line for line in (project / "two.1.log").read_text().splitlines() if "step" in line]
+    assert not own
+
+
+@pytest.mark.slow
+def test_run_continues_on_other_processes_and_devices(project, straight):
+    finish(project, "elastic", "--config.train.steps=12", processes=2, devices=8)
+    # 12 steps are done; the same run on 1 and 4 processes, from checkpoints 3, 6 and 9.
+    for step, (processes, devices) in zip((9, 6, 3), ((1, 4), (4, 16), (1, 8)), strict=True):
+        for folder in (project / "elastic" / "checkpoints").iterdir():
+            if folder.name.isdecimal() and int(folder.name) > step:
+                remove(folder)
+        found = finish(project, "elastic", processes=processes, devices=devices)
+        assert_same_lines(found, straight)
+
+
+def remove(folder):
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    folder.rmdir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_process_stops_the_other_and_is_named(project, victim):
+    workdir = f"killed{victim}"
+    processes = start(project, workdir, "--config.train.steps=100000", processes=2)
+    wait_for_line(
+        project / workdir / "metrics.jsonl",
+        lambda line: line["step"] >= 2,
+        processes[0],
+        log=project / f"{workdir}.0.log",
+    )
+    processes[victim].send_signal(signal.SIGKILL)
+    killed_s = time.monotonic()
+    assert processes[1 - victim].wait(timeout=STOP_S) not in (0, None)
+    assert time.monotonic() - killed_s <= STOP_S
+    log = (project / f"{workdir}.{1 - victim}.log").read_text()
+    named = r"leader task" if victim == 0 else r"unhealthy[^\n]*\n1\b"
+    assert re.search(named, log), log[-3000:]
+
+
+@pytest.mark.slow
+def test_bad_input_of_one_process_is_told_and_ends_all(project):
+    env = environment(JAX_NUM_CPU_DEVICES="4")
+    address = free_address()
+    started = []
+    for number, data in enumerate(("data", "missing")):
+        log = (project / f"wrong.{number}.log").open("w")
+        arguments = [*TRAIN, f"--config.data.source={data}?split=train", "--workdir", "wrong"]
+        arguments += ["--coordinator", address, "--processes", 2, "--process", number]
+        started.append(start_align(*arguments, cwd=project, env=env, stderr=log))
+    assert started[1].wait(timeout=120) == 2
+    assert started[0].wait(timeout=STOP_S) != 0
+    log = (project / "wrong.1.log").read_text()
+    assert "align: process 1 of 2 failed: config.data.source" in log and "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("localhost:1", 2, 2), "0 <= I < N"),
+        (("localhost:1", 0, -1), "0 <= I < N"),
+        (("", 2, 0), "--coordinator HOST:PORT"),
+    ],
+)
+def test_incomplete_process_flags_are_one_clear_line(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)), multihost.processes(*arguments):
+        raise AssertionError("entered")
+
+
+def test_one_process_leads_and_agrees_with_itself():
+    assert multihost.is_lead() and multihost.agree(7) == 7 and not multihost.preempted(1)
+    counts = np.array([3, 2**40])
+    np.testing.assert_array_equal(multihost.total(counts), counts)
+    done = []
+    multihost.lead_first(lambda: done.append(os.getpid()))
+    assert done == [os.getpid()]
