@@ -1,7 +1,7 @@
 """The paper's flagship: EfficientNet-L2 + BERT-large, 874 M parameters.
 
-align train --config configs/align_l2_large.py --workdir gs://BUCKET/align_l2_large \
-    --config.data.source='gs://BUCKET/pairs?split=train' --config.mesh.fsdp=8
+align train --config configs/align_l2_large.py --workdir /mnt/gcs/align_l2_large \
+    --config.data.source='/mnt/gcs/pairs?split=train' --config.mesh.fsdp=8
 
 1.2 M steps of 16,384 pairs, 1.06e22 FLOPs, 1,024 TPU v3 cores in the paper; not run by this
 project. Published (Jia et al. 2021): ImageNet zero-shot top-1 76.4; zero-shot R@1 image to text /

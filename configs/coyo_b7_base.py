@@ -1,7 +1,7 @@
 """COYO-ALIGN: EfficientNet-B7 + BERT-base on COYO-700M, as kakaobrain/coyo-align trained it.
 
-align train --config configs/coyo_b7_base.py --workdir gs://BUCKET/coyo_b7_base \
-    --config.data.source='gs://BUCKET/coyo?split=train' --config.data.tokenizer=vocab.txt
+align train --config configs/coyo_b7_base.py --workdir /mnt/gcs/coyo_b7_base \
+    --config.data.source='/mnt/gcs/coyo?split=train' --config.data.tokenizer=vocab.txt
 
 300 k steps of 65,536 pairs, about 8 days on TPU v3-512 for its authors; not run by this project.
 Published (their README): ImageNet KNN 68.6; zero-shot R@1 image to text / text to image:

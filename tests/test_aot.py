@@ -173,6 +173,20 @@ def test_abstract_batch_is_what_the_pipeline_delivers(tmp_path):
     assert described == {name: (a.shape, np.dtype(a.dtype)) for name, a in arrays.items()}
 
 
+def test_depthwise_kernels_are_never_split_over_chips():
+    # A TPU program with a split one gathers the global batch: 60 GiB a chip for EfficientNet-L2.
+    c = config.default_config()
+    c.model.image.variant, c.model.scan_layers = "l2", True
+    mesh = aot.mesh_lib.make_mesh(2, 4)
+    _, _, abstract, _ = train.make_program(c, mesh, vocab_size=99)
+    split = [
+        name
+        for name, leaf in aot.trees.named_leaves(abstract)
+        if not leaf.sharding.is_fully_replicated
+    ]
+    assert split and not [name for name in split if "depthwise/kernel" in name]
+
+
 @pytest.mark.slow
 def test_quick_report_on_cpu_names_the_collectives(experiment, tmp_path):
     out = tmp_path / "plan.json"
