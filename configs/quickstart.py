@@ -44,8 +44,8 @@ def get_config():
 
     c.train.batch_size = 64
     c.train.steps = 1200
-    c.checkpoint.every_steps = 200
-    c.eval.every_steps = 200
+    c.checkpoint.every_steps = 300
+    c.eval.every_steps = 300
     c.log.every_steps = 10
     c.eval.evaluators.scenes = {"type": "retrieval", "source": "scenes?size=512&seed=1000003"}
     # As with CLIP's and ALIGN's prompts: what a template names besides the class averages out.
