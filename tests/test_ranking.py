@@ -124,12 +124,13 @@ def test_ranks_do_not_depend_on_the_length_of_the_vectors(scale):
     assert_same(pair_ranks(z_owner * np.float32(scale), z_member, owner), expected)
 
 
-@pytest.mark.parametrize("dim", [3, 256, 1500])
+@pytest.mark.parametrize("dim", [3, 256, 1501])
 def test_scores_are_summed_without_rounding(dim):
     rng = np.random.default_rng(0)
     left, right = rng.integers(-128, 129, (2, 4, 9, dim)).astype(np.float32)
-    left[:, 0] = right[:, 0] = 128.0  # the largest sums there can be, of either sign
-    right[:, 1] = -128.0
+    # The largest sums there can be, of either sign, and nearly so with an odd total.
+    left[:, :2] = right[:, :2] = [[128.0], [127.0]]
+    right[:, 2:4] = [[-128.0], [-127.0]]
     high, low = ranking._words(np.concatenate(left, 1), np.concatenate(right[::-1], 1))
     found = np.asarray(high, np.int64) * 2**24 + np.asarray(low)
     expected = sum(
