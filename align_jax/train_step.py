@@ -100,6 +100,7 @@ def _make_encode(model, mesh, seed, microbatches):
             part,
             train=True,
             keys=dual_encoder.example_keys(seed, step, part["index"]),
+            constrain=lambda x: jax.lax.with_sharding_constraint(x, rows),
         )
         z_image, z_text = jax.lax.with_sharding_constraint((z_image, z_text), rows)
         return z_image, z_text, temperature, moments

@@ -6,6 +6,9 @@ the sigmoid loss only, the scalar `bias`, which no tower uses.
 Source: Jia et al. 2021, section 4.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -146,6 +149,7 @@ def apply_towers(
     *,
     train: bool,
     keys: jax.Array | None = None,
+    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> tuple[jax.Array, jax.Array, jax.Array, dict]:
     """Returns (z_image [B, D], z_text [B, D], temperature [], batch_stats).
 
@@ -158,6 +162,8 @@ def apply_towers(
       batch: `image` uint8 [B, H, W, 3], `ids` int32 [B, L], `mask` int32 [B, L].
       train: batch statistics and dropout, or running statistics and none.
       keys: one key per example [B]; needed in train mode (`example_keys`).
+      constrain: pins the sharding of activations [B, ...] between blocks. Without it XLA splits
+        the work of a scanned block like its parameters, and gathers activations instead.
 
     Raises:
       ValueError: train mode without keys, or B not divisible by the BatchNorm group.
@@ -165,17 +171,26 @@ def apply_towers(
     if train and keys is None:
         raise ValueError("apply_towers(train=True) needs one PRNG key per example.")
     image_keys, text_keys = layers.split_keys(keys if train else None, 2)
-    (z_image, z_text, temperature), updated = model.apply(
-        variables,
-        batch["image"],
-        batch["ids"],
-        batch["mask"],
-        train,
-        image_keys,
-        text_keys,
-        mutable=["batch_stats"],
-    )
+    with nn.intercept_methods(partial(_pin_blocks, constrain)):
+        (z_image, z_text, temperature), updated = model.apply(
+            variables,
+            batch["image"],
+            batch["ids"],
+            batch["mask"],
+            train,
+            image_keys,
+            text_keys,
+            mutable=["batch_stats"],
+        )
     return unit_norm(z_image), unit_norm(z_text), temperature, updated["batch_stats"]
+
+
+def _pin_blocks(constrain, block, args, kwargs, context):
+    is_block = isinstance(context.module, efficientnet.MBConv | bert.BertLayer)
+    if not is_block or context.method_name != "__call__":
+        return block(*args, **kwargs)
+    x, carried = block(constrain(args[0]), *args[1:], **kwargs)
+    return constrain(x), carried
 
 
 def embed_image(model: DualEncoder, variables: Variables, images: jax.Array) -> jax.Array:
