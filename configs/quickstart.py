@@ -2,7 +2,7 @@
 
 align train --config configs/quickstart.py --workdir runs/quickstart
 
-About 5 minutes on 2 quiet CPU cores. On 512 unseen scenes: image to text R@1 52.3 %, zero-shot
+5 min 7 s on 2 quiet CPU cores. On 512 unseen scenes: image to text R@1 52.3 %, zero-shot
 colour 100 %, shape 94.5 %. Published score: none, the data is our own.
 """
 
