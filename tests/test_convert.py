@@ -116,6 +116,15 @@ def test_absent_extras_are_written_as_zeros_and_temperature_as_a_scalar(small):
             assert not written[key].any()
 
 
+def test_bias_of_the_sigmoid_loss_is_left_out():
+    model = our_model()
+    variables = random_variables(model)
+    biased = {**variables, "params": variables["params"] | {"bias": np.float32(-10)}}
+    assert_same_tensors(
+        convert.to_hf(biased, model.clone(bias_init=-10.0)), convert.to_hf(variables, model)
+    )
+
+
 def test_legacy_keys_are_tolerated_named_and_not_written(small, tmp_path):
     theirs, tensors, _ = small
     theirs.save_pretrained(tmp_path)

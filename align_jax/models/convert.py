@@ -192,7 +192,8 @@ def to_hf(
     """Returns every tensor that transformers expects, by name (1394 for align-base).
 
     Linear and convolution weights are transposed views. An image projection is folded into the
-    last block where that is exact (`hf_config.fold_image_projection`).
+    last block where that is exact (`hf_config.fold_image_projection`). The bias of the sigmoid
+    loss is left out: the format has no place for it, and no embedding depends on it.
 
     Args:
       variables: {"params", "batch_stats"}.
