@@ -113,7 +113,7 @@ def depthwise_conv(
     """Returns the depthwise convolution of x [B, H, W, C] with kernel [k, k, 1, C].
 
     The platform is chosen when the program is lowered, not by the host's default device: on CPU a
-    sum of shifted products, 4 to 59 times faster than XLA's grouped convolution on two cores
+    sum of shifted products, 3 to 33 times faster than XLA's grouped convolution on two cores
     (`experiments/benchmarks/depthwise.py`); elsewhere the native convolution. Same sums, so equal
     up to float rounding.
     """
