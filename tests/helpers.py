@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 from PIL import Image, ImageDraw
@@ -230,3 +231,12 @@ class StubStep:
         monkeypatch.setattr(train.mesh_lib, "make_mesh", lambda *args: mesh)
         monkeypatch.setattr(train.train_step, "compile_train_step", lambda *args: self)
         return self
+
+
+def real_data(*parts):
+    """A path inside the folder of real pairs; the test is skipped where it is not there."""
+    beside = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    path = Path(os.environ.get("ALIGN_JAX_REAL_DATA", beside), *parts)
+    if not path.exists():
+        pytest.skip(f"real data not found: {path}; set ALIGN_JAX_REAL_DATA")
+    return path

@@ -9,8 +9,8 @@ import zipfile
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from helpers import real_data
 from PIL import Image
-from test_sources import real_data
 
 from align_jax.curate import pack as pack_module
 from align_jax.curate.pack import pack

@@ -1,21 +1,11 @@
 """Sources on the real archives that lie beside the project; skipped where they are not there."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
+from helpers import real_data
 
 from align_jax.data import images
 from align_jax.data.sources import open_labelled, open_source
-
-
-def real_data(*parts):
-    default = Path(__file__).parents[1].parent / "shared" / "data"
-    path = Path(os.environ.get("ALIGN_JAX_REAL_DATA", default), *parts)
-    if not path.exists():
-        pytest.skip(f"real data not found: {path}; set ALIGN_JAX_REAL_DATA")
-    return path
 
 
 def test_real_tars_equal_the_zip_they_were_made_from():
