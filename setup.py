@@ -37,6 +37,7 @@ setup(
     ],
     extras_require={
         "test": [
+            "ibis-framework[duckdb]>=12,<13",
             "pyarrow>=17",
             "pytest>=8",
             "ruff>=0.14",
@@ -44,6 +45,7 @@ setup(
             "torch==2.13.0",
             "transformers>=5,<6",
         ],
+        "curate": ["ibis-framework[duckdb]>=12,<13", "pyarrow>=17"],
         "parquet": ["pyarrow>=17"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],

@@ -4,14 +4,13 @@ Exit code 0: done; 1: the run failed; 2: bad input. `--debug` shows the tracebac
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from align_jax import __version__, model_verbs
+from align_jax import __version__, data_verbs, model_verbs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,22 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="FILE", help="JSON; default for a workdir: WORKDIR/eval/align_eval.json"
     )
 
-    pack = _verb(verbs, "pack", _pack, "write a TFDS ArrayRecord dataset from any pairs")
-    pack.epilog = (
-        "example: align pack 'captions.jsonl?images=train.zip' --out data/flickr8k --split train"
-    )
-    pack.add_argument("source", help="pairs: table + images, tars, zips, folder; see README")
-    pack.add_argument("--out", required=True, metavar="DIR", help="dataset folder")
-    pack.add_argument("--split", default="train", help="name of the split (default: train)")
-
-    vocab = _verb(verbs, "vocab", _vocab, "train a WordPiece vocabulary on captions")
-    vocab.epilog = "example: align vocab data/flickr8k --out tokenizers/flickr8k --size 8000"
-    vocab.add_argument("source", help="pairs, see `align pack`")
-    vocab.add_argument("--out", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
-    vocab.add_argument(
-        "--size", type=int, default=100_000, help="wordpieces (default: 100000, as in the paper)"
-    )
-
+    data_verbs.add_verbs(partial(_verb, verbs))
     model_verbs.add_verbs(partial(_verb, verbs))
 
     compile_ = _verb(
@@ -195,24 +179,6 @@ def _evaluate(args, rest) -> None:
         origin = {"workdir": model.origin.name, "step": model.origin.step}
         evals.write_json(out, results, {**origin, "evaluators": chosen})
         print(f"wrote {out}")
-
-
-def _pack(args, rest) -> None:
-    from align_jax.curate import pack
-    from align_jax.data import sources
-
-    report = pack.pack(sources.open_source(args.source), args.out, split=args.split)
-    print(json.dumps(report, indent=2, sort_keys=True))
-
-
-def _vocab(args, rest) -> None:
-    from align_jax import workdir
-    from align_jax.data import sources, tokenizer
-
-    source = sources.open_source(args.source)
-    trained = tokenizer.train_wordpiece(workdir.captions(source), vocab_size=args.size)
-    trained.save(args.out)
-    print(f"wrote {trained.vocab_size} wordpieces to {args.out} ({trained.fingerprint()})")
 
 
 def _compile(args, rest) -> None:
