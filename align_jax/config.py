@@ -66,6 +66,7 @@ def default_config() -> ConfigDict:
     loss.temperature_init = 1.0
     loss.bias_init = -10.0  # of the sigmoid loss
     loss.mask_duplicates = "none"  # drop false negatives: "caption", "image" or "both"
+    loss.negatives = 1.0  # share of the in-batch negatives, drawn anew each step: 1.0, 0.5, 0.25
 
     c.optim = optim = ConfigDict()
     optim.name = "lamb"  # "lamb", "adamw" or "lion"
@@ -284,6 +285,7 @@ def _choices() -> dict[str, tuple[str, ...]]:
         "loss.kind": tuple(losses.PARTS),
         "loss.form": losses.FORMS,
         "loss.mask_duplicates": tuple(losses.DUPLICATES),
+        "loss.negatives": tuple(losses.NEGATIVES),
         "optim.name": ("lamb", "adamw", "lion"),
         "optim.momentum_dtype": ("float32", "bfloat16"),
         "optim.schedule": ("linear", "cosine"),
@@ -382,9 +384,10 @@ def _check_choice(config, path, allowed):
     value = _get(config, path)
     if value in allowed:
         return
-    close = difflib.get_close_matches(str(value), allowed, n=1)
+    names = [str(choice) for choice in allowed]
+    close = difflib.get_close_matches(str(value), names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"config.{path}={value!r} is unknown.{hint} Known: {', '.join(allowed)}.")
+    raise ValueError(f"config.{path}={value!r} is unknown.{hint} Known: {', '.join(names)}.")
 
 
 def _run_file(path, arguments):

@@ -32,6 +32,9 @@ DUPLICATES = {
     "both": ("caption_hash", "image_hash"),
 }
 
+# loss.negatives -> number of halvings that leave this share of the batch as negatives
+NEGATIVES = {1.0: 0, 0.5: 1, 0.25: 2}
+
 LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
@@ -153,6 +156,21 @@ def sharded_loss(
         out_specs=replicated,
     )(z_image, z_text, temperature, jnp.asarray(bias, jnp.float32), tuple(hashes))
     return _total(kind, parts)
+
+
+def subset_hashes(keys: jax.Array, negatives: float) -> tuple[jax.Array, ...]:
+    """Returns hashes that leave each pair a random share of the others as negatives, in any form.
+
+    A halving puts each pair into one of two halves by a coin; pairs of the same half are no
+    negatives of each other. The share is thus met on average, and i meets j if and only if j meets
+    i. The paper does not say how its subsets are drawn.
+
+    Args:
+      keys: one per pair [B], of which the coins depend alone.
+      negatives: key of `NEGATIVES`.
+    """
+    coins = jax.vmap(partial(jax.random.bits, shape=(NEGATIVES[negatives],)))(keys) & 1
+    return tuple(jnp.stack([coin, coin], 1) for coin in coins.T)
 
 
 def _ring_loss(z_image, z_text, temperature, hashes=(), bias=0.0, *, kind, **options):

@@ -159,6 +159,7 @@ def make_program(
             seed=config.train.seed,
             bn_decay=config.model.bn_decay,
             mask_duplicates=config.loss.mask_duplicates,
+            negatives=config.loss.negatives,
             microbatches=config.train.microbatches,
         ),
         abstract,

@@ -32,6 +32,7 @@ def make_train_step(
     seed: int,
     bn_decay: float,
     mask_duplicates: str = "none",
+    negatives: float = 1.0,
     microbatches: int = 1,
 ) -> TrainStep:
     """Returns `train_step(state, batch) -> (state, metrics)`, pure and not yet jitted.
@@ -49,6 +50,7 @@ def make_train_step(
       seed: of dropout and stochastic depth.
       bn_decay: weight of the old BatchNorm statistics.
       mask_duplicates: key of `losses.DUPLICATES`.
+      negatives: key of `losses.NEGATIVES`.
       microbatches: parts in which the towers see the batch. Each must hold whole BatchNorm groups
         and a multiple of the devices; loss, gradients and statistics stay those of one pass.
     """
@@ -57,6 +59,10 @@ def make_train_step(
 
     def train_step(s: state.TrainState, batch: dict) -> tuple[state.TrainState, dict]:
         hashes = tuple(batch[name] for name in losses.DUPLICATES[mask_duplicates])
+        if negatives < 1:
+            keys = dual_encoder.example_keys(seed, s.step, batch["index"])
+            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 2**16)  # not those of dropout
+            hashes += losses.subset_hashes(keys, negatives)
 
         def loss_of(params):
             variables = {"params": params, "batch_stats": s.batch_stats}

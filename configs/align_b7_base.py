@@ -3,7 +3,7 @@
 align train --config configs/align_b7_base.py --workdir /mnt/gcs/align_b7_base \
     --config.data.source='/mnt/gcs/pairs?split=train'
 
-1.2 M steps of 16,384 pairs, 1.8e21 FLOPs: days on a large slice; not run by this project.
+1.2 M steps of 16,384 pairs, 1.6e21 FLOPs: days on a large slice; not run by this project.
 Published (Jia et al. 2021, ablations, 1 M steps): MSCOCO zero-shot R@1 55.4 image to text, 41.7
 text to image; ImageNet KNN 69.3.
 """

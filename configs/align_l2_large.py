@@ -3,7 +3,7 @@
 align train --config configs/align_l2_large.py --workdir /mnt/gcs/align_l2_large \
     --config.data.source='/mnt/gcs/pairs?split=train' --config.mesh.fsdp=8
 
-1.2 M steps of 16,384 pairs, 1.06e22 FLOPs, 1,024 TPU v3 cores in the paper; not run by this
+1.2 M steps of 16,384 pairs, 9.5e21 FLOPs, 1,024 TPU v3 cores in the paper; not run by this
 project. Published (Jia et al. 2021): ImageNet zero-shot top-1 76.4; zero-shot R@1 image to text /
 text to image: Flickr30K 88.6 / 75.7, MSCOCO 58.6 / 45.6.
 """

@@ -18,5 +18,6 @@ def get_config():
     c.optim.learning_rate = 2e-3
     c.optim.warmup_steps = 40_000
     c.checkpoint.every_steps = 2_500  # their "epoch"
-    c.data.tokenizer = "vocab.txt"  # BERT-uncased, 30,522 wordpieces
+    c.data.tokenizer = "vocab.txt"  # BERT-uncased
+    c.data.vocab_size = 30_522  # its size; a plan is made without the file
     return c

@@ -60,14 +60,6 @@ def test_base_is_the_papers_ablation_model():
     assert (c.loss.temperature_init, c.optim.temperature) == (1.0, "same")
 
 
-def test_fewer_negatives_keep_the_number_of_pairs():
-    points = [
-        load_point(EXPERIMENTS / "ablation_negatives", name) for name in ("all", "half", "quarter")
-    ]
-    assert [c.train.batch_size for c in points] == [16_384, 8192, 4096]
-    assert len({c.train.batch_size * c.train.steps for c in points}) == 1
-
-
 @pytest.mark.parametrize("folder", SWEEPS, ids=lambda path: path.name)
 def test_page_has_question_commands_published_numbers_and_smoke_run(folder, sweep):
     page = (folder / "README.md").read_text()

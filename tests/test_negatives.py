@@ -1,0 +1,75 @@
+"""A random share of the in-batch negatives: the loss of the pairs that are left, in every form."""
+
+import jax
+import numpy as np
+import pytest
+
+from align_jax import config, losses, mesh
+from align_jax.models import dual_encoder
+
+
+def pairs(size, seed=0):
+    rng = np.random.default_rng(seed)
+    z = rng.normal(size=(2, size, 8)).astype(np.float32)
+    z_image, z_text = z / np.linalg.norm(z, axis=-1, keepdims=True)
+    return z_image, z_text
+
+
+def keys_of(index, step=3):
+    return dual_encoder.example_keys(0, step, np.asarray(index, np.int32))
+
+
+def kept_of(hashes, size):
+    """bool [B, B]: the positive, and every pair that differs in all hashes."""
+    kept = np.ones((size, size), bool)
+    for hash_ in hashes:
+        kept &= (np.asarray(hash_)[:, None] != np.asarray(hash_)[None]).any(-1)
+    return kept | np.eye(size, dtype=bool)
+
+
+@pytest.mark.parametrize("negatives", [0.5, 0.25])
+def test_share_of_negatives_is_met_and_changes_with_the_step(negatives):
+    size = 1024
+    kept = kept_of(losses.subset_hashes(keys_of(range(size)), negatives), size)
+    # 5 standard deviations of a binomial of 1,024 around each row's share.
+    np.testing.assert_allclose(kept.mean(1), negatives, atol=5 * 0.5 / size**0.5)
+    np.testing.assert_array_equal(kept, kept.T)
+    other = kept_of(losses.subset_hashes(keys_of(range(size), step=4), negatives), size)
+    assert (kept != other).mean() > 0.2
+
+
+def test_subset_depends_on_the_example_not_on_its_row():
+    order = np.random.default_rng(0).permutation(64)
+    straight = losses.subset_hashes(keys_of(np.arange(64)), 0.25)
+    shuffled = losses.subset_hashes(keys_of(order), 0.25)
+    for a, b in zip(straight, shuffled, strict=True):
+        np.testing.assert_array_equal(np.asarray(a)[order], b)
+
+
+@pytest.mark.parametrize("form", losses.FORMS)
+def test_loss_with_a_quarter_of_the_negatives_equals_the_masked_oracle(form):
+    size, temperature, smoothing = 64, 0.1, 0.1
+    z_image, z_text = pairs(size)
+    hashes = losses.subset_hashes(keys_of(range(size)), 0.25)
+    loss_fn = losses.make_loss(form, mesh.make_mesh(), label_smoothing=smoothing, tile_size=5)
+    loss, _ = jax.jit(loss_fn)(z_image, z_text, temperature, hashes)
+    logits, expected = z_image.astype(np.float64) @ z_text.T / temperature, 0.0
+    kept = kept_of(hashes, size)
+    for side in (logits, logits.T):
+        for i in range(size):
+            row = side[i, kept[i]]
+            smooth = (1 - smoothing) * side[i, i] + smoothing * row.mean()
+            expected += (np.log(np.exp(row).sum()) - smooth) / size
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_all_negatives_need_no_hashes():
+    assert losses.subset_hashes(keys_of(range(4)), 1.0) == ()
+
+
+def test_other_share_is_refused_in_one_line():
+    c = config.default_config()
+    c.data.source = "scenes?size=10"
+    c.loss.negatives = 0.3
+    with pytest.raises(ValueError, match="config.loss.negatives=0.3 is unknown.*1.0, 0.5, 0.25"):
+        config.validate(c, num_devices=1)
