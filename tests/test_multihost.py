@@ -1,6 +1,7 @@
 """Runs of several real processes: the lines of one process, and no hanging when one dies."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -19,6 +20,22 @@ TRAIN = (
     "--config.checkpoint.every_steps=3",
 )
 STOP_S = 60  # how long the others may take to notice that a process is gone
+PAIRS = 44  # that make_pairs writes
+
+# Python runs this file at the start of every process: `align` then also writes down which examples
+# each step was given.
+RECORDER = """
+import json, os, sys
+if os.environ.get("RECORD"):
+    from align_jax import mesh
+    real = mesh.put_batch
+    def put_batch(batch, sharding):
+        import jax
+        with open(f"{os.environ['RECORD']}.{jax.process_index()}", "a") as file:
+            file.write(json.dumps(batch["index"].tolist()) + chr(10))
+        return real(batch, sharding)
+    mesh.put_batch = put_batch
+"""
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +43,8 @@ def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     make_pairs(folder)
     (folder / "config.py").write_text(CONFIG)
+    (folder / "recorder").mkdir()
+    (folder / "recorder" / "sitecustomize.py").write_text(RECORDER)
     with contextlib.chdir(folder):
         assert cli.main(["pack", "captions.jsonl?images=images", "--out", "data"]) == 0
         assert cli.main(["vocab", "data", "--out", "tokenizer", "--size", "200"]) == 0
@@ -38,7 +57,7 @@ def free_address():
         return f"localhost:{free.getsockname()[1]}"
 
 
-def start(project, workdir, *overrides, processes=1, devices=8):
+def start(project, workdir, *overrides, processes=1, devices=8, record=""):
     """Starts the processes of one run, `devices` in all; their standard error goes to files."""
     address = free_address()
     env = environment(
@@ -46,6 +65,9 @@ def start(project, workdir, *overrides, processes=1, devices=8):
         JAX_NUM_CPU_DEVICES=str(devices // processes),
         XLA_FLAGS="--xla_backend_optimization_level=0",
     )
+    if record:
+        env["RECORD"] = str(project / record)
+        env["PYTHONPATH"] = os.pathsep.join([str(project / "recorder"), env["PYTHONPATH"]])
     several = ["--coordinator", address, "--processes", processes] if processes > 1 else []
     started = []
     for process in range(processes):
@@ -87,16 +109,34 @@ def test_two_processes_write_the_lines_of_one(project, straight):
     assert not own
 
 
+def recorded(project, record, processes):
+    """Returns the example indices [steps, B] that a run's processes were given, step by step."""
+    parts = [(project / f"{record}.{number}").read_text() for number in range(processes)]
+    rows = [[json.loads(line) for line in part.splitlines()] for part in parts]
+    return np.concatenate([np.array(part) for part in rows], axis=1)
+
+
 @pytest.mark.slow
 def test_run_continues_on_other_processes_and_devices(project, straight):
-    finish(project, "elastic", "--config.train.steps=12", processes=2, devices=8)
-    # 12 steps are done; the same run on 1 and 4 processes, from checkpoints 3, 6 and 9.
+    finish(project, "elastic", processes=2, devices=8, record="indices_2")
+    order = recorded(project, "indices_2", 2)
+    assert order.shape == (12, 32)
+    # 12 steps are done; the same run on 1 and 4 processes, from checkpoints 9, 6 and 3.
+    seen = order
     for step, (processes, devices) in zip((9, 6, 3), ((1, 4), (4, 16), (1, 8)), strict=True):
         for folder in (project / "elastic" / "checkpoints").iterdir():
             if folder.name.isdecimal() and int(folder.name) > step:
                 remove(folder)
-        found = finish(project, "elastic", processes=processes, devices=devices)
+        record = f"indices_from_{step}"
+        found = finish(project, "elastic", processes=processes, devices=devices, record=record)
         assert_same_lines(found, straight)
+        seen = np.concatenate([seen[:step], recorded(project, record, processes)])
+        # All checkpoints lie inside an epoch; nothing is lost or repeated over any of them.
+        epochs = [seen.ravel()[at : at + PAIRS] for at in range(0, seen.size, PAIRS)]
+        for epoch in epochs[:-1]:
+            assert sorted(epoch) == list(range(PAIRS))
+        assert len(set(epochs[-1])) == len(epochs[-1])
+        np.testing.assert_array_equal(seen, order)
 
 
 def remove(folder):
