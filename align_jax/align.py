@@ -110,7 +110,11 @@ class Align:
         if not isinstance(images, Iterable) or isinstance(images, str | bytes):
             raise ValueError(f"images is one {type(images).__name__}; put it in a list.")
         batches = encode.image_batches(
-            images, self.preprocessing, batch_size=self._batch_size, on_error=on_error
+            images,
+            self.preprocessing,
+            sharding=self._rows,
+            batch_size=self._batch_size,
+            on_error=on_error,
         )
         return self._encode(self._embed_image, batches, images, "images")
 

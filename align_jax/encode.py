@@ -1,21 +1,23 @@
 """Any number of images or texts in batches of few shapes, and their embeddings in the given order.
 
-Threads decode images while the device computes. Texts are sorted by length, since a batch costs as
-much as its longest text. What an embedding is, is the models' business.
+Threads decode images while the device computes; of several processes, each decodes the rows that
+its devices compute. Texts are sorted by length, since a batch costs as much as its longest text.
+What an embedding is, is the models' business.
 """
 
 import contextlib
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 import tqdm
 from jax.sharding import NamedSharding
 
+from align_jax import multihost
 from align_jax.data import images as images_lib
 from align_jax.data.processor import Preprocessing
 from align_jax.data.tokenizer import WordPieceTokenizer
@@ -23,6 +25,7 @@ from align_jax.data.tokenizer import WordPieceTokenizer
 ON_ERROR = ("raise", "skip")
 
 _TOKENS_STEP = 16  # text batches are padded to a multiple of this many tokens
+_BATCHES_AHEAD = 2  # of images, decoded while one is computed
 _BATCHES_PER_WINDOW = 32  # texts are sorted inside windows, so that generators may be endless
 _PROGRESS_AFTER_S = 2.0
 
@@ -69,53 +72,63 @@ def encode(
         raise ValueError("Nothing to encode: the input is empty.")
     z = np.concatenate(blocks)
     z[np.concatenate(all_rows)] = z.copy()
-    z[all_bad] = np.nan
+    is_bad = np.zeros(len(z), np.int64)
+    is_bad[all_bad] = 1
+    z[multihost.total(is_bad) > 0] = np.nan
     return z
 
 
 def image_batches(
-    images: Iterable, preprocessing: Preprocessing, *, batch_size: int, on_error: str
+    images: Iterable,
+    preprocessing: Preprocessing,
+    *,
+    sharding: NamedSharding,
+    batch_size: int,
+    on_error: str,
 ) -> Batches:
     """Yields uint8 [B, image_size, image_size, 3], B at most `batch_size`, in the given order.
+
+    Rows of other processes' devices are black: every process takes all of `images` and decodes its
+    own part of each batch.
 
     Args:
       images: what `images.decode_image` takes, or functions of no arguments that return it.
       preprocessing: of the model.
+      sharding: of the rows of a batch.
       batch_size: most images of a batch.
       on_error: "raise", or "skip": the image is black, its row is reported, a warning is logged.
 
     Raises:
       images.BadImage, OSError: one of them cannot be used; the message names it.
     """
-    black = np.zeros((preprocessing.image_size, preprocessing.image_size, 3), np.uint8)
-    views, bad, start = [], [], 0
+    size = preprocessing.image_size
     pool = ThreadPoolExecutor(os.cpu_count() or 1)
 
-    def settle(future: Future):
-        try:
-            views.append(future.result())
-        except (images_lib.BadImage, OSError) as error:
-            if on_error == "raise":
-                raise
-            _logger.warning("left out: %s", error)
-            bad.append(start + len(views))
-            views.append(black)
+    def settle(start, count, futures):
+        views, bad = np.zeros((count, size, size, 3), np.uint8), []
+        for row, future in futures.items():
+            try:
+                views[row] = future.result()
+            except (images_lib.BadImage, OSError) as error:
+                if on_error == "raise":
+                    raise
+                _logger.warning("left out: %s", error)
+                bad.append(start + row)
+        return (views,), np.arange(start, start + count), bad
 
-    waiting: deque[Future] = deque()
+    waiting, start = deque(), 0
     try:
-        for index, image in enumerate(images):
-            waiting.append(pool.submit(_view, index, image, preprocessing))
-            if len(waiting) <= 2 * batch_size:
-                continue
-            settle(waiting.popleft())
-            if len(views) == batch_size:
-                yield (np.stack(views),), np.arange(start, start + batch_size), bad
-                views, bad, start = [], [], start + batch_size
+        for window in _windows(images, batch_size):
+            futures = {
+                row: pool.submit(_view, start + row, window[row], preprocessing)
+                for row in _own_rows(len(window), sharding, batch_size)
+            }
+            waiting.append((start, len(window), futures))
+            start += len(window)
+            if len(waiting) > _BATCHES_AHEAD:
+                yield settle(*waiting.popleft())
         while waiting:
-            settle(waiting.popleft())
-            if len(views) == batch_size or not waiting:
-                yield (np.stack(views),), np.arange(start, start + len(views)), bad
-                views, bad, start = [], [], start + len(views)
+            yield settle(*waiting.popleft())
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -194,9 +207,18 @@ def _padded_size(count, num_devices, batch_size):
     return min(size, batch_size)
 
 
+def _own_rows(count, sharding, batch_size) -> Iterator[int]:
+    """Yields the rows of a batch of `count` that devices of this process compute."""
+    size = _padded_size(count, sharding.num_devices, batch_size)
+    slices = sharding.addressable_devices_indices_map((size,)).values()
+    own = {rows.indices(size)[:2] for (rows,) in slices}
+    for first, last in sorted(own):
+        yield from range(first, min(last, count))
+
+
 def _to_device(rows, size, sharding):
     rows = np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
-    # Every process holds the whole batch here, so each takes its devices' rows of it.
+    # Only the rows of this process's devices are asked for.
     return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
 
 

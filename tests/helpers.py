@@ -18,6 +18,7 @@ from orbax.checkpoint import v1 as ocp
 from PIL import Image, ImageDraw
 
 from align_jax import cli, train, trees
+from align_jax.data import images
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220)}
 
@@ -231,6 +232,16 @@ class StubStep:
         monkeypatch.setattr(train.mesh_lib, "make_mesh", lambda *args: mesh)
         monkeypatch.setattr(train.train_step, "compile_train_step", lambda *args: self)
         return self
+
+
+def decoded(readers, on_error):
+    """Yields the images that an evaluator offers a model; black where one cannot be read."""
+    assert on_error == "skip"
+    for read in readers:
+        try:
+            yield read()
+        except images.BadImage:
+            yield np.zeros((2, 2, 3), np.uint8)
 
 
 def real_data(*parts):

@@ -22,7 +22,7 @@ from tiny_hf import CAPTIONS, IMAGE_SIZE, RESIZE_SIZE
 from transformers import AlignModel, AlignProcessor, pipeline
 
 import align_jax
-from align_jax import align, hub
+from align_jax import align, encode, hub
 
 TEXTS = (*CAPTIONS[:3], "a dog " * 40, "", "two cats on a mat and one red square", "dog")
 
@@ -206,6 +206,39 @@ def test_skipped_images_are_logged_and_have_rows_of_nan(model, pictures, tmp_pat
     assert np.isnan(model.encode_image([path], on_error="skip")).all()
     probabilities = model.classify([path, pictures[0]], ["cat", "dog"], on_error="skip")
     assert np.isnan(probabilities).tolist() == [[True, True], [False, False]]
+
+
+def test_images_of_other_processes_rows_are_not_read(model, pictures):
+    class OfTwoProcesses:  # devices 1 and 3 of 4 are this process's
+        num_devices = 4
+
+        def addressable_devices_indices_map(self, shape):
+            part = shape[0] // 4
+            return {d: (slice(d * part, (d + 1) * part),) for d in (1, 3)}
+
+    read = []
+
+    def reader(index):
+        def image():
+            read.append(index)
+            return pictures[index]
+
+        return image
+
+    batches = encode.image_batches(
+        map(reader, range(13)),
+        model.preprocessing,
+        sharding=OfTwoProcesses(),
+        batch_size=8,
+        on_error="raise",
+    )
+    (first,), _, _ = next(batches)
+    (second,), rows, _ = next(batches)
+    assert rows.tolist() == [8, 9, 10, 11, 12] and len(second) == 5
+    # Of 8 rows, 2 a device; the last 5 are padded to 8, too.
+    assert sorted(read) == [2, 3, 6, 7, 10, 11]
+    assert [bool(row.any()) for row in first] == [False, False, True, True] * 2
+    assert [bool(row.any()) for row in second] == [False, False, True, True, False]
 
 
 def test_endless_generator_is_read_no_further_than_the_first_error(model, pictures):

@@ -6,8 +6,10 @@ import json
 
 import numpy as np
 import pytest
+from helpers import decoded
 from PIL import Image
 
+from align_jax.data.sources import InMemory
 from align_jax.evals import (
     Retrieval,
     format_table,
@@ -118,7 +120,8 @@ class _Record:
 class _Model:
     """Image of grey level g and the text "g" have the same embedding."""
 
-    def encode_image(self, images):
+    def encode_image(self, images, on_error):
+        images = list(decoded(images, on_error))
         assert all(image.dtype == np.uint8 and image.shape[2] == 3 for image in images)
         return _level_vectors([int(image[0, 0, 0]) for image in images])
 
@@ -150,7 +153,7 @@ def test_retrieval_of_known_model_is_perfect_and_skips_what_is_broken():
         _Record("e", _grey(50), ("", "  ")),
         _Record("f", _grey(60), ("60",)),
     ]
-    evaluator = Retrieval("dev", source)
+    evaluator = Retrieval("dev", InMemory(source))
     metrics = evaluator(_Model())
     assert metrics["image_to_text_r1"] == metrics["text_to_image_r1"] == 100.0
     counts = {key: metrics[key] for key in ("num_images", "num_captions", "num_skipped")}
@@ -161,27 +164,26 @@ def test_retrieval_of_known_model_is_perfect_and_skips_what_is_broken():
     np.testing.assert_array_equal(evaluator.load_image(1), _grey(30))
 
 
-def test_retrieval_encodes_in_blocks_and_keeps_the_order(monkeypatch):
-    monkeypatch.setattr("align_jax.evals.retrieval._IMAGES_PER_CALL", 4)
+def test_retrieval_keeps_the_order():
     source = [_Record(str(i), _grey(7 * i), (str(7 * i),)) for i in range(11)]
     source[5] = _Record("5", _grey(35), ())
-    metrics = Retrieval("dev", source)(_Model())
+    metrics = Retrieval("dev", InMemory(source))(_Model())
     assert metrics["num_images"] == 10
     assert metrics["mean_recall"] == 100.0
 
 
 def test_retrieval_max_pairs_takes_the_first_records():
     source = [_Record(str(i), _grey(i), (str(i), str(i))) for i in range(9)]
-    assert Retrieval("dev", source, max_pairs=4)(_Model())["num_captions"] == 8
-    assert Retrieval("dev", source, max_pairs=40)(_Model())["num_images"] == 9
+    assert Retrieval("dev", InMemory(source), max_pairs=4)(_Model())["num_captions"] == 8
+    assert Retrieval("dev", InMemory(source), max_pairs=40)(_Model())["num_images"] == 9
     with pytest.raises(ValueError, match="max_pairs=0 of evaluator 'dev' must be at least 1"):
-        Retrieval("dev", source, max_pairs=0)
+        Retrieval("dev", InMemory(source), max_pairs=0)
 
 
 def test_retrieval_without_any_usable_record_raises():
     with pytest.raises(ValueError, match="holds no record"):
-        Retrieval("dev", [])
-    evaluator = Retrieval("dev", [_Record("a", _grey(1), ())])
+        Retrieval("dev", InMemory([]))
+    evaluator = Retrieval("dev", InMemory([_Record("a", _grey(1), ())]))
     with pytest.raises(ValueError, match="Evaluator 'dev': None of the 1 records"):
         run_evaluators([evaluator], _Model())
 
@@ -189,8 +191,8 @@ def test_retrieval_without_any_usable_record_raises():
 def test_make_evaluators_builds_in_order_with_arguments():
     source = [_Record("a", _grey(10), ("10",))] * 3
     config = {
-        "second": {"type": "retrieval", "source": source, "max_pairs": 2},
-        "first": {"type": "retrieval", "source": source},
+        "second": {"type": "retrieval", "source": InMemory(source), "max_pairs": 2},
+        "first": {"type": "retrieval", "source": InMemory(source)},
     }
     evaluators = make_evaluators(config)
     assert [evaluator.name for evaluator in evaluators] == ["second", "first"]
@@ -320,7 +322,7 @@ def test_gallery_draws_any_caption_without_warning(tmp_path, recwarn, caption):
 
 def test_gallery_of_an_evaluator_takes_queries_at_even_distances(tmp_path):
     source = [_Record(str(i), _grey(i), (str(i),)) for i in range(100)]
-    evaluator = Retrieval("dev", source)
+    evaluator = Retrieval("dev", InMemory(source))
     evaluator(_Model())
     loaded = []
 

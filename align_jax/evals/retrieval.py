@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from align_jax.data.images import BadImage, decode_image
+from align_jax.data.images import decode_image
 from align_jax.data.sources import open_source
 from align_jax.evals.ranking import pair_ranks
-
-_IMAGES_PER_CALL = 256  # decoded images held at once
+from align_jax.evals.records import encode_records
 
 
 def retrieval_ranks(
@@ -104,45 +103,32 @@ class Retrieval:
         Raises:
           ValueError: if no record can be used.
         """
-        z_blocks, captions, text_to_image, records = [], [], [], []
-        for start in range(0, self._num_records, _IMAGES_PER_CALL):
-            images = []
-            for index in range(start, min(start + _IMAGES_PER_CALL, self._num_records)):
-                read = read_or_none(self.source, index)
-                if read is None:
-                    continue
-                record, image = read
-                texts = [caption for caption in record.captions if caption.strip()]
-                if texts:
-                    text_to_image += [len(records)] * len(texts)
-                    captions += texts
-                    records.append(index)
-                    images.append(image)
-            if images:
-                z_blocks.append(model.encode_image(images))
+        captions = [self._captions(index) for index in range(self._num_records)]
+        captioned = [index for index, texts in enumerate(captions) if texts]
+        z_image, is_readable = encode_records(model, self.source, captioned)
+        records = [index for index, kept in zip(captioned, is_readable, strict=True) if kept]
         num_skipped = self._num_records - len(records)
         if not records:
             raise ValueError(
                 f"None of the {num_skipped} records has both a caption and a readable image."
             )
-        z_image, z_text = np.concatenate(z_blocks), model.encode_text(captions)
-        rows = np.asarray(text_to_image, np.int64)
+        z_image = z_image[is_readable]
+        texts = [text for index in records for text in captions[index]]
+        z_text = model.encode_text(texts)
+        rows = np.repeat(np.arange(len(records)), [len(captions[index]) for index in records])
         image_ranks, text_ranks = retrieval_ranks(z_image, z_text, rows)
-        self.embeddings = RetrievalEmbeddings(z_image, z_text, rows, text_ranks, captions, records)
+        self.embeddings = RetrievalEmbeddings(z_image, z_text, rows, text_ranks, texts, records)
         return retrieval_recalls(image_ranks, text_ranks) | {"num_skipped": num_skipped}
 
     def load_image(self, row: int) -> np.ndarray:
         """Returns the image [H, W, 3] uint8 of a row of `self.embeddings.z_image`."""
         return decode_image(self.source[self.embeddings.records[row]].image)
 
-
-def read_or_none(source: Any, index: int) -> tuple[Any, np.ndarray] | None:
-    """Returns an item of a source and its image [H, W, 3] uint8; None if either cannot be read."""
-    try:
-        item = source[index]
-        return item, decode_image(item.image)
-    except (BadImage, OSError):
-        return None
+    def _captions(self, index: int) -> list[str]:
+        try:
+            return [text for text in self.source.captions(index) if text.strip()]
+        except OSError:
+            return []
 
 
 def _check_embeddings(z_image: np.ndarray, z_text: np.ndarray, text_to_image: np.ndarray) -> None:

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from align_jax import multihost
 from align_jax.data.sources import open_labelled
 from align_jax.evals.ranking import pair_ranks
-from align_jax.evals.retrieval import read_or_none
+from align_jax.evals.records import encode_records
 from align_jax.evals.templates import SIMPLE, load_templates
-
-_IMAGES_PER_CALL = 256  # decoded images held at once
 
 
 def class_vectors(
@@ -128,25 +127,21 @@ class ZeroShot:
           ValueError: if no image can be read.
         """
         z_class = class_vectors(model.encode_text, self.class_names, self.templates)
-        z_blocks, labels = [], []
-        for start in range(0, len(self.source), _IMAGES_PER_CALL):
-            images = []
-            for index in range(start, min(start + _IMAGES_PER_CALL, len(self.source))):
-                read = read_or_none(self.source, index)
-                if read is not None:
-                    item, image = read
-                    images.append(image)
-                    labels.append(item.label)
-            if images:
-                z_blocks.append(model.encode_image(images))
-        if not labels:
+        labels = np.zeros(len(self.source), np.int64)
+
+        def note(row, item):
+            labels[row] = item.label
+
+        z_image, is_readable = encode_records(model, self.source, range(len(labels)), note)
+        if not is_readable.any():
             raise ValueError(f"None of the {len(self.source)} images can be read.")
+        labels = multihost.total(labels)[is_readable]
         counts = {
             "num_images": len(labels),
             "num_classes": len(self.class_names),
             "num_skipped": len(self.source) - len(labels),
         }
-        return zeroshot_accuracy(np.concatenate(z_blocks), z_class, np.asarray(labels)) | counts
+        return zeroshot_accuracy(z_image[is_readable], z_class, labels) | counts
 
 
 def _check_labelled(z_image: np.ndarray, z_class: np.ndarray, labels: np.ndarray) -> None:
