@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from align_jax import encode, multihost, train_step
 from align_jax import mesh as mesh_lib
-from align_jax import train_step
 
 # A component is four digits to base 256, -128 to 128: exact in bfloat16 and TF32, to which matrix
 # units round their inputs. Sums of this many products of two digits are exact in float32.
@@ -80,13 +80,16 @@ def pair_ranks(
     owner_blocks = partial(_blocks, z_owner, owner_scale, own_row, best, owner_rows, mesh)
     member_blocks = partial(_blocks, z_member, member_scale, owner, scores, member_rows, mesh)
     waiting = deque()
-    for first_owner, owners in owner_blocks():
-        for first_member, members in member_blocks():
-            waiting.append((first_owner, first_member, count(owners, members)))
-            # Fetched one call late: the next blocks are prepared while the devices count.
-            if len(waiting) > 1:
-                add(*waiting.popleft())
-    add(*waiting.popleft())
+    calls = range(-(-len(z_owner) // owner_rows) * -(-len(z_member) // member_rows))
+    with encode.progress_bar(calls, "blocks ranked", enabled=multihost.is_lead()) as progress:
+        for first_owner, owners in owner_blocks():
+            for first_member, members in member_blocks():
+                waiting.append((first_owner, first_member, count(owners, members)))
+                # Fetched one call late: the next blocks are prepared while the devices count.
+                if len(waiting) > 1:
+                    add(*waiting.popleft())
+                progress.update()
+        add(*waiting.popleft())
     return owner_ranks, member_ranks
 
 
