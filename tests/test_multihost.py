@@ -17,7 +17,7 @@ from align_jax import cli, multihost
 TRAIN = (
     *("train", "--config", "config.py", "--config.train.batch_size=32"),
     *("--config.model.bn_group_size=8", "--config.train.steps=12", "--config.eval.every_steps=6"),
-    "--config.checkpoint.every_steps=3",
+    *("--config.checkpoint.every_steps=3", "--config.checkpoint.keep=9"),
 )
 STOP_S = 60  # how long the others may take to notice that a process is gone
 PAIRS = 44  # that make_pairs writes
