@@ -14,6 +14,7 @@ from configs.align_b7_base import get_config as get_b7_config
 def get_config():
     c = get_b7_config()
     c.train.batch_size = 65_536
+    c.train.microbatches = 2  # for 256 TPU v5e, see docs/pod_plans.md
     c.train.steps = 300_000
     c.optim.learning_rate = 2e-3
     c.optim.warmup_steps = 40_000
