@@ -100,7 +100,8 @@ def compile_report(config: ConfigDict, devices: list[jax.Device]) -> dict[str, A
       ValueError: a config that cannot work on so many devices.
     """
     config = ConfigDict(config)
-    config.data.source = config.data.source or "none"  # not needed here
+    if not config.data.mixture:
+        config.data.source = config.data.source or "none"  # not needed here
     hosts = len({device.process_index for device in devices})
     config_lib.validate(config, num_devices=len(devices), num_processes=hosts)
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, devices)

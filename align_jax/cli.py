@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from align_jax import __version__, data_verbs, model_verbs
+from align_jax import __version__, bench_verbs, data_verbs, model_verbs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
     data_verbs.add_verbs(partial(_verb, verbs))
     model_verbs.add_verbs(partial(_verb, verbs))
+    bench_verbs.add_verbs(partial(_verb, verbs))
 
     compile_ = _verb(
         verbs,

@@ -47,9 +47,13 @@ def default_config() -> ConfigDict:
 
     c.data = data = ConfigDict()
     data.source = ""  # see data/sources.open_source
+    # Instead of a source, several: name -> {"source": ..., "weight": 1.0}; a batch holds rows of
+    # each in proportion to the weights.
+    data.mixture = ConfigDict()
     data.image_size = 289  # pixels, side of the crop the model sees
     data.resize_size = 346  # pixels, side before the crop
     data.resize = "tf"  # "tf" (COYO) or "pil" (Hugging Face processor)
+    data.decode = "full"  # "reduced": large JPEGs at 1/2 to 1/8 for training; needs "pil"
     data.flip = True  # random horizontal flip
     data.max_tokens = 64
     data.tokenizer = ""  # folder or vocab.txt; "" trains one on the source's captions
@@ -132,6 +136,7 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
     if folder not in sys.path:
         sys.path.append(folder)
     config = _run_file(path, [argument] if argument else [])
+    _complete_mixture(config)
     for override in overrides:
         name, equals, text = override.partition("=")
         if not name.startswith("--config.") or not equals:
@@ -191,10 +196,7 @@ def validate(config: ConfigDict, *, num_devices: int, num_processes: int = 1) ->
         _check_patterns(_get(config, path), path)
     if config.train.seed >= 2**32:
         raise ValueError(f"config.train.seed={config.train.seed} must be below 2**32.")
-    if not config.data.source:
-        raise ValueError(
-            "config.data.source is empty; name a dataset, e.g. 'scenes?size=20000&seed=1'."
-        )
+    _check_sources(config.data)
     if config.data.resize_size < config.data.image_size:
         raise ValueError(
             f"config.data.resize_size={config.data.resize_size} is smaller than the crop "
@@ -271,6 +273,7 @@ _NOT_NEGATIVE = (
 def _choices() -> dict[str, tuple[str, ...]]:
     # Imported late: this module is read by tools that never build a model.
     from align_jax import losses
+    from align_jax.data import images
     from align_jax.models import bert, efficientnet, layers
 
     return {
@@ -281,7 +284,8 @@ def _choices() -> dict[str, tuple[str, ...]]:
         "model.padding": ("hf", "same"),
         "model.bn_mode": layers.BN_MODES,
         "model.remat": layers.REMAT,
-        "data.resize": ("pil", "tf"),
+        "data.resize": images.RESIZE_METHODS,
+        "data.decode": images.DECODE_METHODS,
         "loss.kind": tuple(losses.PARTS),
         "loss.form": losses.FORMS,
         "loss.mask_duplicates": tuple(losses.DUPLICATES),
@@ -291,6 +295,33 @@ def _choices() -> dict[str, tuple[str, ...]]:
         "optim.schedule": ("linear", "cosine"),
         "optim.temperature": ("same", "log", "fixed"),
     }
+
+
+def _check_sources(data):
+    if bool(data.source) == bool(data.mixture):
+        raise ValueError(
+            f"config.data.source={data.source!r} and config.data.mixture of {len(data.mixture)} "
+            "sources: give one of them, e.g. 'scenes?size=20000&seed=1'."
+        )
+    for name, entry in data.mixture.items():
+        path = f"config.data.mixture.{name}"
+        if not re.fullmatch(r"\w+", name):
+            raise ValueError(f"{path}: names of a mixture are letters, digits and underscores.")
+        if not entry.get("source"):
+            raise ValueError(f"{path}.source is empty; name a dataset.")
+        if not 0.0 < entry.get("weight", 1.0) < math.inf:
+            raise ValueError(f"{path}.weight={entry.weight} must be positive and finite.")
+
+
+def _complete_mixture(config):
+    # A weight may be left out or be an integer; an override needs a number to replace. What is
+    # wrong otherwise stays as it is, for `validate` to refuse.
+    data = config.get("data")
+    mixture = data.get("mixture") if isinstance(data, ConfigDict) else None
+    for entry in mixture.values() if isinstance(mixture, ConfigDict) else ():
+        if isinstance(entry, ConfigDict) and type(entry.get("weight", 1)) is int:
+            with entry.unlocked(), entry.ignore_type():
+                entry.weight = float(entry.get("weight", 1))
 
 
 def _check_batch(config, num_devices, num_processes):
@@ -349,10 +380,12 @@ def _check_keys(config, known, path):
         value, default = config[key], known[key]
         if isinstance(default, ConfigDict) and not isinstance(value, ConfigDict):
             raise ValueError(f"{path}.{key}={value!r} must be a group of keys.")
-        if key == "evaluators":
+        if key in ("evaluators", "mixture"):
             for name, entry in value.items():
                 if not isinstance(entry, ConfigDict):
                     raise ValueError(f"{path}.{key}.{name}={entry!r} must be a group of keys.")
+                if key == "mixture":
+                    _check_entry(entry, f"{path}.{key}.{name}")
         elif isinstance(default, ConfigDict):
             _check_keys(value, default, f"{path}.{key}")
         elif type(value) is not type(default):
@@ -360,6 +393,14 @@ def _check_keys(config, known, path):
     missing = [key for key in known if key not in config]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; start from default_config().")
+
+
+def _check_entry(entry, path):
+    known = {"source": "", "weight": 1.0}
+    for key, value in entry.items():
+        _check_known(key, known, path)
+        if type(value) is not type(known[key]) and not (key == "weight" and type(value) is int):
+            raise ValueError(_wrong_type(f"{path}.{key}", value, known[key]))
 
 
 def _check_known(key, known, path):

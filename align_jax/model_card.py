@@ -70,8 +70,11 @@ def make_card(
 
 def _training(config, step) -> Sequence[tuple[str, str]]:
     batch_size, c = config.train.batch_size, config
+    sources = [(entry.source, entry.get("weight", 1)) for entry in c.data.mixture.values()]
+    shares = [(source, f" x {weight:g}") for source, weight in sources] or [(c.data.source, "")]
     # The path of a source names a machine's folders; its last part names the data.
-    rows = [("data", f"`{c.data.source.rstrip('/').rpartition('/')[2]}`")]
+    names = [f"`{source.rstrip('/').rpartition('/')[2]}`{share}" for source, share in shares]
+    rows = [("data", ", ".join(names))]
     if step is not None:
         rows.append(("steps", f"{step:,} of {c.train.steps:,}"))
         rows.append(("pairs seen", f"{step * batch_size:,}"))

@@ -39,7 +39,7 @@ from align_jax import config as config_lib
 from align_jax import evals as evals_lib
 from align_jax import mesh as mesh_lib
 from align_jax import state as state_lib
-from align_jax.data import pipeline, sources
+from align_jax.data import mixture, pipeline
 from align_jax.models import dual_encoder
 
 
@@ -66,8 +66,7 @@ def train_and_evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str,
     """
     config_lib.validate(config, num_devices=jax.device_count(), num_processes=jax.process_count())
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp)
-    with _naming("config.data.source"):
-        source = sources.open_source(config.data.source)
+    source = mixture.open_sources(config.data.source, config.data.mixture.to_dict())
     with _naming("config.eval.evaluators"):
         evaluators = evals_lib.make_evaluators(config.eval.evaluators.to_dict())
     if config.init_from and config.init_towers != "image":
@@ -118,7 +117,7 @@ def train_and_evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str,
             mesh,
             batch_size=config.eval.batch_size,
         )
-        run = _Run(config, path, mesh, checkpoints, writer, encoder, evaluators, dropped)
+        run = _Run(config, path, mesh, checkpoints, writer, encoder, evaluators, dropped, source)
         return run.train(state, step_fn, batches, stop)
 
 
@@ -171,8 +170,11 @@ def make_program(
 class _Run:
     """What the loop needs around the state; one method for each thing that happens in a step."""
 
-    def __init__(self, config, path, mesh, checkpoints, writer, encoder, evaluators, dropped):
+    def __init__(
+        self, config, path, mesh, checkpoints, writer, encoder, evaluators, dropped, source
+    ):
         self.config = config
+        self.source = source
         self.path = Path(path)
         self.rows = mesh_lib.batch_sharding(mesh)
         self.checkpoints = checkpoints
@@ -262,8 +264,10 @@ class _Run:
         self.progress.update(step, values["loss"], wait_s)
         if step % self.config.log.every_steps == 0 or step == self.config.train.steps:
             totals = zip(pipeline.DROP_REASONS, self._all_dropped().tolist(), strict=True)
-            drops = {f"data/dropped_{reason}": count for reason, count in totals if count}
-            self.writer.write(step, {f"train/{k}": v for k, v in values.items()} | drops)
+            data = {f"data/dropped_{reason}": count for reason, count in totals if count}
+            epochs = mixture.epochs(self.source, step * self.config.train.batch_size)
+            data |= {f"data/{key}": count for key, count in epochs.items()}
+            self.writer.write(step, {f"train/{k}": v for k, v in values.items()} | data)
             self.writer.write_timing(step, self.progress.timing())
 
     def _diverged(self, step, values) -> str:
@@ -376,6 +380,7 @@ def _open_batches(config, source, tokenizer, start_step) -> pipeline.BatchIterat
         image_size_px=config.data.image_size,
         resize_px=config.data.resize_size,
         resize=config.data.resize,
+        decode=config.data.decode,
         flip=config.data.flip,
         max_tokens=config.data.max_tokens,
         seed=config.train.seed,

@@ -3,6 +3,7 @@
 config.json          the run's configuration
 tokenizer/           Hugging Face tokenizer files
 preprocessing.json   image size, resize, tokens, and the tokenizer's fingerprint
+source.txt           what the training data says of itself, its number of pairs
 """
 
 import contextlib
@@ -51,13 +52,15 @@ def open_for_training(
       log: prints a line.
 
     Raises:
-      ValueError: the workdir belongs to a run with another config, tokenizer or preprocessing.
+      ValueError: the workdir belongs to a run with another config, tokenizer, preprocessing or
+        number of pairs.
     """
     workdir = Path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir {workdir} is a file; name a folder.")
     if (workdir / "config.json").exists():
         _check_same_run(workdir, config)
+        _check_same_data(workdir, source)
         tokenizer, preprocessing = load(workdir)
         if config.data.tokenizer:
             given = tokenizer_lib.load_tokenizer(config.data.tokenizer)
@@ -84,6 +87,7 @@ def open_for_training(
         workdir.mkdir(parents=True, exist_ok=True)
         tokenizer.save(workdir / "tokenizer")
         _write(workdir / "preprocessing.json", json.dumps(dataclasses.asdict(preprocessing)))
+        _write(workdir / "source.txt", source.describe() + "\n")
     return tokenizer, preprocessing
 
 
@@ -191,6 +195,17 @@ def _check_same_run(workdir, config):
             f"config.train.steps={config.train.steps}, but the run in {workdir} was started with "
             f"{before['train.steps']}; it may only grow."
         )
+
+
+def _check_same_data(workdir, source):
+    # The same path may hold other data by now; the order of the pairs would be another one.
+    with contextlib.suppress(FileNotFoundError):
+        before = (workdir / "source.txt").read_text().rstrip("\n")
+        if before != source.describe():
+            raise ValueError(
+                f"the training data is now '{source.describe()}', but the run in {workdir} was "
+                f"started on '{before}'; put that data back or use another --workdir."
+            )
 
 
 def _flatten(tree, prefix=""):

@@ -149,7 +149,9 @@ def test_decode_honours_exif_orientation(orientation):
     }[orientation](photo())
     exif = Image.Exif()
     exif[0x0112] = orientation
-    np.testing.assert_array_equal(decode_image(encode(photo(), "PNG", exif=exif)), seen)
+    data = encode(photo(), "PNG", exif=exif)
+    np.testing.assert_array_equal(decode_image(data), seen)
+    np.testing.assert_array_equal(decode_image(images.load_rgb(data)), seen)  # turned once only
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")  # pytest undoes ours
@@ -274,6 +276,33 @@ def test_decode_in_threads_gives_the_same_as_alone():
         assert list(pool.map(attempt, files * 8)) == [attempt(data) for data in files] * 8
 
 
+def test_decode_with_simplejpeg_equals_pillow_on_sound_and_damaged_files(monkeypatch):
+    simplejpeg = pytest.importorskip("simplejpeg")
+    rng = np.random.default_rng(0)
+    noisy = photo() // 2 + rng.integers(0, 128, photo().shape, np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = [encode(photo(), "JPEG", exif=exif), encode(photo()[:, :, 0], "JPEG")]
+    for options in ({"quality": 50}, {"quality": 95, "progressive": True}, {"quality": 100}):
+        files += [encode(noisy, "JPEG", subsampling=kind, **options) for kind in range(3)]
+    for _ in range(60):
+        damaged = np.frombuffer(files[2], np.uint8).copy()
+        damaged[rng.integers(len(damaged), size=2)] = rng.integers(256, size=2)
+        files.append(damaged[: rng.integers(len(damaged) // 2, len(damaged) + 1)].tobytes())
+
+    def outcomes():
+        for data in files:
+            try:
+                yield decode_image(data).tobytes()
+            except BadImage as error:
+                yield error.reason
+
+    assert images.simplejpeg is simplejpeg
+    found = list(outcomes())
+    monkeypatch.setattr(images, "simplejpeg", None)
+    assert found == list(outcomes())
+
+
 def test_bad_image_survives_pickling():
     error = pickle.loads(pickle.dumps(BadImage("image_empty", "The file is empty.")))
     assert (error.reason, str(error)) == ("image_empty", "The file is empty.")
@@ -318,6 +347,30 @@ def resize_tf_reference(image, size):
                     pixel = image[min(max(row, 0), height - 1), min(max(column, 0), width - 1)]
                     out[i, j] += row_weight * column_weight * pixel
     return out
+
+
+def resize_tf_float32(image, size):
+    """The order of arithmetic that every checkpoint trained with "tf" has seen, in float32."""
+
+    def neighbours(size_in):
+        centre = (np.arange(size) + 0.5) * (size_in / size) - 0.5
+        first, last = np.floor(centre), size_in - 1
+        indices = (x.clip(0, last).astype(int) for x in (first, np.ceil(centre)))
+        return *indices, (centre - first).astype(np.float32)
+
+    above, below, down = neighbours(image.shape[0])
+    left, right, across = neighbours(image.shape[1])
+    pixels = image.astype(np.float32)
+    lines = pixels[:, left] + (pixels[:, right] - pixels[:, left]) * across[:, None]
+    blended = lines[above] + (lines[below] - lines[above]) * down[:, None, None]
+    return np.rint(blended).astype(np.uint8)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (13, 7), (24, 50), (2, 2), (500, 31), (346, 347)])
+def test_resize_tf_keeps_every_bit(shape):
+    image = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
+    for size in (24, 90):
+        np.testing.assert_array_equal(resize(image, size, "tf"), resize_tf_float32(image, size))
 
 
 @pytest.mark.parametrize("shape", [(40, 60), (13, 7), (24, 50), (2, 2)])
@@ -369,6 +422,23 @@ def test_train_view_is_a_crop_of_the_resized_image_at_every_position_and_mirrore
     assert counts.min() > 50 and counts.max() < 150
 
 
+@pytest.mark.parametrize("method", images.RESIZE_METHODS)
+@pytest.mark.parametrize("size", [(30, 30), (44, 61), (200, 17)])
+def test_views_equal_decoding_resizing_and_cutting_out_bit_for_bit(method, size):
+    given = encode(photo(*size), "JPEG")
+    resized = resize(decode_image(given), 30, method)
+    options = {"resize_px": 30, "crop_px": 20, "method": method}
+    for form in (given, decode_image(given), images.load_rgb(given)):
+        for seed in range(8):
+            rng = np.random.default_rng(seed)
+            top, left = rng.integers(11, size=2)
+            expected = resized[top : top + 20, left : left + 20]
+            expected = expected[:, ::-1] if rng.random() < 0.5 else expected
+            view = train_view(form, rng=np.random.default_rng(seed), flip=True, **options)
+            np.testing.assert_array_equal(view, expected)
+        np.testing.assert_array_equal(eval_view(form, **options), resized[5:25, 5:25])
+
+
 def test_train_view_without_flip_draws_the_same_crops_unmirrored():
     options = {"resize_px": 30, "crop_px": 20, "method": "tf"}
     rngs = [np.random.default_rng(5) for _ in range(2)]
@@ -387,6 +457,37 @@ def test_eval_view_is_the_central_crop_rounded_towards_the_top_left():
     view = eval_view(image, resize_px=33, crop_px=28, method="pil")
     np.testing.assert_array_equal(view, image[2:30, 2:30])
     assert view.flags.c_contiguous
+
+
+def test_train_view_of_reduced_decoding_stays_close_and_reads_fewer_pixels(monkeypatch):
+    large = np.asarray(Image.fromarray(photo(150, 200)).resize((1600, 1200), Image.BICUBIC))
+    data = encode(large, "JPEG", quality=95)
+    monkeypatch.setattr(images, "simplejpeg", None)
+    loaded = []
+    to_rgb = images._to_rgb
+    monkeypatch.setattr(images, "_to_rgb", lambda im: loaded.append(im.size) or to_rgb(im))
+    options = {"resize_px": 100, "crop_px": 80, "method": "pil", "flip": True}
+    views = [
+        train_view(data, rng=np.random.default_rng(3), decode=decode, **options).astype(int)
+        for decode in images.DECODE_METHODS
+    ]
+    assert loaded == [(1600, 1200), (400, 300)]  # 1/8 would leave less than twice 100
+    assert 0 < np.abs(views[0] - views[1]).max() <= 4
+    # Without a JPEG, or without room for a reduction, nothing changes.
+    for given in (encode(large, "PNG"), large, encode(large[:350, :350], "JPEG")):
+        views = [
+            train_view(given, rng=np.random.default_rng(3), decode=decode, **options)
+            for decode in images.DECODE_METHODS
+        ]
+        np.testing.assert_array_equal(*views)
+
+
+def test_reduced_decoding_is_refused_where_it_would_change_the_picture():
+    options = {"resize_px": 20, "crop_px": 20, "rng": np.random.default_rng(0), "flip": False}
+    with pytest.raises(ValueError, match="config.data.decode='reduced'.*resize='tf'.*'pil'"):
+        train_view(photo(), method="tf", decode="reduced", **options)
+    with pytest.raises(ValueError, match="config.data.decode='half'.*'full' or 'reduced'"):
+        train_view(photo(), method="pil", decode="half", **options)
 
 
 def test_views_crop_larger_than_image_is_an_error():

@@ -7,7 +7,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from align_jax.data import images, pipeline
+from align_jax.data import images, mixture, pipeline
 from align_jax.data.record import Record
 from align_jax.data.sources import InMemory
 
@@ -70,7 +70,7 @@ def assert_same_batches(left, right):
 
 def reference_row(source, position):
     """Returns (index, image, caption, dropped keys) by following the documented rule by hand."""
-    order, dropped = pipeline.epoch_order(len(source), SEED), []
+    order, dropped = mixture.epoch_order(len(source), SEED), []
     for attempt in range(100):
         rng = np.random.Generator(np.random.Philox([SEED, position, attempt]))
         index = int(order[position] if attempt == 0 else rng.integers(len(source)))

@@ -12,6 +12,7 @@ import zlib
 from typing import NamedTuple
 
 ARCHIVE_SUFFIXES = (".tar", ".zip")
+MAX_FILE_BYTES = 2**28  # no web image is larger, but a member that claims to be may be read
 _TAR_BLOCK = 512
 _ZIP_LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of name and extra field
 _ZIP_STORED, _ZIP_DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
@@ -46,7 +47,14 @@ class Member(NamedTuple):
 
 
 def index_files(path: str, problems: Problems) -> dict[str, Member]:
-    """Returns name -> Member of every file in a folder (recursively), a .zip or a .tar.
+    """Returns name -> Member of the files that `list_files` lists; the last of equal names."""
+    return {member.name: member for member in list_files(path, problems)}
+
+
+def list_files(path: str, problems: Problems) -> list[Member]:
+    """Returns the files in a folder (recursively), a .zip or a .tar, in its order.
+
+    Links, devices and the like in archives are left out.
 
     Args:
       path: folder or archive.
@@ -54,23 +62,27 @@ def index_files(path: str, problems: Problems) -> dict[str, Member]:
         `zip_member_unsupported` (neither stored nor deflated, or encrypted).
     """
     if os.path.isdir(path):
-        return _index_folder(path)
-    index = _index_zip if path.lower().endswith(".zip") else _index_tar
+        return _list_folder(path)
+    list_archive = _list_zip if path.lower().endswith(".zip") else _list_tar
     try:
-        return index(path, problems)
-    except (zipfile.BadZipFile, tarfile.TarError, OSError) as error:
+        return list_archive(path, problems)
+    except Exception as error:  # both modules leak every kind of error on damaged headers
         problems.add("archive_unreadable", f"{path}: {error}")
-        return {}
+        return []
 
 
 def read_member(member: Member) -> bytes:
     """Returns the file's bytes.
 
     Raises:
-      OSError: the bytes are not there (any more) or do not decompress.
+      OSError: the bytes are not there (any more), do not decompress or are more than 256 MiB.
     """
+    if member.size > MAX_FILE_BYTES:
+        raise _too_large(member)
     if member.kind == "file":
         with open(member.path, "rb") as file:
+            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                raise _too_large(member)
             return file.read()
     with open(member.path, "rb", buffering=0) as file:
         start = member.offset
@@ -86,26 +98,35 @@ def read_member(member: Member) -> bytes:
     if len(data) < member.size:
         raise OSError(f"{member.path} ends inside {member.name}.")
     if member.kind == "deflated":
+        inflate = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
         try:
-            return zlib.decompress(data, wbits=-zlib.MAX_WBITS)
+            data = inflate.decompress(data, MAX_FILE_BYTES)
         except zlib.error as error:
             raise OSError(f"{member.path}: {member.name} does not decompress: {error}.") from error
+        if inflate.unconsumed_tail:
+            raise _too_large(member)
+        if not inflate.eof:
+            raise OSError(f"{member.path}: {member.name} does not decompress: it is cut off.")
     return data
 
 
-def _index_folder(path):
-    index = {}
+def _too_large(member):
+    return OSError(f"{member.path}: {member.name} is larger than {MAX_FILE_BYTES >> 20} MiB.")
+
+
+def _list_folder(path):
+    members = []
     for folder, folders, files in os.walk(path):
         folders.sort()
         for file in sorted(files):
             full = os.path.join(folder, file)
             name = os.path.relpath(full, path).replace(os.sep, "/")
-            index[name] = Member(full, name, "file")
-    return index
+            members.append(Member(full, name, "file"))
+    return members
 
 
-def _index_zip(path, problems):
-    index = {}
+def _list_zip(path, problems):
+    members = []
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             if info.is_dir():
@@ -114,26 +135,27 @@ def _index_zip(path, problems):
                 problems.add("zip_member_unsupported", f"{path}: {info.filename}")
                 continue
             kind = "zip" if info.compress_type == _ZIP_STORED else "deflated"
-            index[info.filename] = Member(
-                path, info.filename, kind, info.header_offset, info.compress_size
+            members.append(
+                Member(path, info.filename, kind, info.header_offset, info.compress_size)
             )
-    return index
+    return members
 
 
-def _index_tar(path, problems):
-    index = {}
+def _list_tar(path, problems):
+    members = []
     size = os.path.getsize(path)
     broken = None
     with tarfile.open(path, "r:") as archive:
         try:
-            for info in archive:
-                if not info.isreg():
+            while (info := archive.next()) is not None:
+                archive.members.clear()  # which keeps every header
+                if not info.isreg() or info.issparse():
                     continue
                 if info.offset_data + info.size > size:
                     broken = info.name
                     break
-                index[info.name] = Member(path, info.name, "tar", info.offset_data, info.size)
-        except tarfile.ReadError as error:
+                members.append(Member(path, info.name, "tar", info.offset_data, info.size))
+        except Exception as error:  # of many kinds where a header is damaged
             broken = str(error)
         end = archive.offset
     # tarfile stops silently at a damaged header; a whole archive ends in blocks of zeros.
@@ -141,7 +163,7 @@ def _index_tar(path, problems):
         broken = f"no end-of-archive block at byte {end}"
     if broken is not None:
         problems.add("tar_truncated", f"{path}: {broken}")
-    return index
+    return members
 
 
 def _read_block(path, offset):

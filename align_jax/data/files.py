@@ -5,15 +5,28 @@ of images for each class. Everything is indexed when opened, so that what is mis
 counted in `problems`) before a run starts. sources.py is the way in.
 """
 
+import collections
 import glob
+import hashlib
 import os
 import posixpath
+from collections.abc import Iterator, Mapping, Sequence
 
-from align_jax.data.archives import ARCHIVE_SUFFIXES, Member, Problems, index_files, read_member
-from align_jax.data.record import LabelledImage, Record
-from align_jax.data.tables import parse_sidecar, read_table
+import numpy as np
+
+from align_jax.data.archives import (
+    ARCHIVE_SUFFIXES,
+    Member,
+    Problems,
+    index_files,
+    list_files,
+    read_member,
+)
+from align_jax.data.record import LabelledImage, Record, hash_key
+from align_jax.data.tables import Row, parse_sidecar, read_table
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_NONE = np.zeros(0, np.uint64)
 
 
 class FilePairs:
@@ -22,12 +35,17 @@ class FilePairs:
     def __init__(
         self,
         spec: str,
-        entries: list[tuple[str, Member, tuple[str, ...] | Member]],
+        entries: list[tuple[str, Member, Row | Member]],
         problems: Problems,
+        weights: Mapping[str, float] | None = None,
     ):
-        """Keeps (key, image, captions or the .txt / .json file that holds them)."""
+        """Keeps (key, image, table row or .txt / .json file with the captions).
+
+        `weights` of the fields of the .json files: see tables.parse_sidecar.
+        """
         self._spec = spec
         self._entries = entries
+        self._weights = weights
         self.problems = problems
 
     def __len__(self) -> int:
@@ -35,17 +53,48 @@ class FilePairs:
 
     def __getitem__(self, index: int) -> Record:
         """Returns a record with the encoded image; OSError if its bytes cannot be read."""
-        key, image, _ = self._entries[index]
-        return Record(key, read_member(image), self.captions(index))
+        key, image, texts = self._entries[index]
+        return Record(key, read_member(image), *self._captions(texts))
+
+    def key(self, index: int) -> str:
+        """Returns the key of a record without reading anything."""
+        return self._entries[index][0]
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Returns the captions of a record without reading its image."""
-        captions = self._entries[index][2]
-        return _read_captions(captions) if isinstance(captions, Member) else captions
+        return self._captions(self._entries[index][2])[0]
+
+    def where(self, index: int) -> str:
+        """Returns the file or archive, and the name in it, that holds the image of a record."""
+        image = self._entries[index][1]
+        inside = "" if image.kind == "file" else f" in {image.path}"
+        return f"{self._spec}: {image.name if inside else image.path}{inside}"
 
     def describe(self) -> str:
         """Returns the spec and the number of pairs."""
         return f"{self._spec}: {len(self)} pairs"
+
+    def slice(self, start: int, stop: int) -> "FilePairs":
+        """Returns the pairs from `start` to `stop` as a source of their own, without problems."""
+        return FilePairs(self._spec, self._entries[start:stop], Problems(), self._weights)
+
+    def stamp(self) -> str:
+        """Returns a digest of the index and of the archives' sizes and times of change."""
+        digest = hashlib.sha256()
+        for entry in self._entries:
+            digest.update(repr(entry).encode("utf-8", "backslashreplace"))
+        for path in sorted({image.path for _, image, _ in self._entries if image.kind != "file"}):
+            status = os.stat(path)
+            digest.update(repr((path, status.st_size, status.st_mtime_ns)).encode())
+        return digest.hexdigest()
+
+    def _captions(self, texts):
+        if isinstance(texts, Row):
+            return texts.captions, texts.weights, texts.columns
+        text = read_member(texts).decode("utf-8", "replace")
+        if texts.name.lower().endswith(".json"):
+            return parse_sidecar(text, self._weights)
+        return (text.strip(),), (), ()
 
 
 class LabelledFiles:
@@ -77,7 +126,13 @@ class LabelledFiles:
         return f"{self._spec}: {len(self)} images of {len(self.classes)} classes"
 
 
-def open_table(spec: str, path: str, images: str, limit: int | None) -> FilePairs:
+def open_table(
+    spec: str,
+    path: str,
+    images: str,
+    limit: int | None,
+    weights: Mapping[str, float] | None = None,
+) -> FilePairs:
     """Returns the pairs of a caption table.
 
     Problems counted: those of the archives and of the table, `image_missing`, `image_ambiguous`
@@ -88,12 +143,13 @@ def open_table(spec: str, path: str, images: str, limit: int | None) -> FilePair
       path: table, see tables.read_table.
       images: folders, zips and tars, comma-separated, globs allowed.
       limit: rows to use, or None for all.
+      weights: of the caption columns, see tables.read_table.
 
     Raises:
       ValueError: a path that does not exist, a table without the needed columns.
     """
     problems = Problems()
-    rows = read_table(path, problems)
+    rows = read_table(path, problems, weights)
     archives = [
         (file, index_files(file, problems))
         for pattern in images.split(",")
@@ -104,12 +160,22 @@ def open_table(spec: str, path: str, images: str, limit: int | None) -> FilePair
     for row in rows:
         member = find(row.image, row.shard)
         if member is not None:
-            entries.append((_unique_key(row.image, member, keys), member, row.captions))
+            entries.append((_unique_key(_text(row.image), member, keys), member, row))
     return FilePairs(spec, entries[:limit], problems)
 
 
-def open_samples(spec: str, paths: list[str], limit: int | None) -> FilePairs:
+def open_samples(
+    spec: str,
+    paths: list[str],
+    limit: int | None,
+    weights: Mapping[str, float] | None = None,
+    *,
+    global_keys: bool = False,
+    taken: np.ndarray = _NONE,
+) -> FilePairs:
     """Returns the pairs of files that share a name but for the suffix: image and .txt (or .json).
+
+    A name that an archive holds twice belongs to a second pair of the same key.
 
     Problems counted: those of the archives, `caption_missing`, `image_missing`.
 
@@ -117,27 +183,36 @@ def open_samples(spec: str, paths: list[str], limit: int | None) -> FilePairs:
       spec: names the source in messages.
       paths: folders, zips and tars; of a folder that holds archives, those are read.
       limit: pairs to use, or None for all.
+      weights: of the fields of the .json files, which are then the only ones with captions.
+      global_keys: whether a name that occurs in several archives is one key; otherwise the name of
+        the archive is put in front of it from the second one on.
+      taken: record.hash_key of keys that earlier archives have, uint64.
     """
     problems = Problems()
-    entries, keys = [], set()
-    for path in _archives_inside(paths):
-        samples = {}
-        for name, member in index_files(path, problems).items():
-            stem, suffix = posixpath.splitext(name)
-            kind = "image" if _is_image(name) else suffix.lower()
-            samples.setdefault(stem, {}).setdefault(kind, member)
-        for stem, files in samples.items():
-            captions = files.get(".txt") or files.get(".json")
+    entries, keys, earlier = [], set(), set(taken.tolist())
+    for path in archives_inside(paths):
+        samples, seen, key_of = {}, collections.Counter(), {}
+        for member in list_files(path, problems):
+            stem, suffix = posixpath.splitext(member.name)
+            kind = "image" if _is_image(member.name) else suffix.lower()
+            samples.setdefault((stem, seen[member.name]), {}).setdefault(kind, member)
+            seen[member.name] += 1
+        for (stem, _), files in samples.items():
+            captions = (None if weights else files.get(".txt")) or files.get(".json")
             if "image" in files and captions:
-                key = _unique_key(stem, files["image"], keys)
-                entries.append((key, files["image"], captions))
+                if stem not in key_of:
+                    key = _text(stem)
+                    if earlier and hash_key(key) in earlier:
+                        keys.add(key)
+                    key_of[stem] = key if global_keys else _unique_key(key, files["image"], keys)
+                entries.append((key_of[stem], files["image"], captions))
             elif "image" in files:
                 problems.add("caption_missing", f"{path}: {stem}")
             elif captions:
                 problems.add("image_missing", f"{path}: {stem}")
         if limit is not None and len(entries) >= limit:
             break
-    return FilePairs(spec, entries[:limit], problems)
+    return FilePairs(spec, entries[:limit], problems, weights)
 
 
 def open_class_folders(
@@ -223,7 +298,8 @@ def _is_image(name):
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _archives_inside(paths):
+def archives_inside(paths: Sequence[str]) -> Iterator[str]:
+    """Yields the paths, in place of a folder that holds archives these."""
     for path in paths:
         inside = [
             os.path.join(path, name)
@@ -233,19 +309,17 @@ def _archives_inside(paths):
         yield from inside or [path]
 
 
+def _text(name):
+    # Names need not be UTF-8 (tar) nor free of lone surrogates (JSON); keys are written as UTF-8.
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def _unique_key(key, member, taken):
     # Shards may number their samples from 0 again.
     if key in taken:
-        key = f"{posixpath.splitext(posixpath.basename(member.path))[0]}/{key}"
+        return f"{_text(posixpath.splitext(posixpath.basename(member.path))[0])}/{key}"
     taken.add(key)
     return key
-
-
-def _read_captions(member):
-    text = read_member(member).decode("utf-8", "replace")
-    if member.name.lower().endswith(".json"):
-        return tuple(parse_sidecar(text))
-    return (text.strip(),)
 
 
 def _read_classes(path):

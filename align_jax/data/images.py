@@ -4,7 +4,8 @@ Broken files raise `BadImage` with a reason to count by; nothing here logs. Scal
 happens on the device. The recipe is the paper's, and COYO-ALIGN's where the paper is silent.
 
 Importing this module silences Pillow's warnings about damaged metadata and oversized images in the
-whole process: they come once per crawled file, and no narrower filter is safe between threads.
+whole process: they come once per crawled file, and no narrower filter is safe between threads. It
+also lets Pillow keep a few buffers: fresh memory for each picture costs as much as its decoding.
 """
 
 import io
@@ -13,6 +14,11 @@ import warnings
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+
+try:
+    import simplejpeg  # extra "fast": the same pixels in four fifths of the time
+except ImportError:
+    simplejpeg = None
 
 BAD_IMAGE_REASONS = (
     "image_empty",
@@ -23,6 +29,8 @@ BAD_IMAGE_REASONS = (
 )
 MAX_PIXELS = 2**28 // 3  # 256 MiB as RGB; Pillow starts to warn at the same size
 RESIZE_METHODS = ("pil", "tf")
+DECODE_METHODS = ("full", "reduced")
+REDUCED_MARGIN = 2  # times the side before the crop that reduced decoding leaves at least
 
 # Left out on purpose: formats that start a program (EPS) or that no browser shows. Frequent first,
 # since Pillow tries them in this order.
@@ -30,6 +38,7 @@ _WEB_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "ICO", "JPE
 Image.init()
 _FORMATS = [name for name in _WEB_FORMATS if name in Image.OPEN]  # those this Pillow can read
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
+_ROWS_AT_A_TIME = 64
 _MIN_SIDE_PX = 2  # tracking pixels and spacer lines are no pictures
 _TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,6 +50,8 @@ _TRANSPOSES = {
     8: Image.Transpose.ROTATE_90,
 }
 
+if "PILLOW_BLOCKS_MAX" not in os.environ:
+    Image.core.set_blocks_max(8)  # of at most 16 MiB, and only as large as the last pictures
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
@@ -77,8 +88,27 @@ def decode_image(
         off or damaged), image_too_large, or image_too_small (a side below 2 px).
       OSError: if a path cannot be read.
     """
+    return np.asarray(load_rgb(image, max_pixels))
+
+
+def load_rgb(
+    image: bytes | np.ndarray | Image.Image | str | os.PathLike,
+    max_pixels: int = MAX_PIXELS,
+    *,
+    shrink_to_px: int | None = None,
+) -> np.ndarray | Image.Image:
+    """Returns what `decode_image` does, as an array or as an RGB Pillow image, whichever is sooner.
+
+    Saves a copy where only a part is needed. Errors are those of `decode_image`.
+
+    Args:
+      image: see `decode_image`.
+      max_pixels: see `decode_image`.
+      shrink_to_px: a JPEG file is decoded at 1/2, 1/4 or 1/8 of its size as long as no side falls
+        below this; None decodes all of it.
+    """
     if isinstance(image, np.ndarray):
-        return _decode_array(image, max_pixels)
+        return _check_array(image, max_pixels)
     if isinstance(image, Image.Image):
         _check_size(image.size, max_pixels)
         return _to_rgb(image)
@@ -93,6 +123,10 @@ def decode_image(
         )
     with _open(image) as opened:
         _check_size(opened.size, max_pixels)
+        if shrink_to_px:
+            opened.draft(None, (shrink_to_px, shrink_to_px))  # no JPEG: does nothing
+        elif (pixels := _simple_jpeg(image, opened)) is not None:
+            return pixels
         return _to_rgb(opened)
 
 
@@ -111,61 +145,90 @@ def resize(image: np.ndarray, size_px: int, method: str) -> np.ndarray:
     Raises:
       ValueError: if the method is unknown.
     """
-    if method not in RESIZE_METHODS:
-        raise ValueError(f"config.data.resize={method!r} is unknown; use 'pil' or 'tf'.")
+    _check_method(method)
     if image.shape[:2] == (size_px, size_px):
         return image
-    if method == "pil":
-        size = (size_px, size_px)
-        return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
-    return _resize_tf(image, size_px)
+    every = np.arange(size_px)
+    if method == "tf":
+        return _resize_tf(image, size_px, every, every)
+    return np.asarray(_resize_pil(image, size_px))
 
 
 def train_view(
-    image: np.ndarray,
+    image: bytes | np.ndarray | Image.Image | str | os.PathLike,
     *,
     resize_px: int,
     crop_px: int,
     method: str,
     rng: np.random.Generator,
     flip: bool,
+    decode: str = "full",
 ) -> np.ndarray:
     """Returns uint8 [crop_px, crop_px, 3]: resized, cropped at random, mirrored half of the time.
 
+    The same as `decode_image`, `resize` and cutting out, bit for bit, but sooner. May be read-only.
+
     Args:
-      image: uint8 [H, W, 3].
+      image: what `decode_image` takes, or what `load_rgb` made of it.
       resize_px: side before the crop (paper: 346).
       crop_px: side of the crop, uniform over all positions (paper: 289).
       method: see `resize`.
       rng: always gives three draws (row, column, mirrored), so `flip` does not move the crops.
       flip: whether to mirror; off where captions say left and right.
+      decode: "full", or "reduced": a JPEG file is decoded at 1/2, 1/4 or 1/8 of its size where
+        that leaves at least twice `resize_px`. Twice as fast on photos of 6 megapixels, and within
+        a few grey levels (docs/input.md), but only with "pil": "tf" looks at single pixels.
 
     Raises:
-      ValueError: if crop_px exceeds resize_px or the method is unknown.
+      BadImage: see `decode_image`.
+      ValueError: if crop_px exceeds resize_px, or on an unknown method or decode.
 
     Source: Jia et al. 2021, pre-training recipe; COYO-ALIGN for the lost aspect ratio.
     """
-    _check_crop(resize_px, crop_px)
+    _check_view(resize_px, crop_px, method)
+    check_decode(decode, method)
     top, left = rng.integers(resize_px - crop_px + 1, size=2)
     mirrored = rng.random() < 0.5
-    image = resize(image, resize_px, method)[top : top + crop_px, left : left + crop_px]
-    if flip and mirrored:
-        image = image[:, ::-1]
-    return np.ascontiguousarray(image)
+    image = load_rgb(
+        image, shrink_to_px=REDUCED_MARGIN * resize_px if decode == "reduced" else None
+    )
+    return _view(image, resize_px, top, left, crop_px, method, flip and mirrored)
 
 
-def eval_view(image: np.ndarray, *, resize_px: int, crop_px: int, method: str) -> np.ndarray:
+def eval_view(
+    image: bytes | np.ndarray | Image.Image | str | os.PathLike,
+    *,
+    resize_px: int,
+    crop_px: int,
+    method: str,
+) -> np.ndarray:
     """Returns uint8 [crop_px, crop_px, 3]: resized, central crop at offset (resize - crop) // 2.
 
     Arguments and errors are those of `train_view`.
     """
-    _check_crop(resize_px, crop_px)
+    _check_view(resize_px, crop_px, method)
     start = (resize_px - crop_px) // 2
-    image = resize(image, resize_px, method)
-    return np.ascontiguousarray(image[start : start + crop_px, start : start + crop_px])
+    return _view(load_rgb(image), resize_px, start, start, crop_px, method, False)
 
 
-def _check_crop(resize_px, crop_px):
+def check_decode(decode: str, method: str) -> None:
+    """Raises ValueError unless `train_view` can decode so and resize by that method."""
+    if decode not in DECODE_METHODS:
+        raise ValueError(f"config.data.decode={decode!r} is unknown; use 'full' or 'reduced'.")
+    if decode == "reduced" and method != "pil":
+        raise ValueError(
+            f"config.data.decode='reduced' would change what config.data.resize={method!r} sees; "
+            "use config.data.resize='pil', or decode='full'."
+        )
+
+
+def _check_method(method):
+    if method not in RESIZE_METHODS:
+        raise ValueError(f"config.data.resize={method!r} is unknown; use 'pil' or 'tf'.")
+
+
+def _check_view(resize_px, crop_px, method):
+    _check_method(method)
     if not 1 <= crop_px <= resize_px:
         raise ValueError(
             f"config.data.image_size={crop_px} is the crop and must not exceed "
@@ -185,7 +248,7 @@ def _check_size(size, max_pixels):
         )
 
 
-def _decode_array(image, max_pixels):
+def _check_array(image, max_pixels):
     channels = image.shape[2:]
     if image.dtype != np.uint8 or image.ndim < 2 or channels not in ((), (3,), (4,)):
         raise BadImage(
@@ -212,6 +275,18 @@ def _open(data):
         raise BadImage("image_not_an_image", f"Not a readable image ({error}).") from error
 
 
+def _simple_jpeg(data, opened):
+    """The pixels of a sound, upright RGB JPEG file; else None, for Pillow to do what it does."""
+    if simplejpeg is None or (opened.format, opened.mode) != ("JPEG", "RGB"):
+        return None
+    if _orientation(opened) in _TRANSPOSES:
+        return None
+    try:
+        return simplejpeg.decode_jpeg(data)
+    except ValueError:  # as strict as it can be: whatever libjpeg warns of
+        return None
+
+
 def _to_rgb(image):
     try:
         image.load()
@@ -222,14 +297,16 @@ def _to_rgb(image):
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
-        image = image.convert("RGB")
+        if image.mode != "RGB":  # else it would be copied
+            image = image.convert("RGB")
     except Image.DecompressionBombError as error:  # e.g. an .ico whose header lies
         raise BadImage("image_too_large", str(error)) from error
     except Exception as error:  # decoders leak every kind of error on damaged data
         raise BadImage("image_truncated", f"Cut off or damaged ({error}).") from error
     if orientation in _TRANSPOSES:
         image = image.transpose(_TRANSPOSES[orientation])
-    return np.asarray(image)
+        image.info = {}  # or it would be turned again
+    return image
 
 
 def _orientation(image):
@@ -250,22 +327,64 @@ def _scale_to_8_bits(image):
     return Image.fromarray(np.rint(grey * (255 / top)).astype(np.uint8))
 
 
-def _resize_tf(image, size_px):
-    rows, rows_next, row_weights = _neighbours(image.shape[0], size_px)
-    columns, columns_next, column_weights = _neighbours(image.shape[1], size_px)
-    row_weights, column_weights = row_weights[:, None, None], column_weights[:, None]
+def _view(image, size_px, top, left, crop_px, method, mirrored):
+    height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
+    if (height, width) != (size_px, size_px):
+        if method == "tf":
+            rows, columns = (start + np.arange(crop_px) for start in (top, left))
+            columns = columns[::-1] if mirrored else columns
+            return _resize_tf(np.asarray(image), size_px, rows, columns)
+        image = _resize_pil(image, size_px)
+    bottom, right = top + crop_px, left + crop_px
+    if isinstance(image, np.ndarray):
+        image = image[top:bottom, left:right]
+        if mirrored:  # by channels: three times as fast as copying image[:, ::-1]
+            return np.stack([image[:, ::-1, channel] for channel in range(3)], axis=-1)
+        return np.ascontiguousarray(image)
+    image = image.crop((left, top, right, bottom))
+    if mirrored:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(image)
 
-    def blend_columns(lines):  # [S, W, 3] -> [S, S, 3]
-        left = lines[:, columns].astype(np.float32)
-        return left + (lines[:, columns_next] - left) * column_weights
 
-    top, bottom = blend_columns(image[rows]), blend_columns(image[rows_next])
-    return np.rint(top + (bottom - top) * row_weights).astype(np.uint8)
+def _resize_pil(image, size_px):
+    # Pillow can also make a part alone (box=...), but takes its corners as float32: a value in 300
+    # is then off by one or two.
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    return image.resize((size_px, size_px), Image.Resampling.BILINEAR)
 
 
-def _neighbours(size_in, size_out):
-    """For each output pixel the two nearest input pixels and the weight of the second."""
-    centre = (np.arange(size_out) + 0.5) * (size_in / size_out) - 0.5
+def _resize_tf(image, size_px, rows, columns):
+    """Those rows and columns, in their order, of the image resized to a square."""
+    above, below, row_weights = _neighbours(image.shape[0], size_px, rows)
+    left, right, column_weights = _neighbours(image.shape[1], size_px, columns)
+    channels = np.arange(3)
+    left, right = ((3 * x[:, None] + channels).ravel() for x in (left, right))
+    column_weights, row_weights = np.repeat(column_weights, 3), row_weights[:, None]
+    image = image.reshape(len(image), -1)  # [H, W * 3]
+    resized = np.empty((len(rows), 3 * len(columns)), np.uint8)
+    # In place and a few rows at a time: touching fresh memory is slower than the arithmetic.
+    for start in range(0, len(rows), _ROWS_AT_A_TIME):
+        block = slice(start, start + _ROWS_AT_A_TIME)
+        needed = np.concatenate([above[block], below[block]])
+        needed, where = np.unique(needed, return_inverse=True)
+        where_above, where_below = np.split(where, 2)
+        lines = image[needed]
+        first = lines.take(left, axis=1).astype(np.float32)
+        blended = lines.take(right, axis=1) - first
+        blended *= column_weights
+        blended += first  # [R, S * 3]
+        first, blended = blended[where_above], blended[where_below]
+        blended -= first
+        blended *= row_weights[block]
+        blended += first
+        resized[block] = np.rint(blended, out=blended)
+    return resized.reshape(len(rows), len(columns), 3)
+
+
+def _neighbours(size_in, size_out, which):
+    """For each output pixel of `which` the two nearest input pixels and the second's weight."""
+    centre = (which + 0.5) * (size_in / size_out) - 0.5
     first = np.floor(centre)
     weight = (centre - first).astype(np.float32)
     last = size_in - 1

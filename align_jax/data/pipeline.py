@@ -2,24 +2,25 @@
 
 The global batch of a step is a pure function of (source, seed, step, settings): no iterator state
 is saved, a resumed run starts at its step, and neither the number of processes, workers nor
-threads changes a byte. Moving batches to devices is done elsewhere (mesh.py, train.py).
+threads changes a byte. Which record a position holds is decided in mixture.py; moving batches to
+devices is done elsewhere (mesh.py, train.py).
 """
 
 import dataclasses
+import functools
 import hashlib
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import threading
-import weakref
 from collections.abc import Iterator
 
 import grain
 import numpy as np
 from absl import flags
 
-from align_jax.data import images
+from align_jax.data import images, mixture, read_ahead
 
 DROP_REASONS = (*images.BAD_IMAGE_REASONS, "caption_empty", "record_unreadable")
 _MAX_DRAWS = 100  # records tried for one row; all of them bad means the source is at fault
@@ -47,21 +48,15 @@ class Batch:
 class BatchIterator(Iterator[Batch]):
     """Batches read ahead by threads or processes, which `close` (or the program's end) stops."""
 
-    def __init__(self, dataset: grain.IterDataset):
-        self._open = [iter(dataset)]
-        self._close = weakref.finalize(self, _close_all, self._open)
+    def __init__(self, elements: read_ahead.ReadAhead):
+        self._elements = elements
 
     def __next__(self) -> Batch:
-        if not self._open:
-            raise StopIteration
-        arrays, dropped, dropped_keys = next(self._open[0])
-        # Arrays from workers lie in shared memory, which must not outlive the iterator.
-        arrays = {name: np.array(array) for name, array in arrays.items()}
-        return Batch(arrays, dropped, dropped_keys)
+        return Batch(*next(self._elements))
 
     def close(self) -> None:
         """Stops the threads and processes; the iterator is then exhausted."""
-        self._close()
+        self._elements.close()
 
 
 def train_batches(
@@ -75,6 +70,7 @@ def train_batches(
     flip: bool,
     max_tokens: int,
     seed: int,
+    decode: str = "full",
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -85,12 +81,13 @@ def train_batches(
     """Returns an endless iterator of training batches, from `start_step` on.
 
     Step s holds positions s*B to (s+1)*B - 1 of the epochs laid end to end, each epoch another
-    permutation of the source; process p of P gets the p-th of P equal blocks of those rows. Caption
-    choice, crop and flip depend on (seed, position) only. Reading ahead starts with the first
-    batch; `close` the iterator when it is no longer needed.
+    permutation of the source (a Mixture lays out each of its sources so and takes turns, see
+    mixture.Order); process p of P gets the p-th of P equal blocks of those rows. Caption choice,
+    crop and flip depend on (seed, position) only. Reading ahead starts with the first batch;
+    `close` the iterator when it is no longer needed.
 
     Args:
-      source: a sources.PairSource, not empty.
+      source: a sources.PairSource or a mixture.Mixture, not empty.
       tokenizer: a tokenizer.WordPieceTokenizer.
       batch_size: B, over all processes; a multiple of `process_count`.
       image_size_px: side S of the random crop.
@@ -99,17 +96,20 @@ def train_batches(
       flip: whether half of the images are mirrored.
       max_tokens: L, including [CLS] and [SEP].
       seed: in [0, 2**32).
+      decode: see images.train_view.
       start_step: first step.
       process_index: p.
       process_count: P.
-      num_threads: batches built at the same time in each process (or worker); that many wait in
-        memory.
+      num_threads: batches built at the same time in each process (or worker); that many and two
+        more wait in memory.
       num_workers: processes that build batches; 0 builds them in this process's threads.
       hash_pairs: adds `caption_hash` and `image_hash`.
 
     Raises:
-      ValueError: an empty source, a batch size that P does not divide, a seed out of range.
-      RuntimeError: while iterating, when 100 records drawn for one row are all unusable.
+      ValueError: an empty source, a batch size that P does not divide, a seed out of range, a
+        way of decoding that the resize method does not allow.
+      RuntimeError: while iterating, when 100 records drawn for one row are all unusable, when a
+        worker died, or when a batch gets no further for two minutes; names worker and record.
     """
     if len(source) == 0:
         raise ValueError(f"{source.describe()} holds no pairs; check config.data.source.")
@@ -119,16 +119,21 @@ def train_batches(
         )
     if not 0 <= seed < 2**32:
         raise ValueError(f"config.train.seed={seed} must lie in [0, 2**32).")
+    images.check_decode(decode, resize)
+    # More than can be in the making or waiting: Grain buffers 2 in a worker and 2 of each here.
+    board = read_ahead.Board(max(1, num_workers) * (num_threads + 16), num_workers)
     build = _BatchBuilder(
         source=source,
         tokenizer=tokenizer,
-        order=epoch_order(len(source), seed),
+        order=mixture.Order(source, seed),
+        board=board,
         global_rows=batch_size,
         local_rows=batch_size // process_count,
         first_row=process_index * (batch_size // process_count),
         image_size_px=image_size_px,
         resize_px=resize_px,
         resize=resize,
+        decode=decode,
         flip=flip,
         max_tokens=max_tokens,
         seed=seed,
@@ -145,24 +150,17 @@ def train_batches(
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2),
-            worker_init_fn=_init_worker,
+            worker_init_fn=functools.partial(_init_worker, board),
         )
-    return BatchIterator(dataset)
-
-
-def epoch_order(num_records: int, seed: int) -> grain.MapDataset:
-    """Returns an endless random-access sequence: position -> record index.
-
-    Positions e*N to (e+1)*N - 1 are a permutation of 0 to N - 1, another one for each epoch e.
-    """
-    return grain.MapDataset.range(num_records).seed(seed).shuffle().repeat()
-
-
-def _close_all(iterators):
-    # Grain's iterators close a second time when they are deleted, which fails in a program that
-    # is already half torn down: forget them here.
-    while iterators:
-        iterators.pop().close()
+    return BatchIterator(
+        read_ahead.ReadAhead(
+            dataset,
+            board,
+            first_step=start_step,
+            num_workers=num_workers,
+            where=source.where,
+        )
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,13 +169,15 @@ class _BatchBuilder:
 
     source: object
     tokenizer: object
-    order: grain.MapDataset
+    order: mixture.Order
+    board: read_ahead.Board
     global_rows: int
     local_rows: int
     first_row: int
     image_size_px: int
     resize_px: int
     resize: str
+    decode: str
     flip: bool
     max_tokens: int
     seed: int
@@ -195,7 +195,7 @@ class _BatchBuilder:
         captions, drops = [], []
         first_position = step * self.global_rows + self.first_row
         for row in range(self.local_rows):
-            index, record, image, caption = self._draw(first_position + row, drops)
+            index, record, image, caption = self._draw(step, row, first_position + row, drops)
             arrays["index"][row] = index
             arrays["image"][row] = image
             captions.append(caption)
@@ -207,23 +207,25 @@ class _BatchBuilder:
         for reason, key in drops:
             dropped[reason] = dropped.get(reason, 0) + 1
             dropped_keys.setdefault(reason, key)
+        self.board.delivered(step, self.local_rows)
         return arrays, dropped, dropped_keys
 
-    def _draw(self, position, drops):
+    def _draw(self, step, row, position, drops):
         reasons = {}
         for attempt in range(_MAX_DRAWS):
             rng = np.random.Generator(np.random.Philox([self.seed, position, attempt]))
             if attempt == 0:
                 index = self.order[position]
-            else:
-                index = int(rng.integers(len(self.source)))
+                peers = self.order.peers(index)
+            else:  # of the same source: bad records do not change the weights of a mixture
+                index = peers.start + int(rng.integers(len(peers)))
+            self.board.note(step, row, index)
             key = f"record {index}"
             try:
                 record = self.source[index]
                 key = record.key
-                captions = [caption for caption in record.captions if caption.strip()]
-                if captions:
-                    caption = captions[int(rng.integers(len(captions)))]
+                caption = _choose_caption(record, rng)
+                if caption is not None:
                     return index, record, self._view(record.image, rng), caption
                 reason = "caption_empty"
             except images.BadImage as error:
@@ -235,18 +237,30 @@ class _BatchBuilder:
         counts = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
         raise RuntimeError(
             f"{self.source.describe()}: {_MAX_DRAWS} records drawn for one row are all unusable "
-            f"({counts}), the last is {key!r}; check config.data.source."
+            f"({counts}), the last is {key!r}, {self.source.where(index)}; check config.data."
         )
 
     def _view(self, image, rng):
         return images.train_view(
-            images.decode_image(image),
+            image,
             resize_px=self.resize_px,
             crop_px=self.image_size_px,
             method=self.resize,
+            decode=self.decode,
             rng=rng,
             flip=self.flip,
         )
+
+
+def _choose_caption(record, rng):
+    usable = [i for i, caption in enumerate(record.captions) if caption.strip()]
+    if not usable:
+        return None
+    if not record.weights:
+        return record.captions[usable[int(rng.integers(len(usable)))]]
+    ends = np.cumsum([record.weights[i] for i in usable])
+    number = int(np.searchsorted(ends, rng.random() * ends[-1], side="right"))
+    return record.captions[usable[min(number, len(usable) - 1)]]
 
 
 def _hash(data):
@@ -259,7 +273,8 @@ def _image_bytes(image):
     return image
 
 
-def _init_worker(worker_index, worker_count):
+def _init_worker(board, worker_index, worker_count):
+    board.enter(worker_index)
     # The parent decides what Ctrl-C and SIGTERM mean (it saves first), then stops the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -4,6 +4,8 @@ They live apart from the sources so that `scenes` and `sources` can both import 
 importing each other. Decoding and tokenising happen later, in `pipeline`.
 """
 
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +19,16 @@ class Record:
       key: stable name of the item inside its source, for logs and error reports.
       image: encoded file bytes, or uint8 RGB [H, W, 3].
       captions: one or more alt-texts, in the order of the source.
+      weights: how often training draws each caption, relative to the others (it never draws a
+        blank one); () if all alike.
+      columns: the column of the source that each caption is from; () if they have one in common.
     """
 
     key: str
     image: bytes | np.ndarray
     captions: tuple[str, ...]
+    weights: tuple[float, ...] = ()
+    columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,3 +44,29 @@ class LabelledImage:
     key: str
     image: bytes | np.ndarray
     label: int
+
+
+def weigh_captions(
+    columns: Mapping[str, Sequence[str]], weights: Mapping[str, float]
+) -> tuple[tuple[str, ...], tuple[float, ...], tuple[str, ...]]:
+    """Returns (captions, weights, columns) of a Record whose captions lie in several columns.
+
+    The captions of one column share its weight; blank ones are left out, so a column that has none
+    else leaves its share to the others.
+
+    Args:
+      columns: name -> captions of one image; a column of `weights` may be missing.
+      weights: name -> relative probability that training draws from the column, positive.
+    """
+    captions, shares, names = [], [], []
+    for name, weight in weights.items():
+        usable = [caption for caption in columns.get(name, ()) if caption.strip()]
+        captions += usable
+        shares += [weight / max(1, len(usable))] * len(usable)
+        names += [name] * len(usable)
+    return tuple(captions), tuple(shares), tuple(names)
+
+
+def hash_key(key: str) -> int:
+    """Returns 64 bits of BLAKE2b of a key, by which keys are compared where there are many."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")

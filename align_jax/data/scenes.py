@@ -148,6 +148,10 @@ class Scenes:
         """Returns the captions of a scene without painting it."""
         return self._write(index)[1]
 
+    def where(self, index: int) -> str:
+        """Returns the name of a scene."""
+        return f"scene_{self.seed}_{index}"
+
     def describe(self) -> str:
         """Returns one line that names the source and its size."""
         side = self.image_size_px

@@ -5,19 +5,24 @@ paths start at the current directory. Nothing is decoded here (images.py does), 
 pickled and read from any thread or process.
 """
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from align_jax.data import files
 from align_jax.data.archives import Problems
+from align_jax.data.img2dataset import Img2Dataset, is_img2dataset
 from align_jax.data.record import LabelledImage, Record
 from align_jax.data.scenes import LabelledScenes, Scenes
+from align_jax.data.shards import Archives
 from align_jax.data.tables import TABLE_SUFFIXES
 from align_jax.data.tfds_source import TfdsPairs, find_tfds_folder
 
 _ACCEPTED = (
-    "'scenes?size=N', a TFDS folder, a caption table (" + " ".join(TABLE_SUFFIXES) + ") with "
+    "'scenes?size=N', a TFDS or img2dataset folder, a caption table ("
+    + " ".join(TABLE_SUFFIXES)
+    + ") with "
     "?images=..., or a folder, .tar or .zip files of key.jpg + key.txt"
 )
 _ACCEPTED_LABELLED = (
@@ -41,6 +46,10 @@ class PairSource(Protocol):
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Returns the captions of a record; costs no more than it must."""
+        ...
+
+    def where(self, index: int) -> str:
+        """Returns the file or shard that holds a record, for reports; reads nothing."""
         ...
 
     def describe(self) -> str:
@@ -68,27 +77,43 @@ def open_source(spec: str) -> PairSource:
     | `scenes?size=20000&seed=1` | procedural scenes; also `image_size_px` |
     | `folder?split=train` | TFDS dataset of ArrayRecord files with an image and captions |
     | `captions.jsonl?images=a.zip,b.zip` | table (tables.read_table) + folders, zips or tars |
+    | `folder?unfinished=refuse` | output of img2dataset; by default unfinished shards are skipped |
     | `folder/*.tar`, `x.tar`, `x.zip`, `folder` | `key.jpg` + `key.txt` or `key.json` |
 
     `max=N` keeps the first N pairs of any but scenes. Paths of archives and images may be globs.
+    `captions=alt_text:0.3,synthetic:0.7` takes the captions from these columns of a table, fields
+    of each `key.json`, features of a TFDS dataset or columns that it was packed from. Training
+    draws from a column with that relative probability, from the others where it is blank. Without
+    a number, the weight is 1.
 
     Raises:
-      ValueError: a path that does not exist, an unknown option, or no usable pair.
+      ValueError: a path that does not exist, an unknown option or column, or no usable pair.
     """
     path, options = _parse(spec)
+    weights = _caption_weights(spec, options)
     if path == "scenes":
         _check_options(spec, options, ("size", "seed", "image_size_px"))
         return Scenes(**_scene_options(spec, options))
     if os.path.splitext(path)[1].lower() in TABLE_SUFFIXES:
-        _check_options(spec, options, ("images", "max"))
-        source = _open_table(spec, path, options)
+        _check_options(spec, options, ("images", "captions", "max"))
+        source = _open_table(spec, path, options, weights)
     elif os.path.isdir(path) and (folder := find_tfds_folder(path)):
-        _check_options(spec, options, ("split", "max"))
-        source = TfdsPairs(spec, folder, options.get("split", "train"), _limit(spec, options))
+        _check_options(spec, options, ("split", "captions", "max"))
+        split = options.get("split", "train")
+        source = TfdsPairs(spec, folder, split, _limit(spec, options), weights)
+    elif is_img2dataset(path):
+        _check_options(spec, options, ("unfinished", "captions", "max"))
+        folder = Img2Dataset(spec, path, options.get("unfinished", "skip"), weights)
+        if "max" not in options:
+            return folder  # not asked for its length, for which it must index its shards
+        source = folder.open(_limit(spec, options))
     else:
         paths = files.expand(path, _ACCEPTED)
-        _check_options(spec, options, ("max",))
-        source = files.open_samples(spec, paths, _limit(spec, options))
+        _check_options(spec, options, ("captions", "max"))
+        archives = list(files.archives_inside(paths))
+        if len(archives) > 1 and "max" not in options:
+            return Archives(spec, archives, weights)
+        source = files.open_samples(spec, paths, _limit(spec, options), weights)
     if len(source) == 0:
         raise ValueError(f"{spec} holds no usable pair. {source.problems}".strip())
     return source
@@ -141,6 +166,10 @@ class InMemory:
         """Returns the captions of a record."""
         return self._records[index].captions
 
+    def where(self, index: int) -> str:
+        """Returns the key of a record."""
+        return self._records[index].key
+
     def describe(self) -> str:
         """Returns the number of pairs."""
         return f"in memory: {len(self)} pairs"
@@ -169,6 +198,25 @@ def _limit(spec, options):
     return _integer(spec, "max", options["max"], least=1) if "max" in options else None
 
 
+def _caption_weights(spec, options):
+    if "captions" not in options:
+        return None
+    weights = {}
+    for part in options["captions"].split(","):
+        name, _, number = part.partition(":")
+        try:
+            weight = float(number or 1.0)
+        except ValueError:
+            weight = 0.0
+        if not name or name in weights or not 0 < weight < math.inf:
+            raise ValueError(
+                f"{spec}: captions={options['captions']} must name columns, each once, with "
+                "positive weights, e.g. captions=alt_text:0.3,synthetic:0.7."
+            )
+        weights[name] = weight
+    return weights
+
+
 def _scene_options(spec, options):
     if "size" not in options:
         raise ValueError(f"{spec} needs a size, e.g. scenes?size=20000&seed=1.")
@@ -184,7 +232,7 @@ def _integer(spec, name, value, least):
     return int(value)
 
 
-def _open_table(spec, path, options):
+def _open_table(spec, path, options, weights):
     if not os.path.isfile(path):
         raise ValueError(f"{path} does not exist; accepted: {_ACCEPTED}.")
     if "images" not in options:
@@ -192,4 +240,4 @@ def _open_table(spec, path, options):
             f"{spec} does not say where its images are; add ?images= and a folder, .zip or .tar "
             "(several with commas)."
         )
-    return files.open_table(spec, path, options["images"], _limit(spec, options))
+    return files.open_table(spec, path, options["images"], _limit(spec, options), weights)

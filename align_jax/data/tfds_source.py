@@ -7,11 +7,14 @@ nested ones such as coco_captions' included. sources.open_source is the way in.
 import glob
 import os
 import threading
+from collections.abc import Mapping
 
 from align_jax.data.archives import Problems
-from align_jax.data.record import Record
+from align_jax.data.record import Record, weigh_captions
 from align_jax.data.tables import CAPTION_COLUMNS
 
+# What a packed dataset has: all captions of an image, and the column that each is from.
+_PACKED = ("captions", "caption_columns")
 _NESTED_CAPTIONS = ("text", "raw", "caption")
 _KEYS = ("key", "image/filename", "filename", "file_name", "image/id", "image_id", "id")
 
@@ -19,7 +22,14 @@ _KEYS = ("key", "image/filename", "filename", "file_name", "image/id", "image_id
 class TfdsPairs:
     """A PairSource over one split of a TFDS dataset."""
 
-    def __init__(self, spec: str, folder: str, split: str, limit: int | None):
+    def __init__(
+        self,
+        spec: str,
+        folder: str,
+        split: str,
+        limit: int | None,
+        weights: Mapping[str, float] | None = None,
+    ):
         """Opens the split.
 
         Args:
@@ -27,11 +37,14 @@ class TfdsPairs:
           folder: holds dataset_info.json.
           split: a split or a slice of one, e.g. `train[:1000]`.
           limit: number of records to keep, or None for all.
+          weights: caption feature, or column that was packed, -> weight (record.weigh_captions);
+            None takes the first of tables.CAPTION_COLUMNS that the dataset has.
 
         Raises:
           ValueError: no such split, no image or caption feature, or not ArrayRecord files.
         """
         self._spec, self._folder, self._split = spec, folder, split
+        self._weights = weights
         self._lock = threading.Lock()
         builder = _open_builder(folder)
         if split.split("[")[0] not in builder.info.splits:
@@ -45,6 +58,10 @@ class TfdsPairs:
                 "access; prepare it with file_format='array_record'."
             )
         self._find_features(builder.info.features)
+        self._shards = [
+            (shard.basename(), shard.skip, shard.take)
+            for shard in builder.info.splits[split].file_instructions
+        ]
         self._open(builder)
         self._length = min(len(self._records), limit or len(self._records))
         self.problems = Problems()
@@ -66,21 +83,26 @@ class TfdsPairs:
         except RuntimeError as error:  # ArrayRecord's word for a damaged block
             raise OSError(f"{self._spec}: record {index} cannot be read: {error}") from error
         example = self._features.deserialize_example_np(data, decoders=self._decoders)
-        captions = example[self._caption]
-        if self._nested:
-            captions = captions[self._nested]
-        if isinstance(captions, bytes):
-            captions = [captions]
+        texts = {name: _texts(example[name], inner) for name, inner in self._captions.items()}
         key = example[self._key] if self._key else index
         return Record(
             key.decode("utf-8", "replace") if isinstance(key, bytes) else str(key),
             example["image"],
-            tuple(caption.decode("utf-8", "replace") for caption in captions),
+            *self._weigh(texts),
         )
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Returns the captions of a record."""
         return self[index].captions
+
+    def where(self, index: int) -> str:
+        """Returns the shard that holds a record."""
+        rest = index
+        for name, skipped, length in self._shards:
+            if rest < length:
+                return f"{self._spec}: record {rest + skipped} of {name}"
+            rest -= length
+        raise IndexError(f"index {index} is out of range for {self.describe()}.")
 
     def describe(self) -> str:
         """Returns the spec and the number of pairs."""
@@ -97,27 +119,46 @@ class TfdsPairs:
         self._lock = threading.Lock()
 
     def _find_features(self, features):
-        caption = next((name for name in CAPTION_COLUMNS if name in features), None)
-        if "image" not in features or caption is None:
+        found = [name for name in CAPTION_COLUMNS if name in features][:1]
+        names = found if self._weights is None else list(self._weights)
+        if self._weights and not set(names) & set(features) and set(_PACKED) <= set(features):
+            names = list(_PACKED)
+        if "image" not in features or not names or not set(names) <= set(features):
+            wanted = f"one of {', '.join(CAPTION_COLUMNS)}"
             raise ValueError(
                 f"{self._spec} has features {', '.join(sorted(features))}; pairs need image and "
-                f"one of {', '.join(CAPTION_COLUMNS)}."
+                f"{' and '.join(self._weights) if self._weights else wanted}."
             )
-        feature = features[caption]
-        inner = getattr(feature, "feature", feature)  # a Sequence holds another feature
-        self._caption, self._nested = caption, None
-        if hasattr(inner, "keys"):
-            self._nested = next((name for name in _NESTED_CAPTIONS if name in inner.keys()), None)
-            if self._nested is None:
-                raise ValueError(
-                    f"{self._spec}: feature {caption!r} has none of {', '.join(_NESTED_CAPTIONS)}."
-                )
+        # caption feature -> the text feature inside of it, or None
+        self._captions = {name: self._find_text(name, features[name]) for name in names}
         self._key = next((name for name in _KEYS if name in features), None)
+
+    def _weigh(self, texts):
+        if self._weights is None:
+            (captions,) = texts.values()
+            return tuple(captions), (), ()
+        if set(texts) == set(_PACKED):
+            columns = {}
+            for caption, column in zip(*map(texts.get, _PACKED), strict=True):
+                columns.setdefault(column, []).append(caption)
+            texts = columns
+        return weigh_captions(texts, self._weights)
+
+    def _find_text(self, name, feature):
+        inner = getattr(feature, "feature", feature)  # a Sequence holds another feature
+        if not hasattr(inner, "keys"):
+            return None
+        nested = next((text for text in _NESTED_CAPTIONS if text in inner.keys()), None)
+        if nested is None:
+            raise ValueError(
+                f"{self._spec}: feature {name!r} has none of {', '.join(_NESTED_CAPTIONS)}."
+            )
+        return nested
 
     def _open(self, builder):
         import tensorflow_datasets as tfds
 
-        names = {"image", self._caption, *([self._key] if self._key else [])}
+        names = {"image", *self._captions, *([self._key] if self._key else [])}
         self._features = tfds.features.FeaturesDict(
             {name: builder.info.features[name] for name in names}
         )
@@ -126,6 +167,12 @@ class TfdsPairs:
         self._records = builder.as_data_source(
             self._split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
         )
+
+
+def _texts(value, nested):
+    values = value[nested] if nested else value
+    values = [values] if isinstance(values, bytes) else values
+    return [text.decode("utf-8", "replace") for text in values]
 
 
 def find_tfds_folder(path: str) -> str | None:

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
-from tokenizers.trainers import WordPieceTrainer
+
+from align_jax.data import vocabulary
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
-_MIN_VOCAB_SIZE = 100
-_MIN_FREQUENCY = 2  # a piece seen once helps nobody
+MIN_VOCAB_SIZE = 100
+
+_MAX_WORD_CHARS = 100  # the encoder makes longer words [UNK]
 _ROLES = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
 
@@ -126,46 +128,46 @@ class WordPieceTokenizer:
 
 
 def train_wordpiece(
-    captions: Iterable[str], vocab_size: int, lowercase: bool = True
+    captions: Iterable[str],
+    vocab_size: int,
+    lowercase: bool = True,
+    strip_accents: bool | None = None,
+    progress: vocabulary.Progress = vocabulary.no_progress,
 ) -> WordPieceTokenizer:
     """Returns a tokenizer with a vocabulary of at most `vocab_size` pieces of the captions.
 
     The same captions in the same or another order give the same vocabulary, byte for byte.
 
     Args:
-      captions: held in memory.
-      vocab_size: at least 100, special tokens included. The vocabulary is smaller where the
-        captions hold fewer pieces that occur twice. At most a quarter of it are single characters,
-        the most frequent ones; words with others become [UNK].
-      lowercase: whether case and accents are ignored.
+      captions: read once; memory does not grow with their number (vocabulary.count_words).
+      vocab_size: at least MIN_VOCAB_SIZE, special tokens included. The vocabulary is smaller where
+        the captions hold fewer pieces that occur twice. At most a quarter of it are single
+        characters, the most frequent ones; words with others become [UNK].
+      lowercase: whether case is ignored.
+      strip_accents: whether accents are ignored; None does as `lowercase`. False keeps what is more
+        than an accent: vowel signs of Hindi and Thai, the voicing marks of Japanese kana, Korean
+        syllables (otherwise taken apart). Each Chinese character is a word either way.
+      progress: shows how far the learning has come, see vocabulary.learn_pieces.
 
     Raises:
-      ValueError: if vocab_size is below 100, or no caption holds a word.
+      ValueError: if vocab_size is too small, or no caption holds a word.
     """
-    if vocab_size < _MIN_VOCAB_SIZE:
+    if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(
-            f"config.data.vocab_size={vocab_size} is too small; use at least {_MIN_VOCAB_SIZE}."
+            f"config.data.vocab_size={vocab_size} is too small; use at least {MIN_VOCAB_SIZE}."
         )
-    normalizer = _normalizer(lowercase, None, True)
-    captions = [normalizer.normalize_str(caption) for caption in captions]
-    alphabet, inner = _alphabet(captions, vocab_size // 4)
-    if not alphabet:
+    normalise = _normalizer(lowercase, strip_accents, True).normalize_str
+    pre_tokenize = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
+
+    def split(text):
+        words = (word for word, _ in pre_tokenize(normalise(text)))
+        return [word for word in words if len(word) <= _MAX_WORD_CHARS]
+
+    counts = vocabulary.count_words(captions, split)
+    if not counts:
         raise ValueError("No caption holds a word to make a vocabulary of; check the captions.")
-    # The trainer numbers "##x" pieces in the order of a randomly seeded hash map and breaks ties
-    # between merges by number. Handing all of them over as special tokens fixes their numbers.
-    trainer = WordPieceTrainer(
-        vocab_size=vocab_size,
-        min_frequency=_MIN_FREQUENCY,
-        special_tokens=[*SPECIAL_TOKENS, *(f"##{character}" for character in inner)],
-        initial_alphabet=alphabet,
-        limit_alphabet=len(alphabet),
-        show_progress=False,
-    )
-    scratch = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    scratch.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    scratch.train_from_iterator(captions, trainer)
-    vocabulary = scratch.get_vocab(with_added_tokens=True)
-    return WordPieceTokenizer(sorted(vocabulary, key=vocabulary.get), lowercase=lowercase)
+    tokens = vocabulary.learn_pieces(counts, vocab_size, SPECIAL_TOKENS, progress)
+    return WordPieceTokenizer(tokens, lowercase=lowercase, strip_accents=strip_accents)
 
 
 def load_tokenizer(path: str | os.PathLike) -> WordPieceTokenizer:
@@ -211,22 +213,6 @@ def _normalizer(lowercase, strip_accents, split_chinese):
         strip_accents=strip_accents,
         lowercase=lowercase,
     )
-
-
-def _alphabet(captions, limit):
-    """The `limit` most frequent characters, and those of them that occur inside a word; sorted."""
-    counts, neighbours = Counter(), set()
-    for caption in captions:
-        counts.update(caption)
-        neighbours.update(zip(caption, caption[1:], strict=False))
-    letters = [letter for letter in counts if not letter.isspace()]
-    letters.sort(key=lambda letter: (-counts[letter], letter))
-    alphabet = sorted(letters[:limit])
-    known = set(alphabet)
-    split = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
-    # Whether a word goes on depends on the two characters alone.
-    inner = {b for a, b in neighbours if b in known and len(split(a + b)) == 1 and not a.isspace()}
-    return alphabet, sorted(inner)
 
 
 def _from_tokenizer_json(content):

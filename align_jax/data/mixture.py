@@ -1,0 +1,205 @@
+"""Several sources in one training set: which record every position of the stream holds.
+
+A position's record follows from (sizes, weights, seed, position) alone, without iterator state.
+Grain shuffles each source; its own `MapDataset.mix` rounds the weights (to hundredths of the
+smallest) and does not tell how many passes over a source are done, so the few lines that share out
+the positions are here. Reading and decoding are not.
+"""
+
+import bisect
+import itertools
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+import grain
+import numpy as np
+
+from align_jax.data import sources as sources_lib
+from align_jax.data.archives import Problems
+from align_jax.data.record import Record
+
+_MAX_PAIRS = 2**31  # an index goes to the device as int32
+
+
+def open_sources(source: str, entries: Mapping[str, Mapping]) -> sources_lib.PairSource:
+    """Returns the pairs of config.data.source or, where that is empty, of config.data.mixture.
+
+    Args:
+      source: what sources.open_source takes, or "".
+      entries: name -> {"source": ..., "weight": ...}; the weight is 1 where it is missing.
+
+    Raises:
+      ValueError: see sources.open_source; names the config path.
+    """
+    if source:
+        return _open("source", source)
+    opened = {name: _open(f"mixture.{name}.source", e["source"]) for name, e in entries.items()}
+    return Mixture(opened, {name: e.get("weight", 1.0) for name, e in entries.items()})
+
+
+class Mixture:
+    """A PairSource over several: the records of one after those of another, in order of names.
+
+    Attributes:
+      sources: name -> PairSource.
+      weights: name -> relative number of rows drawn from it.
+      problems: those of all sources, the examples with the source's name in front.
+    """
+
+    def __init__(self, sources: Mapping[str, sources_lib.PairSource], weights: Mapping[str, float]):
+        """Keeps the sources.
+
+        Raises:
+          ValueError: no source, a weight that is not positive and finite, or an empty source.
+        """
+        if not sources:
+            raise ValueError("config.data.mixture names no source.")
+        for name, source in sources.items():
+            if not 0 < weights[name] < math.inf:
+                raise ValueError(
+                    f"config.data.mixture.{name}.weight={weights[name]} must be positive."
+                )
+            if len(source) == 0:
+                raise ValueError(f"config.data.mixture.{name}: {source.describe()} is empty.")
+        self.sources = {name: sources[name] for name in sorted(sources)}
+        self.weights = {name: weights[name] for name in self.sources}
+        self._ends = list(itertools.accumulate(map(len, self.sources.values())))
+        self.problems = Problems()
+        for name, source in self.sources.items():
+            for reason, count in source.problems.items():
+                first = getattr(source.problems, "first", {}).get(reason, "?")
+                self.problems.add(reason, f"{name}: {first}", count)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Record:
+        _, source, index = self._find(index)
+        return source[index]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Returns the captions of a record."""
+        _, source, index = self._find(index)
+        return source.captions(index)
+
+    def where(self, index: int) -> str:
+        """Returns the name of the source and where that has the record."""
+        name, source, index = self._find(index)
+        return f"{name}: {source.where(index)}"
+
+    def describe(self) -> str:
+        """Returns what the sources say of themselves, with name and share of the rows."""
+        total = sum(self.weights.values())
+        return "; ".join(
+            f"{name} ({self.weights[name] / total:.3g} of the rows) {source.describe()}"
+            for name, source in self.sources.items()
+        )
+
+    def _find(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} pairs.")
+        number = bisect.bisect_right(self._ends, index)
+        name = list(self.sources)[number]
+        source = self.sources[name]
+        return name, source, index - (self._ends[number] - len(source))
+
+
+class Order:
+    """An endless random-access sequence: position in the stream -> index of a record.
+
+    Of each source the stream holds its records in epochs, one permutation after another, so that
+    every record comes once in each pass over its source. Among the first k positions the number of
+    a source's rows is within the number of sources of its exact share of k, for every k.
+    """
+
+    def __init__(self, source, seed: int):
+        """Makes the order of a PairSource, of a Mixture with its weights.
+
+        Raises:
+          ValueError: more pairs than an int32 can number.
+        """
+        if len(source) > _MAX_PAIRS:
+            raise ValueError(f"{source.describe()}: at most {_MAX_PAIRS} pairs can be numbered.")
+        if isinstance(source, Mixture):
+            sizes = [len(part) for part in source.sources.values()]
+            # By name, so that a source keeps its order whatever it is mixed with.
+            seeds = [_seed(seed, name) for name in source.sources]
+            self._weights = _exact(source.weights.values())
+        else:
+            sizes, seeds, self._weights = [len(source)], [seed], [1]
+        self._orders = [epoch_order(*pair) for pair in zip(sizes, seeds, strict=True)]
+        ends = list(itertools.accumulate(sizes))
+        self._ranges = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+    def __getitem__(self, position: int) -> int:
+        if len(self._orders) == 1:
+            return self._orders[0][position]
+        before, after = share(self._weights, position), share(self._weights, position + 1)
+        number = next(i for i, count in enumerate(before) if count != after[i])
+        return self._ranges[number].start + self._orders[number][before[number]]
+
+    def peers(self, index: int) -> range:
+        """Returns the indices of all records of the source that holds this one."""
+        return next(indices for indices in self._ranges if index in indices)
+
+
+def epoch_order(num_records: int, seed: int) -> grain.MapDataset:
+    """Returns an endless random-access sequence: position -> record index.
+
+    Positions e*N to (e+1)*N - 1 are a permutation of 0 to N - 1, another one for each epoch e.
+    """
+    return grain.MapDataset.range(num_records).seed(seed).shuffle().repeat()
+
+
+def epochs(source, num_rows: int) -> dict[str, float]:
+    """Returns how many passes over each source the first rows of the stream make.
+
+    Args:
+      source: PairSource; the key of its count is "epochs", of a Mixture's "epochs/<name>".
+      num_rows: B times the number of steps done. Replacements of bad records do not count.
+    """
+    if not isinstance(source, Mixture):
+        return {"epochs": num_rows / len(source)}
+    counts = share(_exact(source.weights.values()), num_rows)
+    return {
+        f"epochs/{name}": count / len(part)
+        for (name, part), count in zip(source.sources.items(), counts, strict=True)
+    }
+
+
+def share(weights: Sequence[int], num_positions: int) -> list[int]:
+    """Returns how many of the first positions belong to each source; they sum to `num_positions`.
+
+    Args:
+      weights: positive integers.
+      num_positions: not negative, of any size.
+
+    Source: the recurrence of grain.MapDataset.mix, here with exact weights: the first source takes
+    its share, rounded up, and the others share the rest.
+    """
+    counts, rest, remaining = [], num_positions, sum(weights)
+    for weight in weights:
+        left = rest * (remaining - weight) // remaining
+        counts.append(rest - left)
+        rest, remaining = left, remaining - weight
+    return counts
+
+
+def _open(path, spec):
+    try:
+        return sources_lib.open_source(spec)
+    except ValueError as error:
+        raise ValueError(f"config.data.{path}: {error}") from error
+
+
+def _exact(weights):
+    # 0.7 means seven tenths, not the float next to it.
+    fractions = [Fraction(repr(float(weight))) for weight in weights]
+    unit = math.lcm(*(fraction.denominator for fraction in fractions))
+    return [int(fraction * unit) for fraction in fractions]
+
+
+def _seed(seed, name):
+    return int(np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0])
