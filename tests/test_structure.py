@@ -35,6 +35,8 @@ LAYERS = {
     "evals": 3,
     "align": 3,
     "init_from": 3,
+    "bench": 4,
+    "bench_verbs": 4,
     "data_verbs": 4,
     "embed": 4,
     "model_verbs": 4,

@@ -1,40 +1,36 @@
 """Packing pairs into a TFDS dataset of ArrayRecord shards, without TensorFlow.
 
-Encoded images are stored byte for byte; each is decoded once to know that it can be. The result
-has random access (global shuffle, exact resume) and opens with `tfds.builder_from_directory` and
-with data/sources.open_source.
+The source is cut into units that any worker can pack alone (pack_unit.py); here they are planned,
+run and put together. Encoded images are stored byte for byte; each is decoded once to know that it
+can be. The result has random access (global shuffle, exact resume) and opens with
+`tfds.builder_from_directory` and with data/sources.open_source.
 """
 
-import io
-import json
+import contextlib
+import fcntl
+import hashlib
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
-import time
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 
-import grain
-import numpy as np
-import tensorflow_datasets as tfds
-import tqdm
-from array_record.python.array_record_module import ArrayRecordWriter
-from PIL import Image
-
-from align_jax.data import images
+from align_jax import __version__
+from align_jax.curate import pack_finish, pack_unit
+from align_jax.curate.key_lists import write_key_list
+from align_jax.curate.pack_unit import SKIP_REASONS, Unit
+from align_jax.curate.progress import show_progress
 from align_jax.data.sources import PairSource
 
-SKIP_REASONS = (
-    *images.BAD_IMAGE_REASONS,
-    "caption_empty",
-    "record_unreadable",
-    "key_duplicate",
-)
-REPORT_FILE = "pack_report.json"
-_DATASET = "pairs"
-_INFO_FILE = "dataset_info.json"
-_KEYS_LISTED = 20  # of each reason, in the report
-_PROGRESS_EVERY_S = 10.0
+__all__ = ["REPORT_FILE", "SKIP_REASONS", "pack"]
+
+REPORT_FILE = pack_finish.REPORT_FILE
+_FEWEST_RECORDS, _MOST_RECORDS, _UNITS = 1024, 8192, 64  # of a unit; units to aim at between
 
 
 def pack(
@@ -43,21 +39,47 @@ def pack(
     *,
     split: str = "train",
     shard_bytes: int = 256 * 2**20,
+    unit_records: int | None = None,
     num_threads: int = 8,
+    num_workers: int = 1,
+    beam: str | None = None,
+    resize_px: int | None = None,
+    keep: str | None = None,
+    drop: str | None = None,
 ) -> dict:
     """Returns the report of writing `source` as one split of the TFDS dataset in `out_dir`.
 
     Each record has `image` (the encoded bytes as they are; arrays become PNG), `captions` (those
-    that are not blank, in order) and `key`. Broken images, records without caption and repeated
-    keys are skipped and counted. The data appears in `out_dir` only when it is complete; a second
-    split is added to the same dataset by a second call. Memory holds a few records and all keys.
+    that are neither blank nor damaged, in order) and `key`. What cannot be used is skipped and
+    counted; of records with one key the first usable one is written. The bytes written depend on
+    the source and the options that change records or shards, not on workers, threads or restarts.
+
+    The data appears in `out_dir` only when it is complete; a second split is added to the same
+    dataset by a second call. Until then finished units wait beside it in `.<name>.<split>.tmp`,
+    and the same call after an interruption goes on from there.
+
+    Memory: an img2dataset folder is opened shard by shard, other sources hold their index in this
+    process (CC3M: 740 bytes a pair). A worker holds the index of its unit and `num_threads` decoded
+    images (of 89 megapixels at most, which is 1 GiB with transparency), the end 256 MiB and 1 KB a
+    unit. Keys are compared by 64-bit hashes: a record is taken for a duplicate of another key's
+    with probability n / 2^64; expect 0.01 such among 700 million.
 
     Args:
       source: pairs to write, in their order.
       out_dir: new or empty folder, or one that an earlier call wrote.
       split: letters, digits and underscores; must not exist yet.
-      shard_bytes: a shard is closed when it reaches this size.
-      num_threads: records read and checked at the same time.
+      shard_bytes: a shard is closed when it reaches this size, and at the end of its unit.
+      unit_records: records packed as one unit; default: a 64th of the source, 1024 to 8192. Each
+        shard of an img2dataset folder is a unit.
+      num_threads: records read and checked at the same time by all workers; at least 2 in each of
+        several.
+      num_workers: processes; 1 packs in this one.
+      beam: options of an Apache Beam pipeline that packs the units instead, see pack_beam.py.
+      resize_px: images whose short side is longer shrink to it, keeping their aspect ratio, and
+        become JPEG of quality 95; smaller ones are not touched.
+      keep: Parquet table; records whose key is not in its column `key` are skipped. If it has a
+        column `text`, the texts of a key replace the captions of its record.
+      drop: Parquet table; records whose key is in its column `key` are skipped.
 
     Returns:
       What `pack_report.json` holds under `split`: `source`, `records_read`, `records_written`,
@@ -65,215 +87,209 @@ def pack(
       first 20 keys) and `source_problems` (reason -> count, what was missing before reading).
 
     Raises:
-      ValueError: the split exists, `out_dir` holds something else, or no record is usable.
+      ValueError: the split exists, `out_dir` holds something else or is being written, no record
+        is usable, a list without keys or with none in common.
+      RuntimeError: a worker died.
     """
     if not re.fullmatch(r"\w+", split, re.ASCII):
         raise ValueError(f"split={split!r} must consist of letters, digits and underscores.")
+    for name, value in (("workers", num_workers), ("resize", resize_px)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1.")
+    for name, path in (("keep", keep), ("drop", drop)):
+        if path is not None and not os.path.isfile(path):
+            raise ValueError(f"--{name} {path} does not exist; it is a Parquet file of keys.")
     out_dir = os.path.abspath(out_dir)
-    _check_out_dir(out_dir, split)
-    temporary = os.path.join(os.path.dirname(out_dir), f".{os.path.basename(out_dir)}.{split}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    os.makedirs(temporary)
-    try:
-        report = _write(source, temporary, split, shard_bytes, num_threads)
-        _write_json(os.path.join(temporary, REPORT_FILE), {split: report})
-        _publish(temporary, out_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    staging = os.path.join(os.path.dirname(out_dir), f".{os.path.basename(out_dir)}.{split}.tmp")
+    pack_finish.check_out_dir(out_dir, split, staging)
+    os.makedirs(staging, exist_ok=True)
+    with _locked(staging, out_dir):
+        try:
+            units = _plan(source, unit_records)
+            lists = {"keep": keep, "drop": drop}
+            options = {"shard_bytes": shard_bytes, "resize_px": resize_px}
+            stamp = _stamp(source, units, lists, options)
+            left = _units_left(staging, stamp, units, f"pack {split}")
+            num_workers = max(1, min(num_workers, len(left)))
+            settings = pack_unit.Settings(
+                folder=os.path.join(staging, "units"),
+                num_threads=max(min(2, num_threads), num_threads // num_workers),
+                **options,
+                **_key_lists(staging, lists),
+            )
+            _check_lists(source, settings)
+            if beam is not None:
+                from align_jax.curate import pack_beam
+
+                done = pack_beam.run_units(left, settings, beam)
+            elif num_workers > 1:
+                done = _in_processes(left, settings, num_workers)
+            else:
+                done = _in_this_process(left, settings)
+            expected = sum(unit.expected for unit in left)
+            for _ in show_progress(done, expected, f"pack {split}"):
+                pass
+            try:
+                report = pack_finish.finish(source, len(units), settings, staging, out_dir, split)
+            except ValueError:  # the input is at fault: nothing here can be used again
+                shutil.rmtree(staging)
+                raise
+        except BaseException:
+            if not _finished_units(staging):
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+        shutil.rmtree(staging)
     return report
 
 
-def _check_out_dir(out_dir, split):
-    if not os.path.exists(out_dir):
-        return
-    if not os.path.isdir(out_dir):
-        raise ValueError(f"{out_dir} is a file; name a folder.")
-    if not os.listdir(out_dir):
-        return
-    if not os.path.exists(os.path.join(out_dir, _INFO_FILE)):
-        raise ValueError(f"{out_dir} is not empty and holds no dataset; name a new folder.")
-    info = tfds.builder_from_directory(out_dir).info
-    if info.name != _DATASET or set(info.features) != set(_features()):
-        raise ValueError(f"{out_dir} holds another kind of dataset; name a new folder.")
-    if split in info.splits:
-        raise ValueError(
-            f"{out_dir} already has a split {split!r}; choose another split or folder."
-        )
+@contextlib.contextmanager
+def _locked(staging, out_dir):
+    # The kernel lets go of the lock however this process ends.
+    with open(os.path.join(staging, "lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"Another process is packing into {out_dir}; wait for it or choose another folder."
+            ) from error
+        yield
 
 
-def _features():
-    return tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(shape=(None, None, 3)),
-            "captions": tfds.features.Sequence(tfds.features.Text()),
-            "key": tfds.features.Text(),
-        }
-    )
-
-
-def _write(source, folder, split, shard_bytes, num_threads):
-    skipped: dict[str, int] = {}
-    skipped_keys: dict[str, list[str]] = {}
-    keys = set()
-    shards = _Shards(folder, split, shard_bytes)
-    records = grain.MapDataset.range(len(source)).map(_Checker(source, _features()))
-    # Grain keeps the order of the source whatever the number of threads.
-    records = records.to_iter_dataset(
-        grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
-    )
-    for key, reason, data in _show_progress(records, len(source), f"pack {split}"):
-        if reason is None and key in keys:
-            reason = "key_duplicate"
-        if reason is None:
-            keys.add(key)
-            shards.write(data)
+def _plan(source, unit_records):
+    if hasattr(source, "parts"):
+        parts = enumerate(source.parts)
+        return [Unit(number, part, 0, None, part.num_expected) for number, part in parts]
+    size = len(source)
+    step = unit_records or max(_FEWEST_RECORDS, min(_MOST_RECORDS, size // _UNITS))
+    units = []
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        if hasattr(source, "slice"):  # workers then receive their share of the index only
+            unit = Unit(len(units), source.slice(start, stop), 0, stop - start, stop - start)
         else:
-            skipped[reason] = skipped.get(reason, 0) + 1
-            listed = skipped_keys.setdefault(reason, [])
-            if len(listed) < _KEYS_LISTED:
-                listed.append(key)
-    shard_lengths, num_bytes = shards.finish()
-    if not keys:
-        raise ValueError(f"{source.describe()} holds no usable record: skipped {skipped}.")
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=folder, dataset_name=_DATASET, split=split, filetype_suffix="array_record"
-    )
-    info = tfds.core.SplitInfo(
-        name=split,
-        shard_lengths=shard_lengths,
-        num_bytes=num_bytes,
-        filename_template=template,
-    )
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder,
-        features=_features(),
-        split_infos=[info],
-        version="1.0.0",
-        check_data=False,
-    )
+            unit = Unit(len(units), source, start, stop, stop - start)
+        units.append(unit)
+    return units
+
+
+def _stamp(source, units, lists, options):
+    """What decides the bytes written; finished units count only where it is the same."""
+    files = {name: _file_stamp(path) for name, path in lists.items() if path is not None}
+    if hasattr(source, "parts"):
+        content = [_file_stamp(unit.source.path) for unit in units]
+    elif hasattr(source, "stamp"):
+        content = source.stamp()
+    else:
+        content = None
+    digest = hashlib.sha256(repr((content, len(units), files)).encode()).hexdigest()
     return {
+        "align_jax": __version__,
         "source": source.describe(),
-        "records_read": len(source),
-        "records_written": len(keys),
-        "shards": len(shard_lengths),
-        "bytes": num_bytes,
-        "skipped": skipped,
-        "skipped_keys": skipped_keys,
-        "source_problems": dict(source.problems),
+        "sha256": digest,
+        **options,
+        "units": len(units),
     }
 
 
-class _Checker:
-    """Callable index -> (key, reason to skip or None, serialized record)."""
-
-    def __init__(self, source, features):
-        self._source = source
-        self._features = features
-
-    def __call__(self, index):
-        key = f"record {index}"
-        try:
-            record = self._source[index]
-            key = record.key
-            captions = [caption for caption in record.captions if caption.strip()]
-            if not captions:
-                return key, "caption_empty", None
-            images.decode_image(record.image)
-        except images.BadImage as error:
-            return key, error.reason, None
-        except OSError:
-            return key, "record_unreadable", None
-        example = {"image": _encoded(record.image), "captions": captions, "key": key}
-        example = self._features.encode_example(example)
-        return key, None, self._features.serialize_example(example)
+def _file_stamp(path):
+    try:
+        status = os.stat(path)
+    except OSError:
+        return path, None
+    return path, status.st_size, status.st_mtime_ns
 
 
-def _encoded(image):
-    if not isinstance(image, np.ndarray):
-        return image
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    return file.getvalue()
+def _units_left(staging, stamp, units, title):
+    """Returns the units without a result; starts afresh where the stamp is another one."""
+    folder, plan = os.path.join(staging, "units"), os.path.join(staging, "plan.json")
+    if not os.path.exists(plan) or pack_finish.read_json(plan) != stamp:
+        for name in os.listdir(staging):
+            if name != "lock":
+                shutil.rmtree(os.path.join(staging, name), ignore_errors=True)
+        os.makedirs(folder)
+        pack_unit.write_json(plan, stamp)
+        return units
+    for name in os.listdir(folder):
+        if name.endswith(".tmp"):  # of a killed worker
+            os.remove(os.path.join(folder, name))
+    left = [u for u in units if not os.path.exists(pack_unit.result_path(folder, u.number))]
+    if len(left) < len(units):
+        kept = len(units) - len(left)
+        print(f"{title}: {kept} of {len(units)} units are there already", file=sys.stderr)
+    return left
 
 
-class _Shards:
-    """Writes records one after another into files of limited size."""
-
-    def __init__(self, folder, split, shard_bytes):
-        self._stem = os.path.join(folder, f"{_DATASET}-{split}.array_record")
-        self._shard_bytes = shard_bytes
-        self._writer = None
-        self._lengths, self._sizes = [], []
-
-    def write(self, data):
-        if self._writer is None:
-            # group_size 1: every record can be read alone, which a global shuffle needs.
-            self._writer = ArrayRecordWriter(self._path(len(self._lengths)), "group_size:1")
-            self._lengths.append(0)
-            self._sizes.append(0)
-        self._writer.write(data)
-        self._lengths[-1] += 1
-        self._sizes[-1] += len(data)
-        if self._sizes[-1] >= self._shard_bytes:
-            self._close()
-
-    def finish(self):
-        """Returns the records of each shard and all bytes; names the files "x of n"."""
-        self._close()
-        count = len(self._lengths)
-        for shard in range(count):
-            os.rename(self._path(shard), f"{self._stem}-{shard:05d}-of-{count:05d}")
-        return self._lengths, sum(self._sizes)
-
-    def _path(self, shard):
-        return f"{self._stem}-{shard:05d}.part"
-
-    def _close(self):
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+def _finished_units(staging):
+    folder = os.path.join(staging, "units")
+    return os.path.isdir(folder) and any(name.endswith(".json") for name in os.listdir(folder))
 
 
-def _publish(temporary, out_dir):
-    os.makedirs(out_dir, exist_ok=True)
-    if not os.listdir(out_dir):
-        os.rename(temporary, out_dir)
-        return
-    for name in (REPORT_FILE, _INFO_FILE):
-        new, old = (_read_json(os.path.join(folder, name)) for folder in (temporary, out_dir))
-        merged = old | new
-        if name == _INFO_FILE:
-            merged["splits"] = old["splits"] + new["splits"]
-        _write_json(os.path.join(temporary, name), merged)
-    # The list of splits last: until it is replaced, readers see the old ones only.
-    for name in sorted(os.listdir(temporary), key=lambda name: name == _INFO_FILE):
-        os.replace(os.path.join(temporary, name), os.path.join(out_dir, name))
+def _key_lists(staging, lists):
+    return {
+        name: write_key_list(
+            path, os.path.join(staging, name), option=f"--{name}", texts=name == "keep"
+        )
+        for name, path in lists.items()
+        if path is not None
+    }
 
 
-def _read_json(path):
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+def _check_lists(source, settings):
+    """Refuses a list without a key of the source, where that costs no reading of records."""
+    for option, keys in (("keep", settings.keep), ("drop", settings.drop)):
+        if keys is None:
+            continue
+        if option == "keep" and not keys.size:
+            raise ValueError(f"--keep {keys.path} is empty; nothing would be packed.")
+        if keys.size and hasattr(source, "key") and len(source):
+            if not any(source.key(index) in keys for index in range(len(source))):
+                raise ValueError(pack_finish.no_common_key(option, keys, source.key(0)))
 
 
-def _write_json(path, content):
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
+def _in_this_process(units, settings) -> Iterator[None]:
+    for unit in units:
+        yield from pack_unit.pack_unit(unit, settings)
 
 
-def _show_progress(records: Iterable, total: int, title: str) -> Iterator:
-    if sys.stderr.isatty():
-        yield from tqdm.tqdm(records, desc=title, total=total, unit="pair")
-        return
-    start = last = time.monotonic()
-    for done, record in enumerate(records, 1):
-        yield record
-        now = time.monotonic()
-        if now - last >= _PROGRESS_EVERY_S:
-            last = now
-            rate = done / (now - start)
-            left_min = (total - done) / rate / 60
-            print(
-                f"{title}: {done} of {total} pairs, {rate:.0f} pairs/s, {left_min:.1f} min left",
-                file=sys.stderr,
-                flush=True,
-            )
+def _in_processes(units, settings, num_workers) -> Iterator[None]:
+    # spawn: a forked copy of threads that hold locks can hang.
+    pool = ProcessPoolExecutor(
+        num_workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+    )
+    waiting = iter(units)
+    running = set()
+    try:
+        while True:
+            # A few at a time: what is queued is pickled and held in memory.
+            while len(running) < 2 * num_workers and (unit := next(waiting, None)) is not None:
+                running.add(pool.submit(_pack_whole_unit, unit, settings))
+            if not running:
+                break
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                for _ in range(future.result()):
+                    yield
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "A worker process died (out of memory?); finished units are kept, run the same "
+            "command again, with fewer --workers if need be."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _pack_whole_unit(unit, settings):
+    return sum(1 for _ in pack_unit.pack_unit(unit, settings))
+
+
+def _start_worker():
+    """Makes this worker end with its parent, which may be killed, and on Ctrl-C without a word."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

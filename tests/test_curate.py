@@ -1,0 +1,308 @@
+"""align curate as a whole: equal bytes, resume after SIGKILL, the four files, MetaCLIP."""
+
+import collections
+import json
+import os
+import random
+import signal
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from curate_helpers import curate_table, read, reasons, write_preset
+from helpers import environment, error_of, real_data, run_align, snapshot, start_align
+
+from align_jax import cli
+from align_jax.curate import curate as curate_lib
+from align_jax.curate import presets, report
+
+RULES = (
+    "has_text()",
+    "short_side(more_than_px=200)",
+    "texts_per_image(at_most=3)",
+    "images_per_text(at_most=4)",
+    "num_words(2, 6)",
+    "rare_tokens(top=60)",
+    "duplicates('url', 'text')",
+)
+
+
+def make_table(count, seed=0):
+    """Rows that each of RULES drops some of."""
+    rng = random.Random(seed)
+    words = [f"Word{i}" for i in range(12)]
+    weights = [1 / (1 + rank) for rank in range(len(words))]
+    urls = [f"http://x.org/{rng.randrange(count // 2)}" for _ in range(count)]
+    texts = [" ".join(rng.choices(words, weights, k=rng.randrange(8))) for _ in range(count)]
+    for row in range(1, count, 9):
+        urls[row], texts[row] = urls[row - 1], texts[row - 1]
+    return {
+        "key": [f"{row:06d}" for row in range(count)],
+        "url": urls,
+        "text": texts,
+        "width": [rng.choice((100, 300, 400, 500, None)) for _ in range(count)],
+        "height": [rng.randrange(190, 500) for _ in range(count)],
+    }
+
+
+def expected_reasons(table):
+    """RULES read literally, one row after another."""
+    rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+    texts_of, images_of = collections.defaultdict(set), collections.defaultdict(set)
+    counts, tokens_of = collections.Counter(), []
+    for row in rows:
+        texts_of[row["url"]].add(row["text"])
+        images_of[row["text"]].add(row["url"])
+        words = row["text"].lower().split()
+        tokens = words + [" ".join(pair) for pair in zip(words, words[1:], strict=False)]
+        counts.update(tokens)
+        tokens_of.append(tokens)
+    least = sorted(counts.values(), reverse=True)[:60][-1]
+    seen, found = set(), {}
+    for number, row in enumerate(rows):
+        num_words = len(row["text"].split())
+        pair = row["url"], row["text"]
+        if not num_words:
+            found[number] = "no_text"
+        elif row["width"] is None or min(row["width"], row["height"]) <= 200:
+            found[number] = "short_side"
+        elif len(texts_of[row["url"]]) > 3:
+            found[number] = "texts_per_image"
+        elif len(images_of[row["text"]]) > 4:
+            found[number] = "shared_text"
+        elif not 2 <= num_words <= 6:
+            found[number] = "num_words"
+        elif any(counts[token] < least for token in tokens_of[number]):
+            found[number] = "rare_token"
+        elif pair in seen:
+            found[number] = "duplicate"
+        else:
+            seen.add(pair)
+    return found
+
+
+def test_all_rules_together_equal_a_literal_reading(tmp_path):
+    table = make_table(600)
+    expected = expected_reasons(table)
+    assert set(expected.values()) == {
+        "no_text",
+        "short_side",
+        "texts_per_image",
+        "shared_text",
+        "num_words",
+        "rare_token",
+        "duplicate",
+    }
+    assert reasons(tmp_path, table, *RULES) == expected
+
+
+def test_two_runs_are_equal_byte_for_byte_and_leave_four_files(tmp_path):
+    table = make_table(500)
+    first, one = curate_table(tmp_path / "one", table, *RULES)
+    second, two = curate_table(tmp_path / "two", table, *RULES)
+    assert first == second
+    assert snapshot(one) == snapshot(two)
+    assert set(snapshot(one)) == {"kept.parquet", "dropped.parquet", "report.json", "report.md"}
+
+
+def test_report_follows_pairs_through_every_rule(tmp_path):
+    table = make_table(500)
+    made, out = curate_table(tmp_path, table, *RULES)
+    assert made == json.loads((out / "report.json").read_text())
+    expected = collections.Counter(expected_reasons(table).values())
+    left = 500
+    for rule in made["rules"]:
+        assert rule["in"] == left
+        left -= expected[rule["name"]]
+        assert rule["out"] == left
+        assert rule["dropped"] == {rule["name"]: expected[rule["name"]]}
+        samples = rule["samples_dropped"][rule["name"]]
+        assert len(samples) == min(3, expected[rule["name"]])
+        assert len(rule["samples_kept"]) == 3
+    assert made["rows_kept"] == left == pq.read_metadata(out / "kept.parquet").num_rows
+    for name in ("unigrams", "characters", "short_side_px", "aspect_ratio"):
+        histogram = made["histograms"][name]
+        assert sum(histogram["kept"]) == left
+        assert len(histogram["from"]) == len(histogram["read"]) == len(histogram["kept"])
+    assert sum(made["histograms"]["unigrams"]["read"]) == 500
+    words = collections.Counter(w for text in table["text"] for w in text.lower().split())
+    top = sorted(words.items(), key=lambda item: (-item[1], item[0]))
+    assert made["top_tokens"]["read"] == [list(item) for item in top]
+    page = (out / "report.md").read_text()
+    assert "text is shared by \\<= 4 images" in page
+
+
+def test_samples_and_tables_keep_only_known_columns(tmp_path):
+    table = make_table(50) | {"LICENSE": ["?"] * 50}
+    _, out = curate_table(tmp_path, table, *RULES)
+    names = ["key", "url", "text", "width", "height"]
+    assert pq.read_schema(out / "kept.parquet").names == names
+    assert pq.read_schema(out / "dropped.parquet").names == [*names, "reason"]
+
+
+def test_unusable_lines_are_dropped_rows_with_their_own_reasons(tmp_path):
+    lines = ['{"text": "a b", "url": "1"}', "broken", '{"text": "c d", "url": "2"}']
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    preset = write_preset(tmp_path / "p.py", "num_words(2, 6)", "repeated_text(at_most=1)")
+    made = curate_lib.curate(str(tmp_path / "t.jsonl"), tmp_path / "out", preset=preset)
+    assert made["unusable"] == {"malformed": 1, "not_utf8": 0, "not_downloaded": 0}
+    (row,) = read(tmp_path / "out" / "dropped.parquet")
+    assert (row["key"], row["reason"], row["text"]) == ("t.jsonl:1", "malformed", "broken")
+
+
+def test_page_escapes_what_texts_contain(tmp_path):
+    table = {"text": ["<script>|`*_[x](y)\n# z"] * 3}
+    _, out = curate_table(tmp_path, table, "has_text()")
+    page = (out / "report.md").read_text()
+    assert "<script>" not in page and "\\<script\\>\\|\\`\\*\\_\\[x\\](y) \\# z" in page
+
+
+def test_row_groups_of_many_batches_keep_order_and_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_GROUP_ROWS", 100)
+    table = make_table(950)
+    expected = expected_reasons(table)
+    assert reasons(tmp_path, table, *RULES) == expected
+    groups = pq.ParquetFile(tmp_path / "out" / "kept.parquet").metadata
+    sizes = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
+    assert sum(sizes) == 950 - len(expected) and max(sizes) <= 100
+
+
+def test_finished_folder_is_returned_at_once_and_refused_to_others(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    pq.write_table(pa.table(make_table(50)), "t.parquet")
+    arguments = ["curate", "t.parquet", "--preset", "laion", "--out", "out"]
+    assert cli.main(arguments) == 0
+    before = snapshot("out")
+    assert cli.main(arguments) == 0
+    assert snapshot("out") == before
+    assert "rows kept" in capfd.readouterr().out
+    message = error_of(capfd, *arguments[:3], "coyo", *arguments[4:])
+    assert "holds the result of other input, rules or options; name another --out." in message
+    pq.write_table(pa.table(make_table(51)), "t.parquet")
+    assert "holds the result of other input" in error_of(capfd, *arguments)
+
+
+class _Stopped(Exception):
+    pass
+
+
+def test_every_stage_resumes_after_a_stop_and_gives_the_same_bytes(tmp_path, monkeypatch):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    table = pa.table(make_table(600))
+    for part in range(3):
+        pq.write_table(table.slice(200 * part, 200), folder / f"{part}.parquet")
+    preset = write_preset(tmp_path / "p.py", *RULES)
+    made = curate_lib.curate(str(folder), tmp_path / "whole", preset=preset)
+
+    real, calls = os.replace, collections.Counter()
+
+    def replace(source, target):
+        calls["made"] += 1
+        if calls["made"] == calls["stop"]:
+            raise _Stopped
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    out, stops = tmp_path / "out", 0
+    for stop in range(1, 20):  # a part or a stage further each time, then amid the results
+        calls = collections.Counter(stop=stop)
+        try:
+            assert curate_lib.curate(str(folder), out, preset=preset) == made
+            break
+        except _Stopped:
+            stops += 1
+    assert stops >= 5
+    assert snapshot(out) == snapshot(tmp_path / "whole")
+
+
+def test_unfinished_folder_of_other_rules_is_refused(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    pq.write_table(pa.table(make_table(50)), "t.parquet")
+
+    def stop(*args):
+        raise _Stopped
+
+    monkeypatch.setattr(report, "write_results", stop)
+    with pytest.raises(_Stopped):
+        curate_lib.curate("t.parquet", "out", preset="laion")
+    arguments = ["curate", "t.parquet", "--preset", "coyo", "--out", "out"]
+    assert "unfinished run of other input, rules or options" in error_of(capfd, *arguments)
+
+
+def test_failing_engine_is_one_line_and_the_run_resumes(tmp_path, monkeypatch):
+    real = curate_lib._group_rule
+    monkeypatch.setattr(curate_lib, "_group_rule", lambda *args: real(*args[:2], None, *args[3:]))
+    with pytest.raises(RuntimeError, match="^duckdb failed at repeated_text: 'NoneType' object"):
+        curate_table(tmp_path, {"text": ["a", "a"]}, "repeated_text(at_most=1)")
+    monkeypatch.undo()
+    made, _ = curate_table(tmp_path, {"text": ["a", "a"]}, "repeated_text(at_most=1)")
+    assert made["rows_kept"] == 0
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A folder with parts, a preset and the results `whole` of a run in one go."""
+    folder = tmp_path_factory.mktemp("killed")
+    table = pa.table(make_table(60_000))
+    (folder / "in").mkdir()
+    for part in range(3):
+        pq.write_table(table.slice(20_000 * part, 20_000), folder / "in" / f"{part}.parquet")
+    write_preset(folder / "p.py", *RULES)
+    curate_lib.curate(str(folder / "in"), folder / "whole", preset=str(folder / "p.py"))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", ["stages/table", "stages/reasons.npz", "kept.parquet.tmp"])
+def test_sigkill_and_rerun_equal_an_uninterrupted_run(uninterrupted, tmp_path, after):
+    out = tmp_path / "out"
+    arguments = ["curate", uninterrupted / "in", "--preset", uninterrupted / "p.py", "--out", out]
+    process = start_align(*arguments, cwd=tmp_path, env=environment())
+    deadline_s = time.monotonic() + 60
+    while not (out / after).exists() and process.poll() is None and time.monotonic() < deadline_s:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert (out / "stages").exists()
+    again = run_align(*arguments, cwd=tmp_path, env=environment())
+    assert again.returncode == 0, again.stderr
+    assert snapshot(out) == snapshot(uninterrupted / "whole")
+
+
+def test_metaclip_keeps_texts_with_entries_among_the_rows_left(tmp_path):
+    pytest.importorskip("ahocorasick_rs")
+    (tmp_path / "entries.txt").write_text("dog\ncat\n")
+    texts = ["a dog", "a Dog", "a cat, here", "no", "a dog", "big dog"]
+    table = {"text": texts, "url": ["1", "2", "3", "4", "1", "5"]}
+    found = reasons(
+        tmp_path / "t",
+        table,
+        "duplicates('url', 'text')",
+        "metaclip(cap=100)",
+        metadata=str(tmp_path / "entries.txt"),
+    )
+    assert found == {1: "no_entry", 3: "no_entry", 4: "duplicate"}
+
+
+def test_metaclip_samples_frequent_entries_and_the_seed_decides_which(tmp_path):
+    pytest.importorskip("ahocorasick_rs")
+    (tmp_path / "entries.txt").write_text("dog\ncat\n")
+    table = {"text": [f"dog {i}" for i in range(2000)] + ["a cat"] * 5}
+    options = {"metadata": str(tmp_path / "entries.txt")}
+    first = reasons(tmp_path / "1", table, "metaclip(cap=500)", seed=1, **options)
+    same = reasons(tmp_path / "2", table, "metaclip(cap=500)", seed=1, **options)
+    other = reasons(tmp_path / "3", table, "metaclip(cap=500)", seed=2, **options)
+    assert first == same != other
+    assert set(first.values()) == {"not_sampled"} and max(first) < 2000
+    assert abs(2000 - len(first) - 500) < 3 * (500 * 0.75) ** 0.5
+
+
+@pytest.mark.parametrize("name", [name for name in presets.NAMES if name != "metaclip"])
+def test_every_preset_runs_on_real_metadata(tmp_path, name):
+    source = real_data("metadata", "laion_10k.parquet")
+    made = curate_lib.curate(str(source), tmp_path / "out", preset=name)
+    assert made["rows_read"] == 10_000 and 9_000 < made["rows_kept"] <= 10_000
+    assert all("not_applied" in rule or rule["samples_kept"] for rule in made["rules"])

@@ -1,0 +1,262 @@
+"""Every rule of curation on a table whose answer is known, in DuckDB; presets' thresholds."""
+
+import collections
+import random
+
+import duckdb
+import pyarrow as pa
+import pytest
+from curate_helpers import curate_table, reasons
+
+from align_jax.curate import ingest
+from align_jax.curate.presets import NAMES, load_preset
+
+TWO = ["some text", "other text"]
+
+
+def size(pairs):
+    return {
+        "text": ["a b c"] * len(pairs),
+        "width": [width for width, _ in pairs],
+        "height": [height for _, height in pairs],
+    }
+
+
+def test_has_text_drops_blank_and_missing_texts(tmp_path):
+    table = {"text": ["a", "", " \t\n", None, "\u3000\u00a0", "."]}
+    assert reasons(tmp_path, table, "has_text()") == {i: "no_text" for i in (1, 2, 3, 4)}
+
+
+def test_short_side_more_than_excludes_the_bound_and_at_least_includes_it(tmp_path):
+    table = size([(200, 900), (201, 201), (900, 200), (199, 300), (None, 300), (0, 0)])
+    more = reasons(tmp_path / "a", table, "short_side(more_than_px=200)")
+    least = reasons(tmp_path / "b", table, "short_side(at_least_px=200)")
+    assert sorted(more) == [0, 2, 3, 4, 5]
+    assert sorted(least) == [3, 4, 5]
+
+
+def test_aspect_ratio_below_excludes_the_bound_and_at_most_includes_it(tmp_path):
+    table = size([(300, 100), (100, 300), (299, 100), (301, 100), (5, 0), (0, 0), (7, 7)])
+    assert sorted(reasons(tmp_path / "a", table, "aspect_ratio(below=3)")) == [0, 1, 3, 4, 5]
+    assert sorted(reasons(tmp_path / "b", table, "aspect_ratio(at_most=3)")) == [3, 4, 5]
+
+
+def test_file_size_keeps_the_bound(tmp_path):
+    table = {"text": ["a"] * 4, "file_bytes": [4999, 5000, 5001, None]}
+    assert sorted(reasons(tmp_path, table, "file_size(at_least_bytes=5000)")) == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("call", "column", "gone"),
+    [
+        ("nsfw(at_most=0.5)", "punsafe", [2, 3, 4]),
+        ("watermark(at_most=0.5)", "pwatermark", [2, 3, 4]),
+        ("aesthetic(at_least=0.5)", "aesthetic_score", [0, 3, 4]),
+        ("similarity(at_least=0.5)", "clip_b32_similarity_score", [0, 3, 4]),
+        (
+            "similarity(at_least=0.5, column='similarity_l14')",
+            "clip_l14_similarity_score",
+            [0, 3, 4],
+        ),
+    ],
+)
+def test_score_rules_keep_the_bound_and_drop_missing_scores(tmp_path, call, column, gone):
+    table = {"text": ["a"] * 5, column: [0.25, 0.5, 0.75, None, float("nan")]}
+    assert sorted(reasons(tmp_path, table, call)) == gone
+
+
+def test_nsfw_takes_the_larger_of_coyos_two_scores(tmp_path):
+    table = {
+        "text": ["a"] * 4,
+        "nsfw_score_opennsfw2": [0.1, 0.9, 0.1, None],
+        "nsfw_score_gantman": [0.1, 0.1, 0.9, 0.2],
+    }
+    assert sorted(reasons(tmp_path, table, "nsfw(at_most=0.5)")) == [1, 2]
+
+
+def test_nsfw_tag_drops_laions_tag_and_keeps_rows_without_one(tmp_path):
+    table = {"text": ["a"] * 4, "NSFW": ["UNLIKELY", "NSFW", "UNSURE", None]}
+    assert sorted(reasons(tmp_path, table, "nsfw_tag()")) == [1]
+
+
+def test_language_keeps_the_named_codes(tmp_path):
+    table = {"text": ["a"] * 4, "LANGUAGE": ["en", "de", None, "eng"]}
+    assert sorted(reasons(tmp_path, table, "language('en', 'eng')")) == [1, 2]
+
+
+def test_word_bounds_count_parts_between_any_white_space(tmp_path):
+    texts = ["a b", "a b c", " a\u00a0b\n\nc\t", "a\u200bb c", " ".join("x" * 20), "x " * 21]
+    assert sorted(reasons(tmp_path, {"text": texts}, "num_words(3, 20)")) == [0, 3, 5]
+
+
+def test_length_bounds_count_code_points_after_white_space_is_collapsed(tmp_path):
+    texts = ["abcde", "abcdef", "abc   de", "éééééé", "日本語日本", "x" * 9, "x" * 10, "  abcde  "]
+    assert sorted(reasons(tmp_path, {"text": texts}, "num_chars(6, 9)")) == [0, 4, 6, 7]
+
+
+def test_texts_per_image_counts_different_texts_of_an_image(tmp_path):
+    table = {
+        "url": ["a", "a", "a", "b", "b", "b", "c"],
+        "text": ["1", "2", "3", "1", "1", "2", "4"],
+    }
+    assert sorted(reasons(tmp_path, table, "texts_per_image(at_most=2)")) == [0, 1, 2]
+
+
+def test_images_per_text_counts_different_images_by_hash_before_url(tmp_path):
+    table = {
+        "url": list("abcdefg"),
+        "phash": ["1", "2", "3", "4", "4", "4", "5"],
+        "text": ["x", "x", "x", "y", "y", "y", "X"],
+    }
+    assert sorted(reasons(tmp_path, table, "images_per_text(at_most=2)")) == [0, 1, 2]
+
+
+def test_repeated_text_counts_rows_of_the_exact_text(tmp_path):
+    table = {"text": ["x", "x", "x", "X", "x ", "y", "y"], "url": ["a"] * 7}
+    assert sorted(reasons(tmp_path, table, "repeated_text(at_most=2)")) == [0, 1, 2]
+
+
+def test_group_rules_count_the_raw_data_and_the_first_failed_rule_is_the_reason(tmp_path):
+    table = {"text": ["x x x", "x x x", "x x x", "y"], **{"width": [9, 300, 300, 9]}}
+    table["height"] = table["width"]
+    found = reasons(tmp_path, table, "short_side(at_least_px=10)", "repeated_text(at_most=2)")
+    assert found == {
+        0: "short_side",
+        1: "repeated_text",
+        2: "repeated_text",
+        3: "short_side",
+    }
+
+
+def test_duplicates_keep_the_first_row_that_the_rules_before_leave(tmp_path):
+    table = {
+        "text": ["x", "x", "x", "y", "x", "x"],
+        "phash": ["1", "1", "1", "1", None, None],
+        "width": [9, 300, 300, 300, 300, 300],
+        "height": [300] * 6,
+    }
+    calls = "short_side(at_least_px=10)", "duplicates('image_hash', 'text')"
+    assert reasons(tmp_path, table, *calls) == {0: "short_side", 2: "duplicate"}
+
+
+def test_rare_tokens_rank_unigrams_and_bigrams_together(tmp_path):
+    # a: 5, b: 4, "a b": 4, c: 1, "a c": 1
+    texts = ["a b", "A b", "a  B", "a b", "a c", "b a"[:1] + "", ""]
+    texts[5] = "a"
+    table = {"text": texts}
+    assert sorted(reasons(tmp_path / "3", table, "rare_tokens(top=3)")) == [4]
+    assert sorted(reasons(tmp_path / "2", table, "rare_tokens(top=2)")) == [4]  # b ties with "a b"
+    assert sorted(reasons(tmp_path / "1", table, "rare_tokens(top=1)")) == [0, 1, 2, 3, 4]
+    assert not reasons(tmp_path / "5", table, "rare_tokens(top=5)")
+
+
+def rare_rows(texts, top):
+    """The definition, slowly."""
+    tokens = []
+    for text in texts:
+        words = text.lower().split()
+        tokens.append(words + [f"{a} {b}" for a, b in zip(words, words[1:], strict=False)])
+    counts = collections.Counter(token for row in tokens for token in row)
+    least = sorted(counts.values(), reverse=True)[:top][-1]
+    return [row for row, found in enumerate(tokens) if any(counts[t] < least for t in found)]
+
+
+@pytest.mark.parametrize("top", [3, 20, 100, 300, 10_000])
+def test_rare_tokens_equal_a_slow_count(tmp_path, top):
+    rng = random.Random(top)
+    words = ["é", "É", "ß", "x"] + [f"w{i}" for i in range(30)]
+    weights = [1 / (1 + rank) for rank in range(len(words))]
+    texts = [" ".join(rng.choices(words, weights, k=rng.randrange(1, 6))) for _ in range(300)]
+    found = reasons(tmp_path, {"text": texts}, f"rare_tokens(top={top})")
+    assert sorted(found) == rare_rows(texts, top)
+
+
+def test_group_rules_tell_texts_apart_that_share_a_hash_in_duckdb(tmp_path):
+    texts = ["word1020 word1666"] * 3 + ["word1027 word1636"]
+    same = duckdb.connect().execute(f"SELECT hash('{texts[0]}') = hash('{texts[3]}')").fetchall()
+    assert same == [(True,)], "another pair is needed to test this"
+    found = {}
+    for call in ("rare_tokens(top=3)", "repeated_text(at_most=2)", "repeated_text(at_most=3)"):
+        found[call] = sorted(reasons(tmp_path / call, {"text": texts}, call))
+    assert list(found.values()) == [[3], [0, 1, 2], []]
+
+
+def test_domains_match_subdomains_but_not_longer_names(tmp_path):
+    urls = [
+        "http://bad.com/x",
+        "https://img.bad.com:80/x",
+        "http://notbad.com/x",
+        "http://BAD.com?x",
+        "http://user@bad.com/",
+        "http://a.co.uk/",
+        "no url",
+        None,
+    ]
+    table = {"text": ["a"] * len(urls), "url": urls}
+    (tmp_path / "list.txt").write_text("# mine\nbad.com\nco.uk # all of it\n")
+    listed = f"'{tmp_path}/list.txt'"
+    assert sorted(reasons(tmp_path / "a", table, f"domains({listed})")) == [0, 1, 3, 4, 5]
+    allow = reasons(tmp_path / "b", table, f"domains({listed}, allow=True)")
+    assert sorted(allow) == [2, 6, 7]
+
+
+def test_urls_are_compared_as_written(tmp_path):
+    table = {"text": TWO, "url": ["http://a/1", "http://a/2"]}
+    assert sorted(reasons(tmp_path, table, "urls(['http://a/2', 'http://b'])")) == [1]
+
+
+def test_rule_without_its_column_is_not_applied_and_the_report_says_so(tmp_path):
+    calls = "short_side(at_least_px=9)", "nsfw(at_most=0.5)", "images_per_text(at_most=1)"
+    report, _ = curate_table(tmp_path, {"text": TWO, "height": [1, 2]}, *calls)
+    assert [rule["not_applied"] for rule in report["rules"]] == [
+        "no column width",
+        "no column nsfw",
+        "no column image_hash, url or key",
+    ]
+    assert report["rows_kept"] == 2
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "not applied: no column width" in page
+
+
+def test_normalise_equals_python_on_every_kind_of_white_space_and_letter(tmp_path):
+    spaces = (
+        "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u200a\u2028\u2029\u202f\u205f\u3000"
+    )
+    texts = [f"{s}A{s}{s}É ß{s}" for s in spaces] + ["plain Ascii  two", "x", "", "Ωmega Привет"]
+    expected = [" ".join(text.split()).lower() for text in texts]
+    assert ingest.normalise(pa.array(texts)).to_pylist() == expected
+
+
+def test_presets_state_the_figures_of_their_sources():
+    figures = {name: [rule.keeps for rule in load_preset(name).rules] for name in NAMES}
+    assert figures["align"] == [  # Jia et al. 2021, section 3
+        "a text that is not blank",
+        "nsfw <= 0.5",
+        "tag is not NSFW",
+        "shorter side > 200 px",
+        "aspect ratio < 3",
+        "image has <= 1000 different texts",
+        "text is shared by <= 10 images",
+        "3 to 20 unigrams",
+        "every unigram and bigram is among the 100000000 most frequent of the raw data",
+    ]
+    assert figures["coyo"] == [  # README of kakaobrain/coyo-dataset
+        "a text that is not blank",
+        "file >= 5000 bytes",
+        "aspect ratio <= 3",
+        "shorter side >= 200 px",
+        "nsfw <= 0.5",
+        "language en",
+        "6 to 1000 characters",
+        "3 to 256 unigrams",
+        "text occurs <= 10 times",
+        "first row of its (image_hash, text), of the rows left by the rules before",
+    ]
+    assert ">= 5 characters" in figures["laion"]
+    assert "similarity >= 0.3" in figures["laion"]
+    assert {">= 3 unigrams", ">= 6 characters", "aspect ratio <= 3", "shorter side >= 200 px"} <= (
+        set(figures["datacomp-basic"])
+    )
+    assert any("more than 20000 times" in keeps for keeps in figures["metaclip"])
+    for name in NAMES:
+        assert all(rule.source for rule in load_preset(name).rules)

@@ -1,0 +1,443 @@
+"""curate/metaclip.py against a direct reading of its algorithm, and the entries it looks for."""
+
+import hashlib
+import json
+import math
+import os
+from fractions import Fraction
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from helpers import real_data
+
+from align_jax.curate import metaclip, metadata_entries
+
+pytest.importorskip("ahocorasick_rs")
+
+ENTRIES = (
+    "cat",
+    "a cat",
+    "cat cat",
+    "New York",
+    "York",
+    "naïve",
+    "猫",
+    "?",
+    "it's",
+    "U . S",
+    "two  spaces",
+    "a",
+    "zebra",
+)
+TEXTS = [
+    "a cat",
+    "cat cat cat",
+    "Cat",
+    "cats",
+    "(cat)",
+    "cat, in New York!",
+    "New\nYork\tcat\r\n",
+    "New,York",
+    "what?",
+    "naïve naïve",
+    "nai\u0308ve",
+    "猫 一只猫",
+    "it's a U.S.A",
+    "two  spaces",
+    "",
+    None,
+    " ",
+    "a",
+    "cat\x00cat \u2028 cat",
+    "New York \U0001f389",
+    *(f"York{mark}cat{mark}{mark}" for mark in ",.:;?!`'\"-_\t\n\r\v\xa0"),
+]
+
+
+def direct_reading(text, entries):
+    """Indices of the entries that a text holds: the paper's algorithm 1, word for word."""
+    spaced = f" {text or ''} "
+    for mark in ",.:;?!`":
+        spaced = spaced.replace(mark, f" {mark} ")
+    for mark in "\t\n\r":
+        spaced = spaced.replace(mark, " ")
+    return [index for index, entry in enumerate(entries) if f" {entry} " in spaced]
+
+
+def rows(texts, keys=None):
+    keys = [f"k{index}" for index in range(len(texts))] if keys is None else keys
+    return pa.record_batch({"key": pa.array(keys), "text": pa.array(texts, pa.string())})
+
+
+def held(matches):
+    tables = [metaclip.pq.read_table(part) for part in matches.parts]
+    return [row for table in tables for row in table["entries"].to_pylist()]
+
+
+def decisions(batches):
+    return {row["key"]: row["keep"] for batch in batches for row in batch.to_pylist()}
+
+
+def test_matching_equals_direct_reading_on_tricky_texts(tmp_path):
+    matches = metaclip.match_entries([rows(TEXTS)], ENTRIES, tmp_path)
+    expected = [direct_reading(text, ENTRIES) for text in TEXTS]
+    assert held(matches) == expected
+    assert expected[5] == [0, 3, 4] and expected[12] == [8, 9, 11]  # the oracle by hand
+    counts = np.bincount(np.concatenate(expected).astype(int), minlength=len(ENTRIES))
+    assert matches.counts.dtype == np.uint64 and matches.counts.tolist() == counts.tolist()
+    assert matches.counts[1] == 1 and matches.counts[12] == 0
+    assert matches.num_texts == len(TEXTS)
+    assert matches.num_unmatched == sum(not ids for ids in expected)
+
+
+def make_texts(num_texts, num_entries, rng):
+    """Texts and entries of a Zipf vocabulary, with all that spacing has to treat."""
+    words = [f"w{index:x}" for index in range(3000)] + ["naïve", "猫", "it's", "?", "C3-PO", "A."]
+    weights = 1 / np.arange(1, len(words) + 1)
+    joints = [" "] * 9 + [", ", ".", "  ", "\n", "!"]
+
+    def phrase(num_words, marks):
+        chosen = rng.choice(len(words), num_words, p=weights / weights.sum())
+        return "".join(words[i] + marks[rng.integers(len(marks))] for i in chosen)
+
+    texts = [phrase(rng.integers(0, 14), joints) for _ in range(num_texts)]
+    entries = set()
+    while len(entries) < num_entries:
+        entries.add(phrase(rng.integers(1, 4), [" "]).strip())
+    return texts, sorted(entries)
+
+
+def test_matching_equals_direct_reading_on_generated_texts(tmp_path):
+    texts, entries = make_texts(3000, 700, np.random.default_rng(0))
+    matches = metaclip.match_entries([rows(texts)], entries, tmp_path)
+    assert held(matches) == [direct_reading(text, entries) for text in texts]
+    assert matches.counts.max() > 300 and (matches.counts == 0).any()
+
+
+@pytest.mark.slow
+def test_matching_equals_direct_reading_on_100k_texts_and_10k_entries(tmp_path):
+    texts, entries = make_texts(100_000, 10_000, np.random.default_rng(1))
+    matches = metaclip.match_entries([rows(texts)], entries, tmp_path)
+    for text, ids in zip(texts, held(matches), strict=True):
+        assert ids == direct_reading(text, entries)
+
+
+def test_matching_equals_direct_reading_on_web_texts(tmp_path):
+    lines = real_data("metadata", "laion_10k.jsonl").read_text("utf-8").split("\n")[:1500]
+    texts = [json.loads(line)["text"] for line in lines]
+    words = sorted({word for text in texts for word in text.split()})[::10]
+    matches = metaclip.match_entries([rows(texts)], words, tmp_path)
+    assert held(matches) == [direct_reading(text, words) for text in texts]
+
+
+def expected_kept(ids_of_rows, counts, cap):
+    """P(keep) of each row: one minus the probability that none of its entries is drawn."""
+    rates = [Fraction(cap, max(int(count), cap)) for count in counts]
+    return np.array([float(1 - math.prod(1 - rates[i] for i in ids)) for ids in ids_of_rows])
+
+
+def test_sampled_counts_are_within_three_standard_deviations_of_theory(tmp_path):
+    texts, entries = make_texts(20_000, 300, np.random.default_rng(2))
+    matches = metaclip.match_entries([rows(texts)], entries, tmp_path)
+    cap = 50
+    ids_of_rows = held(matches)
+    p_keep = expected_kept(ids_of_rows, matches.counts, cap)
+    head = int(matches.counts.argmax())
+    of_head = np.array([ids == [head] for ids in ids_of_rows])
+    assert of_head.sum() > 500 and matches.counts[head] > 20 * cap
+    assert 0.05 < p_keep.mean() < 0.5
+    groups = (np.full(len(texts), True), of_head, (0 < p_keep) & (p_keep < 0.5))
+    scores = []
+    for seed in range(20):
+        batches = list(matches.sample(cap, seed))
+        kept = np.concatenate([batch["keep"].to_numpy(zero_copy_only=False) for batch in batches])
+        assert kept[p_keep == 1].all() and not kept[p_keep == 0].any()
+        for group in groups:
+            p = p_keep[group]
+            scores.append((kept[group].sum() - p.sum()) / math.sqrt((p * (1 - p)).sum()))
+    scores = np.array(scores).reshape(20, 3)
+    assert np.abs(scores).max() < 3
+    # Neither more nor less random than Bernoulli draws: standard scores of mean 0, variance 1.
+    assert (np.abs(scores.mean(0)) < 3 / math.sqrt(20)).all()
+    assert (scores.std(0) > 0.5).all() and (scores.std(0) < 1.6).all()
+
+
+def test_draws_of_different_rows_entries_and_seeds_are_independent(tmp_path):
+    texts = ["a"] * 4000 + ["b"] * 4000
+    keys = [*range(4000)] * 2
+    matches = metaclip.match_entries([rows(texts, keys)], ["a", "b"], tmp_path)
+    kept = []
+    for seed in (0, 1):
+        batches = matches.sample(2000, seed)  # a half of each
+        kept += np.split(np.concatenate([b["keep"].to_pylist() for b in batches]), 2)
+    kept = np.array(kept)  # a of seed 0, b of seed 0, a of seed 1, b of seed 1
+    for left in range(4):
+        neighbours = (kept[left][1:] == kept[left][:-1]).mean()
+        assert abs(neighbours - 0.5) < 3 * 0.5 / math.sqrt(3999)
+        for right in range(left):
+            assert abs((kept[left] == kept[right]).mean() - 0.5) < 3 * 0.5 / math.sqrt(4000)
+
+
+def test_decisions_do_not_depend_on_order_batches_threads_or_order_of_entries(
+    tmp_path, monkeypatch
+):
+    texts, entries = make_texts(2000, 100, np.random.default_rng(3))
+    whole = rows(texts)
+    first = decisions(metaclip.keep_table([whole], entries, 10, 7, tmp_path / "a", num_threads=1))
+    assert 200 < sum(first.values()) < 1800
+    monkeypatch.setattr(metaclip, "_ROWS_PER_PART", 300)
+    monkeypatch.setattr(metaclip, "_ROWS_PER_SEARCH", 70)
+    shuffled = whole.take(np.random.default_rng(4).permutation(2000))
+    pieces = [shuffled[start : start + 113] for start in range(0, 2000, 113)]
+    again = metaclip.keep_table(pieces, entries[::-1], 10, 7, tmp_path / "b", num_threads=4)
+    assert decisions(again) == first
+    assert decisions(metaclip.keep_table([whole], entries, 10, 8, tmp_path / "a")) != first
+
+
+def draw_in_whole_numbers(key, entry, seed):
+    """The random number in [0, 1) of a row and an entry, without NumPy: blake2b, splitmix64."""
+    salt = seed.to_bytes(8, "little")
+    hashes = [hashlib.blake2b(t.encode(), digest_size=8, salt=salt).digest() for t in (key, entry)]
+    x = sum(int.from_bytes(h, "little") for h in hashes) % 2**64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> shift)) * factor % 2**64
+    return Fraction((x ^ (x >> 31)) >> 11, 2**53)
+
+
+def test_decisions_are_the_same_on_every_platform(tmp_path):
+    # First output of splitmix64 of seed 0, as published by its author.
+    (mixed,) = metaclip._mix(np.array([0x9E3779B97F4A7C15], np.uint64))
+    assert mixed == 0xE220A8397B1DCDAF
+    table = metaclip.keep_table([rows(["cat"] * 16)], ["cat"], 6, 3, tmp_path)
+    kept = [key for key, keep in decisions(table).items() if keep]
+    expected = [f"k{i}" for i in range(16) if draw_in_whole_numbers(f"k{i}", "cat", 3) * 16 < 6]
+    assert kept == expected
+    # Written down: other draws would keep other rows of sets that users have published.
+    assert kept == ["k0", "k1", "k2", "k4", "k6", "k10", "k13", "k14"]
+
+
+def test_keep_table_yields_every_row_in_order_with_its_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(metaclip, "_ROWS_PER_PART", 8)
+    batch = rows(["cat"] * 20 + ["dog", None], list(range(100, 122)))
+    batches = list(metaclip.keep_table([batch[:5], batch[5:]], ["cat"], 1, 0, tmp_path))
+    table = pa.Table.from_batches(batches)
+    assert table.column_names == ["key", "keep", "reason"]
+    assert table["key"].to_pylist() == list(range(100, 122))
+    assert table["reason"].to_pylist()[-2:] == ["no_entry", "no_entry"]
+    for keep, reason in zip(table["keep"].to_pylist(), table["reason"].to_pylist(), strict=True):
+        assert (reason is None) == keep
+    assert {reason for reason in table["reason"].to_pylist()[:20]} <= {None, "not_sampled"}
+
+
+def test_keep_table_of_rare_entries_keeps_all_and_of_no_rows_nothing(tmp_path):
+    table = metaclip.keep_table([rows(["cat"] * 20)], ["cat"], 20, 0, tmp_path)
+    assert all(decisions(table).values())
+    assert list(metaclip.keep_table([], ["cat"], 20, 0, tmp_path)) == []
+    assert list(tmp_path.iterdir()) == []  # parts of other rows are gone
+
+
+def test_killed_matching_resumes_and_gives_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(metaclip, "_ROWS_PER_PART", 100)
+    texts, entries = make_texts(1000, 50, np.random.default_rng(5))
+    batch = rows(texts)
+    whole = metaclip.match_entries([batch], entries, tmp_path / "whole")
+    searched = []
+    make_search = metaclip._make_search
+
+    def count_searches(entries):
+        search = make_search(entries)
+        return lambda texts: searched.append(len(texts)) or search(texts)
+
+    monkeypatch.setattr(metaclip, "_make_search", count_searches)
+
+    def broken():
+        yield batch[:650]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        metaclip.match_entries(broken(), entries, tmp_path / "killed")
+    assert sum(searched) == 600
+    searched.clear()
+    resumed = metaclip.match_entries([batch[:333], batch[333:]], entries, tmp_path / "killed")
+    assert sum(searched) == 400
+    assert resumed.counts.tolist() == whole.counts.tolist()
+    for left, right in zip(resumed.parts, whole.parts, strict=True):
+        assert left.read_bytes() == right.read_bytes()
+
+    searched.clear()
+    texts[250] = "another text"
+    metaclip.match_entries([rows(texts)], entries, tmp_path / "killed")
+    assert sum(searched) == 100  # the part with the changed row
+    searched.clear()
+    metaclip.match_entries([rows(texts)], [*entries[1:], "another"], tmp_path / "killed")
+    assert sum(searched) == 1000
+
+
+def test_choose_cap_worked_example():
+    counts = np.array([4, 0, 10, 1, 3, 2, 0])  # shares from below: .05 .15 .3 .5 1
+    for tail_share, cap in ((0.05, 1), (0.06, 1), (0.15, 2), (0.28, 3), (0.45, 4), (1.0, 10)):
+        assert metaclip.choose_cap(counts, tail_share) == cap
+
+
+@pytest.mark.parametrize(
+    ("counts", "tail_share", "message"),
+    [
+        ([1], 0, "tail_share=0 must be above 0"),
+        ([1], 1.5, "tail_share=1.5 must be above 0 and at most 1"),
+        ([0, 0], 0.5, "No text holds an entry"),
+    ],
+)
+def test_choose_cap_of_unusable_input_is_one_clear_line(counts, tail_share, message):
+    with pytest.raises(ValueError, match=message):
+        metaclip.choose_cap(np.array(counts), tail_share)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"entries": []}, "There are no metadata entries"),
+        ({"entries": ["cat", "dog", "cat"]}, "Metadata entry 'cat' occurs more than once"),
+        ({"entries": ["cat", " "]}, "Metadata entry ' ' is blank"),
+        ({"entries": ["a\tb"]}, "holds a tab or line break"),
+        ({"cap": 0}, "cap=0 must be at least 1"),
+        ({"seed": -1}, "seed=-1 must be 0 to"),
+        ({"batches": [pa.record_batch({"key": [1], "TEXT": ["a"]})]}, "no column 'text', only key"),
+        ({"batches": [rows(["a"], [None])]}, "1 keys of a batch are null"),
+        (
+            {"batches": [pa.record_batch({"key": [1], "text": [["a"]]})]},
+            "Column 'text' of type list<.*> is no text",
+        ),
+    ],
+)
+def test_keep_table_of_unusable_input_is_one_clear_line(tmp_path, change, message):
+    arguments = {"batches": [rows(["a"])], "entries": ["a"], "cap": 1, "seed": 0} | change
+    with pytest.raises(ValueError, match=message) as caught:
+        list(metaclip.keep_table(**arguments, stage_dir=tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["entries.txt", "entries.json"])
+def test_read_entries_leaves_out_blank_and_repeated_ones_and_says_so(tmp_path, name):
+    given = ["New York", "", "naïve", "cat", " ", "cat"]
+    path = tmp_path / name
+    text = json.dumps(given) if name.endswith("json") else "\r\n".join(given) + "\n"
+    path.write_text(text, "utf-8-sig", newline="")
+    said = []
+    assert metadata_entries.read_entries(path, log=said.append) == ("New York", "naïve", "cat")
+    (line,) = said
+    assert line.endswith("left out 2 blank and 1 repeated metadata entries; 3 remain")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("e.txt", b"\n \n", "holds no metadata entry"),
+        ("e.txt", b"caf\xe9\n", "cannot be read as metadata entries"),
+        ("e.json", b'["a",', "cannot be read as metadata entries"),
+        ("e.json", b'{"a": 1}', "must hold one JSON list of strings"),
+        ("e.json", b'["a", 1]', "must hold one JSON list of strings"),
+    ],
+)
+def test_read_entries_of_unusable_file_names_it(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        metadata_entries.read_entries(tmp_path / name)
+    assert name in str(caught.value)
+
+
+def test_pmi_worked_example():
+    # "a b" 8 times, a 16 times, b 4 times in 64 words: log2(8 * 64 / (16 * 4)) = 3 bits.
+    assert metadata_entries.pmi(8, 16, 4, 64) == 3.0
+
+
+@pytest.fixture
+def dumps(tmp_path):
+    licence = "  1 This software and database is being provided to you\n"
+    synsets = {
+        "noun": "00001740 03 n 01 entity 0 003 ~ 00001930 n 0000 | that which\n"
+        "00009999 03 n 02 Physical_Entity 0 thing 1 000 | x\n"
+        "00011111 15 n 02 St._Louis 0 Gateway_City 0 000 | x\n",
+        "verb": "00001740 29 v 04 breathe 0 take_a_breath 0 respire 0 suspire 3 000 00 | x\n",
+        "adj": "00014490 00 s 01 galore(ip) 0 001 & 00013887 a 0000 | x\n",
+        "adv": "00001740 02 r 01 thing 0 000 | x\n00001837 02 r 01 entity 2 000 | x\n",
+    }
+    for part, lines in synsets.items():
+        (tmp_path / f"data.{part}").write_text(licence + lines)
+    counts = {"the": 2**29, "thing": 500, ",": 2000, "of": 500, "rare": 99, "x": 1, "y": 2}
+    counts["rest"] = 2**31 - sum(counts.values())  # so that there are 2**31 words
+    write_counts(tmp_path / "unigrams.tsv", counts)
+    # PMI 30 needs n_xy / (n_x n_y) >= 1 / 2: "x y" has log2(1 * 2**31 / 2) = 30, "of rare" less.
+    write_counts(tmp_path / "bigrams.tsv", {"the thing": 400, "x y": 1, "of rare": 99, "x x": 1})
+    views = {"Main_Page": 900, "Talk:Main_Page": 900, "Old_page": 69, "Page": 70, "-": 400}
+    write_counts(tmp_path / "views.tsv", views)
+    return tmp_path
+
+
+def write_counts(path, counts):
+    path.write_text("".join(f"{text}\t{count}\n" for text, count in counts.items()))
+
+
+def build(folder, **options):
+    tables = {
+        "unigrams": folder / "unigrams.tsv",
+        "bigrams": folder / "bigrams.tsv",
+        "page_views": folder / "views.tsv",
+    }
+    return metadata_entries.build_entries(**{"wordnet_dir": folder, **tables, **options})
+
+
+def test_build_entries_worked_example(dumps):
+    entries = build(dumps)
+    assert entries[:100] == tuple(str(number) for number in range(100))
+    assert entries[100:105] == ("entity", "physical entity", "st", "breathe", "galore")
+    assert entries[105:] == ("thing", "rest", "the", "of", "x x", "x y", "Main Page", "Page")
+
+
+def test_build_entries_stops_at_the_budget(dumps):
+    assert build(dumps, budget=107) == build(dumps)[:107]
+    assert build(dumps, budget=0) == ()
+
+
+def test_build_entries_of_some_sources_has_only_those(dumps):
+    assert build(dumps, wordnet_dir=None, bigrams=None, page_views=None)[100:] == (
+        *("rest", "the", "of", "thing"),
+    )
+
+
+def test_build_entries_of_wordnet_gives_as_many_as_the_paper():
+    folder = "/usr/share/wordnet"
+    if not os.path.isdir(folder):
+        pytest.skip(f"{folder} is not there; it comes with Debian's wordnet-base")
+    # Xu et al. 2023 table 1: 500,000 - 251,465 - 100,646 - 61,235.
+    assert len(metadata_entries.build_entries(wordnet_dir=folder)) == 86_654
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("data.verb", None, "data.verb does not exist; name the folder of WordNet"),
+        ("data.verb", "breathe v 4\n", "data.verb:1 is no synset of WordNet"),
+        ("unigrams.tsv", None, "unigrams.tsv does not exist; name a TSV file"),
+        ("unigrams.tsv", "the 5\n", "unigrams.tsv:1 is not a text, a tab and a count"),
+        ("views.tsv", "Page\t5\nPage\t-5\n", "views.tsv:2 is not a text, a tab and a count"),
+        ("bigrams.tsv", "the\t5\n", "'the' is no pair of words"),
+        ("bigrams.tsv", "the cat\t5\n", "'cat' of 'the cat' is not among the unigrams"),
+    ],
+)
+def test_build_entries_of_unusable_dump_names_file_and_line(dumps, name, content, message):
+    (dumps / name).unlink()
+    if content is not None:
+        (dumps / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        build(dumps)
+
+
+def test_build_entries_of_bigrams_without_unigrams_says_what_is_missing(dumps):
+    with pytest.raises(ValueError, match="Bigrams need the counts of their words"):
+        build(dumps, unigrams=None)
+
+
+def test_sum_page_views_passes_over_rare_hours_and_other_wikis():
+    lines = ["en Cat 60 0\n", "en Cat 49 0\n", "de Cat 90 0\n", "en Cat 50 0\n", "en Dog x 0\n", ""]
+    assert metadata_entries.sum_page_views(lines) == {"Cat": 110}

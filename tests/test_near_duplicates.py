@@ -1,0 +1,207 @@
+"""curate/phash.py and near_duplicates.py: the hash, exact and bucketed search, groups."""
+
+import io
+import zipfile
+
+import imagehash
+import numpy as np
+import pytest
+from helpers import real_data
+from PIL import Image
+
+from align_jax.curate import near_duplicates
+from align_jax.curate import phash as phash_module
+from align_jax.curate.phash import hamming_pairs, parse_hashes, phash
+
+
+def made_images():
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:90, :130]
+    ramp = np.stack([x, y, x + y], axis=-1).astype(np.uint8)
+    return {
+        "black": np.zeros((50, 60, 3), np.uint8),
+        "white": np.full((33, 31, 3), 255, np.uint8),
+        "diagonal": np.eye(64, dtype=np.uint8)[..., None].repeat(3, 2) * 255,
+        "ramp": ramp,
+        "stripes": ((x // 7 % 2) * 200).astype(np.uint8)[..., None].repeat(3, 2),
+        "noise": rng.integers(0, 256, (40, 41, 3), np.uint8),
+        "thin": rng.integers(0, 256, (2, 900, 3), np.uint8),
+        "32 px": rng.integers(0, 256, (32, 32, 3), np.uint8),
+    }
+
+
+@pytest.mark.parametrize("name", made_images())
+def test_phash_of_made_images_equals_imagehash(name):
+    image = made_images()[name]
+    assert phash(image) == str(imagehash.phash(Image.fromarray(image)))
+
+
+@pytest.mark.parametrize("archive", ["flickr8k/dev.zip", "imagenet_sample/images.zip"])
+def test_phash_of_real_files_equals_imagehash(archive):
+    with zipfile.ZipFile(real_data(archive)) as opened:
+        names = [name for name in opened.namelist() if name.lower().endswith((".jpg", ".jpeg"))]
+        files = [opened.read(name) for name in names[:300]]
+    for data in files:
+        image = Image.open(io.BytesIO(data))
+        assert phash(np.asarray(image.convert("RGB"))) == str(imagehash.phash(image))
+
+
+def test_parse_hashes_keeps_the_order_of_bits():
+    hashes = parse_hashes(["8000000000000001", "00000000000000ff"])
+    assert hashes.tolist() == [2**63 + 1, 255]
+    assert parse_hashes([]).shape == (0,)
+
+
+@pytest.mark.parametrize("wrong", ["12", "zz00000000000000", "0" * 17, "0" * 15 + " "])
+def test_parse_hashes_of_another_form_names_the_value(wrong):
+    with pytest.raises(ValueError, match=f"^'{wrong}' is no perceptual hash; one has 16 hex"):
+        parse_hashes(["0" * 16, wrong, "0" * 15])
+
+
+def near_hashes(count, seed):
+    """Random hashes, each followed by a copy with 0 to 18 other bits, and some equal ones."""
+    rng = np.random.default_rng(seed)
+    hashes = rng.integers(0, 2**64, count, np.uint64)
+    for row in range(0, count, 2):
+        flipped = hashes[row]
+        for bit in rng.choice(64, rng.integers(0, 19), replace=False):
+            flipped ^= np.uint64(1) << np.uint64(bit)
+        hashes[row + 1] = flipped
+    hashes[:12] = 0
+    return hashes[rng.permutation(count)]
+
+
+@pytest.mark.parametrize("distance", range(17))
+def test_hamming_pairs_equal_comparing_all(distance):
+    hashes = near_hashes(700, seed=distance)
+    left, right = hashes[:500], hashes[450:]
+    all_distances = np.bitwise_count(left[:, None] ^ right)
+    i, j = np.nonzero(all_distances <= distance)
+    found = hamming_pairs(left, right, distance)
+    np.testing.assert_array_equal(found, (i, j, all_distances[i, j]))
+    all_distances = np.bitwise_count(hashes[:, None] ^ hashes)
+    i, j = np.nonzero(np.triu(all_distances <= distance, 1))
+    found = hamming_pairs(hashes, None, distance)
+    np.testing.assert_array_equal(found, (i, j, all_distances[i, j]))
+    assert len(i) > 60
+
+
+def test_hamming_pairs_in_small_blocks_are_the_same(monkeypatch):
+    hashes = near_hashes(300, seed=1)
+    whole = hamming_pairs(hashes, None, 6)
+    monkeypatch.setattr(phash_module, "_CANDIDATES", 5)
+    np.testing.assert_array_equal(hamming_pairs(hashes, None, 6), whole)
+
+
+def test_hamming_pairs_of_no_hashes_are_none():
+    none = np.zeros(0, np.uint64)
+    assert [len(part) for part in hamming_pairs(none, none, 4)] == [0, 0, 0]
+    assert [len(part) for part in hamming_pairs(none, None, 4)] == [0, 0, 0]
+
+
+def test_hamming_pairs_beyond_use_say_what_to_change(monkeypatch):
+    monkeypatch.setattr(phash_module, "MAX_PAIRS", 1000)
+    with pytest.raises(ValueError, match="^More than 1,000 pairs of images are within distance 2"):
+        hamming_pairs(np.zeros(60, np.uint64), None, 2)
+    with pytest.raises(ValueError, match="^--max-distance 17 must be 0 to 16 of the 64 bits.$"):
+        hamming_pairs(np.zeros(60, np.uint64), None, 17)
+
+
+def clustered_embeddings(count, dim, seed, num_topics=150):
+    """Unit vectors around topics; every 20th is a near copy of the one before."""
+    rng = np.random.default_rng(seed)
+    topics = rng.normal(size=(num_topics, dim))
+    z = topics[rng.integers(0, num_topics, count)] + 0.8 * rng.normal(size=(count, dim))
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    copies = np.arange(1, count, 20)
+    angles = rng.uniform(0.0, 0.3, len(copies))[:, None]  # cosine 1 to 0.955
+    aside = rng.normal(size=(len(copies), dim))
+    aside -= (aside * z[copies - 1]).sum(1, keepdims=True) * z[copies - 1]
+    aside /= np.linalg.norm(aside, axis=1, keepdims=True)
+    z[copies] = np.cos(angles) * z[copies - 1] + np.sin(angles) * aside
+    return z.astype(np.float32)
+
+
+@pytest.mark.parametrize("block", [2**24, 4000])
+def test_all_pairs_equal_one_matrix(monkeypatch, block):
+    monkeypatch.setattr(near_duplicates, "_BLOCK_COSINES", block)
+    z = clustered_embeddings(600, 24, seed=0)
+    cosines = z @ z.T
+    i, j = np.nonzero(np.triu(cosines > 0.975, 1))
+    found = near_duplicates.embedding_pairs(z, None)
+    np.testing.assert_array_equal(found[:2], (i, j))
+    np.testing.assert_allclose(found[2], cosines[i, j], rtol=1e-6)
+    assert len(i) > 10
+    i, j = np.nonzero(cosines[:200, 150:] > 0.9)
+    found = near_duplicates.embedding_pairs(z[:200], z[150:], 0.9)
+    np.testing.assert_array_equal(found[:2], (i, j))
+
+
+def test_bucket_pairs_are_true_and_nearly_all(monkeypatch):
+    monkeypatch.setattr(near_duplicates, "_BLOCK_CANDIDATES", 10**6)  # several blocks
+    z = clustered_embeddings(4000, 48, seed=1)
+    exact = near_duplicates.all_pairs(z, None, 0.975)
+    bucketed = near_duplicates.bucket_pairs(z, None, 0.975, num_clusters=64)
+    pairs = [set(zip(*found[:2], strict=True)) for found in (exact, bucketed)]
+    assert pairs[1] <= pairs[0] and len(bucketed[0]) == len(pairs[1])
+    assert len(pairs[0]) > 100
+    assert len(pairs[1]) >= 0.98 * len(pairs[0])
+    exact = near_duplicates.all_pairs(z[:2500], z[1500:], 0.975)
+    bucketed = near_duplicates.bucket_pairs(z[:2500], z[1500:], 0.975, num_clusters=64)
+    pairs = [set(zip(*found[:2], strict=True)) for found in (exact, bucketed)]
+    assert pairs[1] <= pairs[0] and len(pairs[1]) >= 0.98 * len(pairs[0]) > 900
+
+
+def test_bucket_candidates_are_the_pairs_with_three_common_clusters():
+    rng = np.random.default_rng(2)
+    nearest = np.sort([rng.choice(30, 10, replace=False) for _ in range(80)], axis=1)
+    wanted = {
+        (i, j)
+        for i in range(80)
+        for j in range(i + 1, 80)
+        if len(set(nearest[i]) & set(nearest[j])) >= 3
+    }
+    i, j = near_duplicates.sharing(nearest, nearest, 30)
+    assert {
+        pair for pair in zip(i.tolist(), j.tolist(), strict=True) if pair[0] < pair[1]
+    } == wanted
+    assert 0 < len(wanted) < 80 * 79 / 2
+
+
+def test_embedding_pairs_beyond_exact_search_use_buckets(monkeypatch):
+    z = clustered_embeddings(2500, 16, seed=3)
+    exact = near_duplicates.embedding_pairs(z, None)
+    monkeypatch.setattr(near_duplicates, "_EXACT_COMPARISONS", 1e6)
+    monkeypatch.setattr(near_duplicates, "_IMAGES_PER_CLUSTER", 50)
+    monkeypatch.setattr(near_duplicates, "all_pairs", None)
+    first = near_duplicates.embedding_pairs(z, None)
+    assert 0.95 * len(exact[0]) <= len(first[0]) <= len(exact[0])
+    again = near_duplicates.embedding_pairs(z, None)
+    np.testing.assert_array_equal(first, again)
+
+
+def test_kmeans_finds_separate_clusters_and_is_seeded():
+    centres = np.eye(6, 16, dtype=np.float32)
+    z = np.repeat(centres, 50, axis=0) + 0.01
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    centroids = near_duplicates.kmeans(z, 12, seed=1)
+    np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, rtol=1e-6)
+    assert ((z @ centroids.T).max(axis=1) > 0.999).all()
+    np.testing.assert_array_equal(centroids, near_duplicates.kmeans(z, 12, seed=1))
+    assert not np.array_equal(centroids, near_duplicates.kmeans(z, 12, seed=2))
+    with pytest.raises(ValueError, match="^5 embeddings cannot make 6 clusters.$"):
+        near_duplicates.kmeans(z[:5], 6, seed=0)
+
+
+def test_too_many_similar_embeddings_say_what_to_change(monkeypatch):
+    monkeypatch.setattr(near_duplicates, "MAX_PAIRS", 1000)
+    z = np.ones((80, 4), np.float32) / 2
+    with pytest.raises(ValueError, match="^More than 500 pairs of images have a cosine above 0.9;"):
+        near_duplicates.embedding_pairs(z, None, 0.9)
+
+
+def test_first_of_groups_follows_chains():
+    first = near_duplicates.first_of_groups(7, np.array([5, 1, 6]), np.array([3, 5, 2]))
+    assert first.tolist() == [0, 1, 2, 1, 4, 1, 2]
+    none = np.zeros(0, np.int64)
+    assert near_duplicates.first_of_groups(3, none, none).tolist() == [0, 1, 2]

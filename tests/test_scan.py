@@ -1,0 +1,212 @@
+"""curate/scan.py: the metadata table of sources of every kind, and what it survives."""
+
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import time
+import zipfile
+
+import imagehash
+import numpy as np
+import pytest
+from helpers import environment, error_of, make_pairs, real_data, write_table
+from PIL import ExifTags, Image
+from pyarrow import parquet
+
+from align_jax import cli
+from align_jax.curate import scan as scan_module
+from align_jax.curate.pack import pack
+from align_jax.curate.scan import read_report, scan
+from align_jax.data import sources
+
+PAIRS = "captions.jsonl?images=images"
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def jpeg(image, **options):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def noise(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)
+
+
+def test_each_caption_is_a_row_with_the_facts_of_its_image(inside):
+    written = make_pairs(inside, 7)
+    report = scan(PAIRS, "out.parquet", part_size=3)
+    rows = parquet.read_table("out.parquet").to_pylist()
+    wanted = []
+    for index, row in enumerate(written):
+        data = (inside / "images" / row["image"]).read_bytes()
+        for caption in row["captions"]:
+            wanted.append(
+                {
+                    "key": row["image"],
+                    "text": caption,
+                    "index": index,
+                    "width": 56,
+                    "height": 48,
+                    "file_bytes": len(data),
+                    "sha256": hashlib.sha256(data).hexdigest(),
+                    "phash": str(imagehash.phash(Image.open(io.BytesIO(data)))),
+                }
+            )
+    assert rows == wanted
+    assert report["images"] == 7 and report["rows"] == 21 and report["unusable"] == {}
+    assert read_report("out.parquet") == report
+    assert parquet.ParquetFile("out.parquet").num_row_groups == 3
+
+
+def test_keys_are_those_that_pack_writes(inside):
+    make_pairs(inside, 5)
+    scan(PAIRS, "source.parquet")
+    pack(sources.open_source(PAIRS), "packed")
+    scan("packed?split=train", "packed.parquet")
+    tables = [parquet.read_table(name) for name in ("source.parquet", "packed.parquet")]
+    assert tables[0].to_pylist() == tables[1].to_pylist()
+
+
+def test_tars_and_scenes_are_scanned(inside):
+    scan(f"{real_data('wds_sample')}/*.tar?max=20", "tars.parquet")
+    keys = parquet.read_table("tars.parquet")["key"].to_pylist()
+    assert keys == [f"{number:09d}" for number in range(20)]
+    scan("scenes?size=4&seed=1", "scenes.parquet")
+    table = parquet.read_table("scenes.parquet")
+    assert table["file_bytes"].null_count == len(table) >= 4
+    assert len(set(table["sha256"].to_pylist())) == 4
+
+
+def test_labelled_images_have_their_class_as_text(inside):
+    for name in ("cat/0.jpg", "cat/1.jpg", "dog/0.jpg"):
+        path = inside / "pets" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(noise(20, 30)))
+    report = scan("pets", "out.parquet", labelled=True)
+    table = parquet.read_table("out.parquet").to_pydict()
+    assert table["text"] == ["cat", "cat", "dog"]
+    assert table["key"] == ["cat/0.jpg", "cat/1.jpg", "dog/0.jpg"]
+    assert report["labelled"]
+
+
+def test_damaged_images_and_blank_captions_are_counted_and_never_fatal(inside):
+    (inside / "images").mkdir()
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    files = {
+        "good.jpg": jpeg(noise(20, 30)),
+        "turned.jpg": jpeg(noise(20, 30), exif=turned),
+        "empty.jpg": b"",
+        "page.jpg": b"<html>not found</html>",
+        "cut.jpg": jpeg(noise(200, 300))[:2000],
+        "pixel.jpg": jpeg(noise(1, 1)),
+    }
+    for name, data in files.items():
+        (inside / "images" / name).write_bytes(data)
+    rows = [{"image": name, "captions": ["a", "  ", "b"]} for name in files]
+    rows[0]["captions"] = [" ", ""]
+    rows[1]["captions"] = ["half \ud83d of a pair"]
+    rows.append({"image": "missing.jpg", "captions": ["a"]})
+    write_table(inside / "captions.jsonl", rows)
+    report = scan(PAIRS, "out.parquet", part_size=2)
+    table = parquet.read_table("out.parquet").to_pydict()
+    assert table["key"] == ["good.jpg", "turned.jpg"]
+    assert table["text"] == ["", "half ? of a pair"]
+    assert (table["width"], table["height"]) == ([30, 20], [20, 30])
+    reasons = {"image_empty": 1, "image_not_an_image": 1, "image_truncated": 1}
+    assert report["unusable"] == reasons | {"image_too_small": 1}
+    assert report["unusable_keys"]["image_not_an_image"] == ["page.jpg"]
+    assert report["source_problems"] == {"image_missing": 1}
+
+
+def test_real_crawl_failures_are_counted_by_the_reasons_of_their_list(inside):
+    archive = real_data("metadata", "crawl_failures.zip")
+    listed = real_data("metadata", "crawl_failures.tsv").read_text().splitlines()
+    listed = [line.split("\t") for line in listed[1:]]
+    with zipfile.ZipFile(archive) as opened:
+        by_base = {name.rsplit("/", 1)[-1]: name for name in opened.namelist()}
+    rows = [{"image": by_base[line[0]], "captions": ["x"]} for line in listed]
+    write_table(inside / "captions.jsonl", rows)
+    report = scan(f"captions.jsonl?images={archive}", "out.parquet")
+    assert report["images"] + sum(report["unusable"].values()) == len(listed)
+    assert report["unusable"]["image_empty"] == sum(line[1] == "empty" for line in listed)
+    decoded = parquet.read_table("out.parquet").to_pydict()
+    sizes = {line[0]: (int(line[3]), int(line[4])) for line in listed}
+    for key, *size in zip(decoded["key"], decoded["width"], decoded["height"], strict=True):
+        assert sizes[key.rsplit("/", 1)[-1]] == tuple(size)
+
+
+def test_a_source_without_a_usable_image_is_an_error_and_leaves_nothing(inside):
+    (inside / "images").mkdir()
+    (inside / "images" / "a.jpg").write_bytes(b"")
+    write_table(inside / "captions.jsonl", [{"image": "a.jpg", "captions": ["a"]}])
+    with pytest.raises(ValueError, match="holds no usable image: {'image_empty': 1}.$"):
+        scan(PAIRS, "out.parquet")
+    assert sorted(path.name for path in inside.iterdir()) == ["captions.jsonl", "images"]
+
+
+def test_a_rerun_after_kill_9_gives_the_bytes_of_an_uninterrupted_run(inside):
+    make_pairs(inside, 40)
+    scan(PAIRS, "whole.parquet", part_size=6)
+    code = (
+        "import time, sys; from align_jax.curate import scan as s; read = s._Reader.__call__\n"
+        "def slow(self, index):\n    time.sleep(0.1)\n    return read(self, index)\n"
+        "s._Reader.__call__ = slow\n"
+        f"s.scan({PAIRS!r}, 'out.parquet', part_size=6, num_threads=2)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment())
+    parts = inside / ".out.parquet.parts"
+    deadline_s = time.monotonic() + 120
+    while len(list(parts.glob("*.parquet"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline_s
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (inside / "out.parquet").exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.parquet")}
+    assert 2 <= len(kept) < 7
+    written = []
+    real_write = scan_module._write_part
+    try:
+        scan_module._write_part = lambda path, results: (
+            written.append(path),
+            real_write(path, results),
+        )
+        scan(PAIRS, "out.parquet", part_size=6)
+    finally:
+        scan_module._write_part = real_write
+    assert len(written) == 7 - len(kept)
+    assert (inside / "out.parquet").read_bytes() == (inside / "whole.parquet").read_bytes()
+    assert not parts.exists()
+
+
+def test_parts_of_another_source_are_not_used(inside):
+    make_pairs(inside, 12)
+    parts = inside / ".out.parquet.parts"
+    parts.mkdir()
+    (parts / "source.json").write_text('{"spec": "another"}')
+    (parts / "000000.parquet").write_bytes(b"nothing")
+    report = scan(PAIRS, "out.parquet", part_size=6)
+    assert report["images"] == 12
+
+
+def test_align_scan_prints_the_report(inside, capsys):
+    make_pairs(inside, 4)
+    assert cli.main(["scan", PAIRS, "--out", "out.parquet"]) == 0
+    assert json.loads(capsys.readouterr().out) == read_report("out.parquet")
+
+
+def test_wrong_scan_arguments_are_one_line(inside, capfd):
+    (inside / "there.parquet").write_bytes(b"")
+    message = error_of(capfd, "scan", "scenes?size=4", "--out", "there.parquet")
+    assert message == "there.parquet exists; name a new file."
+    message = error_of(capfd, "scan", "nowhere", "--out", "out.parquet")
+    assert message.startswith("nowhere does not exist; accepted: ")
