@@ -2,7 +2,7 @@
 
 Both are the same for any order of the captions, and memory does not grow with their number. The
 trainer of the `tokenizers` library finds the same pieces (a test compares them), but counts pairs
-in 32 bits, numbers letters at random, holds all words in memory and takes four times as long.
+in 32 bits, numbers letters at random and holds all words in memory.
 """
 
 import heapq
