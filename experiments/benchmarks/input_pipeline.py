@@ -34,7 +34,7 @@ SHARDS = 4
 PACKAGES = {
     "align_jax, pil": "PIL",
     "align_jax, tf": "PIL",
-    "align_jax, pil, processes": "PIL",
+    "align_jax, pil, simplejpeg, processes": "simplejpeg",
     "align_jax, pil, simplejpeg": "simplejpeg",
     "align_jax, tf, simplejpeg": "simplejpeg",
     "tf.data": "tensorflow",
@@ -305,7 +305,7 @@ def web_dataset(folder):
 LOADERS = {
     "align_jax, pil": partial(ours, "pil", CORES, 0),
     "align_jax, tf": partial(ours, "tf", CORES, 0),
-    "align_jax, pil, processes": partial(ours, "pil", 1, CORES),
+    "align_jax, pil, simplejpeg, processes": partial(ours, "pil", 1, CORES),
     "align_jax, pil, simplejpeg": partial(ours, "pil", CORES, 0),
     "align_jax, tf, simplejpeg": partial(ours, "tf", CORES, 0),
     "tf.data": tf_data,
