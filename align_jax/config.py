@@ -16,6 +16,8 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
+from align_jax import config_keys
+
 
 def default_config() -> ConfigDict:
     """Returns the base configuration: the paper's recipe for EfficientNet-B7 + BERT-base.
@@ -155,6 +157,8 @@ def to_json(config: ConfigDict) -> str:
 def from_json(text: str) -> ConfigDict:
     """Returns the config that `to_json` wrote; lists become tuples again.
 
+    Keys that came to be after it was written have their defaults, which keep what was done before.
+
     Raises:
       ValueError: not JSON, or other keys than a config has.
     """
@@ -167,8 +171,9 @@ def from_json(text: str) -> ConfigDict:
     content = tuples(json.loads(text))
     if not isinstance(content, dict):
         raise ValueError("it holds no groups of keys.")
-    config = ConfigDict(content)
-    _check_keys(config, default_config(), "config")
+    config, defaults = ConfigDict(content), default_config()
+    _complete(config, defaults)
+    config_keys.check_keys(config, defaults, "config")
     return config
 
 
@@ -180,7 +185,7 @@ def validate(config: ConfigDict, *, num_devices: int, num_processes: int = 1) ->
       num_devices: global number of devices.
       num_processes: that feed them.
     """
-    _check_keys(config, default_config(), "config")
+    config_keys.check_keys(config, default_config(), "config")
     for path, allowed in _choices().items():
         _check_choice(config, path, allowed)
     for path in _POSITIVE:
@@ -313,6 +318,14 @@ def _check_sources(data):
             raise ValueError(f"{path}.weight={entry.weight} must be positive and finite.")
 
 
+def _complete(config, defaults):
+    for key, default in defaults.items():
+        if key not in config:
+            config[key] = default
+        elif isinstance(default, ConfigDict) and isinstance(config[key], ConfigDict):
+            _complete(config[key], default)
+
+
 def _complete_mixture(config):
     # A weight may be left out or be an integer; an override needs a number to replace. What is
     # wrong otherwise stays as it is, for `validate` to refuse.
@@ -374,53 +387,6 @@ def _check_patterns(patterns, path):
             ) from error
 
 
-def _check_keys(config, known, path):
-    for key in config:
-        _check_known(key, known, path)
-        value, default = config[key], known[key]
-        if isinstance(default, ConfigDict) and not isinstance(value, ConfigDict):
-            raise ValueError(f"{path}.{key}={value!r} must be a group of keys.")
-        if key in ("evaluators", "mixture"):
-            for name, entry in value.items():
-                if not isinstance(entry, ConfigDict):
-                    raise ValueError(f"{path}.{key}.{name}={entry!r} must be a group of keys.")
-                if key == "mixture":
-                    _check_entry(entry, f"{path}.{key}.{name}")
-        elif isinstance(default, ConfigDict):
-            _check_keys(value, default, f"{path}.{key}")
-        elif type(value) is not type(default):
-            raise ValueError(_wrong_type(f"{path}.{key}", value, default))
-    missing = [key for key in known if key not in config]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; start from default_config().")
-
-
-def _check_entry(entry, path):
-    known = {"source": "", "weight": 1.0}
-    for key, value in entry.items():
-        _check_known(key, known, path)
-        if type(value) is not type(known[key]) and not (key == "weight" and type(value) is int):
-            raise ValueError(_wrong_type(f"{path}.{key}", value, known[key]))
-
-
-def _check_known(key, known, path):
-    if key not in known:
-        close = difflib.get_close_matches(key, list(known), n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"Unknown key {path}.{key}.{hint} Known: {', '.join(sorted(known))}.")
-
-
-def _wrong_type(path, value, default):
-    wanted = {
-        bool: "true or false",
-        int: "an integer",
-        float: "a number",
-        str: "a text",
-        tuple: "a tuple, e.g. \"('_bn/',)\"",
-    }
-    return f"{path}={value!r} must be {wanted.get(type(default), type(default).__name__)}."
-
-
 def _check_choice(config, path, allowed):
     value = _get(config, path)
     if value in allowed:
@@ -468,11 +434,11 @@ def _where(path, error):
 def _override(config, keys, text):
     path = "config"
     for key in keys[:-1]:
-        _check_known(key, config, path)
+        config_keys.check_known(key, config, path)
         config, path = config[key], f"{path}.{key}"
         if not isinstance(config, ConfigDict):
             raise ValueError(f"{path} holds a value, no keys; set it by --{path}=...")
-    _check_known(keys[-1], config, path)
+    config_keys.check_known(keys[-1], config, path)
     path, default = f"{path}.{keys[-1]}", config[keys[-1]]
     if isinstance(default, ConfigDict):
         raise ValueError(f"{path}={text} is a group of keys; set one, e.g. --{path}.KEY=...")
@@ -490,7 +456,7 @@ def _parse(path, text, default):
     except (ValueError, SyntaxError):
         value = text
     if type(value) is not type(default):
-        raise ValueError(_wrong_type(path, value, default))
+        raise ValueError(config_keys.wrong_type(path, value, default))
     return value
 
 

@@ -312,6 +312,16 @@ def test_config_survives_json(inside):
     assert config.from_json(config.to_json(loaded)).to_dict() == loaded.to_dict()
 
 
+def test_config_of_an_older_version_gets_defaults_for_newer_keys(inside):
+    loaded = config.load_config("config.py")
+    older = json.loads(config.to_json(loaded))
+    del older["data"]["mixture"], older["loss"]["negatives"]
+    assert config.from_json(json.dumps(older)).to_dict() == loaded.to_dict()
+    older["data"]["mixtures"] = {}
+    with pytest.raises(ValueError, match="Unknown key config.data.mixtures. Did you mean 'mixture"):
+        config.from_json(json.dumps(older))
+
+
 def test_interrupted_start_leaves_a_workdir_that_the_same_command_continues(
     inside, monkeypatch, capfd
 ):

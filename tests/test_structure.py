@@ -23,6 +23,7 @@ LAYERS = {
     "curate": 1,
     "hub": 1,
     "config": 1,
+    "config_keys": 1,
     "optim": 2,
     "state": 2,
     "train_step": 2,
