@@ -3,7 +3,8 @@
 align train --config configs/coyo_b7_base.py --workdir /mnt/gcs/coyo_b7_base \
     --config.data.source='/mnt/gcs/coyo?split=train' --config.data.tokenizer=vocab.txt
 
-300 k steps of 65,536 pairs, about 8 days on TPU v3-512 for its authors; not run by this project.
+300 k steps of 65,536 pairs, about 8 days on TPU v3-512 for its authors; not run by this project. It
+fits 256 TPU v5e in one part (docs/pod_plans.md); fewer chips want config.train.microbatches.
 Published (their README): ImageNet KNN 68.6; zero-shot R@1 image to text / text to image:
 Flickr30K 88.1 / 73.2, MSCOCO 61.2 / 43.1.
 """
@@ -14,7 +15,6 @@ from configs.align_b7_base import get_config as get_b7_config
 def get_config():
     c = get_b7_config()
     c.train.batch_size = 65_536
-    c.train.microbatches = 2  # for 256 TPU v5e, see docs/pod_plans.md
     c.train.steps = 300_000
     c.optim.learning_rate = 2e-3
     c.optim.warmup_steps = 40_000
