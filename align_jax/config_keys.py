@@ -40,7 +40,8 @@ def check_known(key: str, known: Iterable[str], path: str) -> None:
     if key not in known:
         close = difflib.get_close_matches(key, list(known), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"Unknown key {path}.{key}.{hint} Known: {', '.join(sorted(known))}.")
+        names = ", ".join(sorted(known)) or "none; name it in the experiment file"
+        raise ValueError(f"Unknown key {path}.{key}.{hint} Known: {names}.")
 
 
 def wrong_type(path: str, value: Any, default: Any) -> str:

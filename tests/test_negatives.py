@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from align_jax import config, losses, mesh
+from align_jax import aot, config, losses, mesh, train
 from align_jax.models import dual_encoder
 
 
@@ -61,6 +61,26 @@ def test_loss_with_a_quarter_of_the_negatives_equals_the_masked_oracle(form):
             smooth = (1 - smoothing) * side[i, i] + smoothing * row.mean()
             expected += (np.log(np.exp(row).sum()) - smooth) / size
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_train_step_hands_the_config_s_share_to_the_loss(monkeypatch):
+    c = config.default_config()
+    c.model.image.variant, c.model.text.variant = "pico", "tiny"
+    c.data.image_size, c.data.max_tokens = 32, 8
+    c.train.batch_size, c.loss.mask_duplicates = 16, "caption"
+    given = []
+
+    def loss_fn(z_image, z_text, temperature, hashes, bias):
+        given.append([h.shape for h in hashes])
+        return (z_image * z_text).sum(), {}
+
+    monkeypatch.setattr(losses, "make_loss", lambda *args, **options: loss_fn)
+    for c.loss.negatives in losses.NEGATIVES:
+        grid = mesh.make_mesh()
+        _, _, abstract, step_fn = train.make_program(c, grid, vocab_size=99)
+        jax.eval_shape(step_fn, abstract, aot._abstract_batch(c, grid, 16))
+    captions = (16, 2)
+    assert given == [[captions], [captions] + [(16, 2)], [captions] + [(16, 2)] * 2]
 
 
 def test_all_negatives_need_no_hashes():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from align_jax import cli
 from align_jax.data.scenes import Scenes
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +57,23 @@ def test_python_example_runs(page, tiny_hf, tmp_path, monkeypatch):
     assert namespace["z_image"].shape == (2, 32)
     assert namespace["cosines"].shape[0] == 2
     np.testing.assert_allclose(namespace["probabilities"].sum(axis=1), 1, atol=1e-6)
+
+
+PAGES = ("README.md", "docs", "experiments")
+
+
+def test_every_align_command_of_the_pages_has_arguments_that_exist():
+    pages = [page for name in PAGES for page in [ROOT / name, *(ROOT / name).rglob("*.md")]]
+    commands = []
+    for page in filter(Path.is_file, pages):
+        for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            lines = block.replace("\\\n", " ").splitlines()
+            commands += [line for line in lines if line.startswith("align ")]
+    assert len(commands) > 30
+    for command in commands:
+        words = shlex.split(command, comments=True)[1:]
+        args, rest = cli._parser().parse_known_args([word for word in words if word != "&"])
+        assert all(args.takes_config and word.startswith("--config.") for word in rest), command
 
 
 def write_pairs(folder, table, archive, source):
