@@ -3,12 +3,9 @@
 Each is a dict for JSON and a table. Comparisons with other libraries are in experiments/benchmarks.
 """
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +13,7 @@ from ml_collections import ConfigDict
 
 from align_jax import config as config_lib
 from align_jax.data import images, mixture, pipeline, tokenizer
+from align_jax.progress import num_cores
 
 STAGES = ("read", "decode", "resize and crop", "tokenise", "assemble")
 _SAMPLE = 256  # records whose stages are timed
@@ -71,7 +69,7 @@ def measure_input(
         "source": source.describe(),
         "num_threads": config.data.num_threads,
         "num_workers": config.data.num_workers,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": num_cores(),
         "stages": stages,
         "dropped": dropped,
         "pipeline": _time_pipeline(config, source, wordpieces),
@@ -103,13 +101,6 @@ def format_input(report: dict[str, Any]) -> str:
             f"input-bound, {step['cores_needed']} such core(s) would do"
         )
     return "\n".join(lines)
-
-
-def write_report(path: str | os.PathLike, report: dict[str, Any]) -> None:
-    """Writes a report as indented JSON; makes the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _open_tokenizer(data, source, log):

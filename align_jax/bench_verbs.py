@@ -27,12 +27,12 @@ def add_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _bench(args, rest) -> None:
-    from align_jax import bench
+    from align_jax import aot, bench
     from align_jax import config as config_lib
 
     config = config_lib.load_config(args.config, rest)
     report = bench.measure_input(config, step_time_s=args.step_time, num_processes=args.processes)
     print(bench.format_input(report))
     if args.out:
-        bench.write_report(args.out, report)
+        aot.write_report(args.out, report)
         print(f"wrote {args.out}")

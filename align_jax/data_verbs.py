@@ -8,6 +8,8 @@ import json
 import os
 from collections.abc import Callable
 
+from align_jax.progress import num_cores, show_progress
+
 
 def add_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     """Adds the verbs by `add_verb(name, function of (args, rest), help) -> parser`."""
@@ -149,7 +151,7 @@ def _add_pack(add_verb):
     pack.add_argument(
         "--workers",
         type=int,
-        default=_num_cores(),
+        default=num_cores(),
         metavar="N",
         help="processes (default: one a core); the files written are the same for any number",
     )
@@ -174,11 +176,6 @@ def _add_pack(add_verb):
     pack.add_argument(
         "--drop", metavar="FILE", help="Parquet with a column key: these records are skipped"
     )
-
-
-def _num_cores():
-    # Those this process may use, where the system tells.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _pack(args, rest) -> None:
@@ -220,7 +217,6 @@ def _add_vocab(add_verb):
 
 def _vocab(args, rest) -> None:
     from align_jax import workdir
-    from align_jax.curate.progress import show_progress
     from align_jax.data import captions, sources, tokenizer
 
     if args.size < tokenizer.MIN_VOCAB_SIZE:

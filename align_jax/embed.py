@@ -11,8 +11,6 @@ import importlib.util
 import json
 import os
 import posixpath
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,12 +22,11 @@ from align_jax.data import archives, sources
 from align_jax.data.files import IMAGE_SUFFIXES
 from align_jax.data.images import BadImage, decode_image
 from align_jax.data.tfds_source import find_tfds_folder
-from align_jax.metrics import format_duration
+from align_jax.progress import show_progress
 
 FORMATS = ("npy", "parquet")
 
 _MANIFEST = "manifest.json"
-_PROGRESS_EVERY_S = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,15 +168,15 @@ def embed(
     embed_part = _embed_images if items.kind == "image" else _embed_texts
     starts = range(0, items.count, shard_size)
     todo = [k for k in range(len(starts)) if not (out / f"{k:05d}.{file_format}").exists()]
-    progress = _Progress(items, sum(min(shard_size, items.count - starts[k]) for k in todo))
-    for k in todo:
-        indices = range(starts[k], min(starts[k] + shard_size, items.count))
+    shards = [range(start, min(start + shard_size, items.count)) for start in starts]
+    left = sum(len(shards[k]) for k in todo)
+    for k in show_progress(todo, left, "embed", items.kind, size=lambda k: len(shards[k])):
+        indices = shards[k]
         keys, z, skipped = embed_part(model, items, indices, on_error)
         if not np.isfinite(z).all():
             bad = int(np.flatnonzero(~np.isfinite(z).all(axis=1))[0])
             raise RuntimeError(f"The embedding of {keys[bad]} is not finite; check the weights.")
         _write_shard(out / f"{k:05d}.{file_format}", keys, z, skipped)
-        progress.add(len(indices))
     reports = [json.loads((out / f"{k:05d}.json").read_text()) for k in range(len(starts))]
     counts = {
         "rows": sum(report["rows"] for report in reports),
@@ -296,26 +293,3 @@ def _replace(path: Path, write: Callable[[Any], Any]) -> None:
     with open(temporary, "wb") as file:
         write(file)
     os.replace(temporary, path)
-
-
-class _Progress:
-    """One line on stderr every ten seconds: done, rate, time left."""
-
-    def __init__(self, items: Items, total: int):
-        self._unit = f"{items.kind}s"
-        self._done, self._total = 0, total
-        self._start_s = self._last_s = time.monotonic()
-
-    def add(self, count: int) -> None:
-        self._done += count
-        now_s = time.monotonic()
-        if now_s - self._last_s < _PROGRESS_EVERY_S:
-            return
-        self._last_s = now_s
-        rate = self._done / (now_s - self._start_s)
-        left = format_duration((self._total - self._done) / rate)
-        print(
-            f"{self._done} of {self._total} {self._unit}, {rate:.1f} {self._unit}/s, {left} left",
-            file=sys.stderr,
-            flush=True,
-        )

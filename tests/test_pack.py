@@ -12,8 +12,8 @@ import tensorflow_datasets as tfds
 from helpers import real_data
 from PIL import Image
 
+from align_jax import progress
 from align_jax.curate import pack as pack_module
-from align_jax.curate import progress
 from align_jax.curate.pack import pack
 from align_jax.data import images
 from align_jax.data.archives import Problems

@@ -15,6 +15,7 @@ LAYERS = {
     "hlo": 0,
     "trees": 0,
     "mesh": 0,
+    "progress": 0,
     "multihost": 0,
     "losses": 1,
     "ring_loss": 1,

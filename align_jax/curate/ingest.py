@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from align_jax.curate import columns, text_tables
-from align_jax.curate.progress import show_progress
 from align_jax.curate.text_tables import PROBLEMS, as_float
+from align_jax.progress import show_progress
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 BATCH_ROWS = 1 << 17

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from align_jax.curate.progress import show_progress
+from align_jax.progress import show_progress
 
 _ROWS_PER_PART = 2**18
 _ROWS_PER_SEARCH = 2**10  # a half faster than 2**14: lists of matches stay small

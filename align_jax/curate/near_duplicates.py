@@ -9,7 +9,7 @@ import scipy.sparse
 import scipy.sparse.csgraph
 
 from align_jax.curate.phash import MAX_PAIRS
-from align_jax.curate.progress import show_progress
+from align_jax.progress import show_progress
 
 MIN_COSINE = 0.975
 NUM_NEAREST, NUM_SHARED = 10, 3

@@ -24,8 +24,8 @@ from align_jax import __version__
 from align_jax.curate import pack_finish, pack_unit
 from align_jax.curate.key_lists import write_key_list
 from align_jax.curate.pack_unit import SKIP_REASONS, Unit
-from align_jax.curate.progress import show_progress
 from align_jax.data.sources import PairSource
+from align_jax.progress import show_progress
 
 __all__ = ["REPORT_FILE", "SKIP_REASONS", "pack"]
 

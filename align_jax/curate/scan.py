@@ -14,9 +14,9 @@ import grain
 import numpy as np
 
 from align_jax.curate.phash import phash
-from align_jax.curate.progress import show_progress
 from align_jax.data import images, sources
 from align_jax.data.record import Record
+from align_jax.progress import show_progress
 
 _KEYS_LISTED = 20  # of each reason, in the report
 _METADATA = b"align_scan"

@@ -1,5 +1,10 @@
-"""How far a long loop over data has come, on standard error: a bar, or a line every ten seconds."""
+"""Long loops on this machine: how far one has come, and how many cores there are for it.
 
+Progress goes to standard error: a bar on a terminal, else a line every ten seconds. Training has a
+line of its own, see metrics.py.
+"""
+
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -51,3 +56,8 @@ def show_progress(
                     f"{left_min:.1f} min left"
                 )
             print(line, file=sys.stderr, flush=True)
+
+
+def num_cores() -> int:
+    """Returns the number of cores that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
