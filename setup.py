@@ -56,5 +56,5 @@ setup(
             "transformers>=5,<6",
         ],
     },
-    entry_points={"console_scripts": ["align = align_jax.cli:main"]},
+    entry_points={"console_scripts": ["align = align_jax.cli.main:main"]},
 )

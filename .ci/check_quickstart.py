@@ -6,7 +6,7 @@ one machine two runs give the same scores to the last digit.
 
 import sys
 
-from align_jax.metrics import read_metrics
+from align_jax.run.metrics import read_metrics
 
 FLOORS = {
     "eval/scenes/image_to_text_r1": 45.0,

@@ -13,13 +13,16 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from align_jax import __version__, checkpoint, encode, hub, model_card, train_step, trees, workdir
+from align_jax import __version__, encode, train_step, trees
 from align_jax import mesh as mesh_lib
-from align_jax.data import processor
 from align_jax.data.tokenizer import WordPieceTokenizer
 from align_jax.evals import templates as templates_lib
 from align_jax.evals import zeroshot
-from align_jax.models import convert, dual_encoder, hf_config, weights_file
+from align_jax.hf import config as hf_config
+from align_jax.hf import convert, hub, model_card, processor
+from align_jax.hf import weights as weights_file
+from align_jax.models import dual_encoder
+from align_jax.run import trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +186,7 @@ class Align:
         folder = Path(folder)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file; name a folder.")
-        if (folder / "config.json").exists() and not is_hugging_face(folder):
+        if (folder / "config.json").exists() and not hub.is_hugging_face(folder):
             raise ValueError(f"{folder} is a workdir; name another folder.")
         p = self.preprocessing
         config = hf_config.hf_from_model(self.model, image_size=p.image_size)
@@ -255,7 +258,7 @@ def load(
             f"{folder} is no model: config.json is missing; name a workdir of `align train` or a "
             "Hugging Face folder."
         )
-    if not is_hugging_face(folder):
+    if not hub.is_hugging_face(folder):
         return _load_workdir(folder, name, dtype, batch_size, step)
     if step is not None:
         raise ValueError(f"{name_or_path} is no workdir, so it has no step {step}.")
@@ -283,52 +286,14 @@ def load(
 
 
 def _load_workdir(path: Path, name: str, dtype, batch_size, step) -> Align:
-    config = workdir.load_config(path)
-    tokenizer, preprocessing = workdir.load(path)
-    if dtype is not None:
-        config.model.dtype = dtype
-    mesh = mesh_lib.make_mesh()
-    model = dual_encoder.make_model(
-        config.model,
-        vocab_size=tokenizer.vocab_size,
-        bias_init=config.loss.bias_init if config.loss.kind == "sigmoid" else None,
-    )
-    shapes = dual_encoder.abstract_variables(model)
-    abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        mesh_lib.infer_shardings(shapes, mesh),
-    )
-    folder = path / "checkpoints"
-    if not folder.is_dir():
-        raise ValueError(f"{path} holds no checkpoint yet; run `align train` longer.")
-    checkpoints = checkpoint.Checkpointer(folder)
-    try:
-        steps = checkpoints.steps()
-        if not steps:
-            raise ValueError(f"{path} holds no checkpoint yet; run `align train` longer.")
-        if step is not None and step not in steps:
-            raise ValueError(f"{path} has no checkpoint of step {step}; it has {steps}.")
-        step = steps[-1] if step is None else step
-        variables = checkpoints.restore_weights(step, abstract)
-    finally:
-        checkpoints.close()
+    found = trained.load_trained(path, dtype=dtype, step=step)
     return Align(
-        model,
-        variables,
-        tokenizer,
-        preprocessing,
-        mesh,
-        batch_size=config.eval.batch_size if batch_size is None else batch_size,
-        origin=Origin(name, step, config),
+        found.model,
+        found.variables,
+        found.tokenizer,
+        found.preprocessing,
+        found.mesh,
+        batch_size=found.config.eval.batch_size if batch_size is None else batch_size,
+        origin=Origin(name, found.step, found.config),
         show_progress=True,
     )
-
-
-def is_hugging_face(folder: Path) -> bool:
-    """Returns whether config.json is that of a transformers model; ours has other groups."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and bool({"model_type", "architectures"} & config.keys())

@@ -1,22 +1,19 @@
-"""The configuration: every key with its default and meaning, loading, and validation.
+"""The configuration: every key with its default and meaning, and loading.
 
 An experiment file (`configs/*.py`) starts from `default_config()`, changes what it needs and
-returns it. `validate` rejects unknown keys and impossible combinations before anything compiles.
+returns it. What cannot work is refused by config_checks.py before anything compiles.
 """
 
 import ast
 import difflib
 import json
-import math
 import os
-import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
-
-from align_jax import config_keys
 
 
 def default_config() -> ConfigDict:
@@ -48,7 +45,7 @@ def default_config() -> ConfigDict:
     model.scan_layers = False  # compile equal blocks once; same numbers
 
     c.data = data = ConfigDict()
-    data.source = ""  # see data/sources.open_source
+    data.source = ""  # see data/sources/open_source.py
     # Instead of a source, several: name -> {"source": ..., "weight": 1.0}; a batch holds rows of
     # each in proportion to the weights.
     data.mixture = ConfigDict()
@@ -173,149 +170,36 @@ def from_json(text: str) -> ConfigDict:
         raise ValueError("it holds no groups of keys.")
     config, defaults = ConfigDict(content), default_config()
     _complete(config, defaults)
-    config_keys.check_keys(config, defaults, "config")
+    check_keys(config, defaults, "config")
     return config
 
 
-def validate(config: ConfigDict, *, num_devices: int, num_processes: int = 1) -> None:
-    """Raises ValueError, in one line that names the config path, if the config cannot work.
+def check_keys(config: ConfigDict, known: ConfigDict, path: str) -> None:
+    """Raises ValueError if a config has other keys, or values of other types, than `known`.
 
     Args:
       config: to check.
-      num_devices: global number of devices.
-      num_processes: that feed them.
+      known: a config with every key.
+      path: of both, for the message.
     """
-    config_keys.check_keys(config, default_config(), "config")
-    for path, allowed in _choices().items():
-        _check_choice(config, path, allowed)
-    for path in _POSITIVE:
-        if not 0.0 < _get(config, path) < math.inf:
-            raise ValueError(f"config.{path}={_get(config, path)} must be positive and finite.")
-    for path in _RATES:
-        if not 0.0 <= _get(config, path) < 1.0:
-            raise ValueError(f"config.{path}={_get(config, path)} must lie in [0, 1).")
-    for path in _NOT_NEGATIVE:
-        if not 0.0 <= _get(config, path) < math.inf:
-            raise ValueError(f"config.{path}={_get(config, path)} must be finite and not negative.")
-    for path in ("optim.no_decay", "optim.no_trust_ratio"):
-        _check_patterns(_get(config, path), path)
-    if config.train.seed >= 2**32:
-        raise ValueError(f"config.train.seed={config.train.seed} must be below 2**32.")
-    _check_sources(config.data)
-    if config.data.resize_size < config.data.image_size:
-        raise ValueError(
-            f"config.data.resize_size={config.data.resize_size} is smaller than the crop "
-            f"config.data.image_size={config.data.image_size}."
-        )
-    if config.data.image_size < 32:
-        raise ValueError(
-            f"config.data.image_size={config.data.image_size} is below the trunk's stride, 32."
-        )
-    if config.data.max_tokens < 3 or config.data.max_tokens > config.model.text.max_positions:
-        raise ValueError(
-            f"config.data.max_tokens={config.data.max_tokens} must lie in [3, "
-            f"config.model.text.max_positions={config.model.text.max_positions}]."
-        )
-    if config.loss.kind == "sigmoid" and config.loss.label_smoothing:
-        raise ValueError(
-            f"config.loss.label_smoothing={config.loss.label_smoothing} is of the softmax; set it "
-            "to 0 with config.loss.kind='sigmoid'."
-        )
-    if not math.isfinite(config.loss.bias_init):
-        raise ValueError(f"config.loss.bias_init={config.loss.bias_init} must be finite.")
-    _check_batch(config, num_devices, num_processes)
-    if config.optim.warmup_steps >= config.train.steps:
-        raise ValueError(
-            f"config.optim.warmup_steps={config.optim.warmup_steps} leaves nothing of "
-            f"config.train.steps={config.train.steps}."
-        )
-    if config.optim.image_lr_multiplier == 0 and config.model.bn_mode != "frozen":
-        raise ValueError(
-            "config.optim.image_lr_multiplier=0 locks the image tower, but its BatchNorm "
-            "statistics would still move; set config.model.bn_mode='frozen'."
-        )
-
-
-_POSITIVE = (
-    "model.embed_dim",
-    "model.text.max_positions",
-    "model.bn_group_size",
-    "data.vocab_size",
-    "data.num_threads",
-    "loss.tile_size",
-    "loss.temperature_init",
-    "optim.learning_rate",
-    "optim.eps",
-    "train.batch_size",
-    "train.steps",
-    "train.microbatches",
-    "checkpoint.every_steps",
-    "checkpoint.keep",
-    "eval.every_steps",
-    "eval.batch_size",
-    "log.every_steps",
-)
-_RATES = (
-    "model.image.drop_path_rate",
-    "model.text.dropout_rate",
-    "model.bn_decay",
-    "loss.label_smoothing",
-    "optim.b1",
-    "optim.b2",
-)
-_NOT_NEGATIVE = (
-    "data.num_workers",
-    "optim.warmup_steps",
-    "optim.weight_decay",
-    "optim.clip_norm",
-    "optim.temperature_lr_multiplier",
-    "optim.image_lr_multiplier",
-    "optim.text_lr_multiplier",
-    "train.seed",
-)
-
-
-def _choices() -> dict[str, tuple[str, ...]]:
-    # Imported late: this module is read by tools that never build a model.
-    from align_jax import losses
-    from align_jax.data import images
-    from align_jax.models import bert, efficientnet, layers
-
-    return {
-        "init_towers": ("both", "image", "text"),
-        "model.image.variant": tuple(efficientnet.VARIANTS),
-        "model.text.variant": tuple(bert.VARIANTS),
-        "model.dtype": ("bfloat16", "float32"),
-        "model.padding": ("hf", "same"),
-        "model.bn_mode": layers.BN_MODES,
-        "model.remat": layers.REMAT,
-        "data.resize": images.RESIZE_METHODS,
-        "data.decode": images.DECODE_METHODS,
-        "loss.kind": tuple(losses.PARTS),
-        "loss.form": losses.FORMS,
-        "loss.mask_duplicates": tuple(losses.DUPLICATES),
-        "loss.negatives": tuple(losses.NEGATIVES),
-        "optim.name": ("lamb", "adamw", "lion"),
-        "optim.momentum_dtype": ("float32", "bfloat16"),
-        "optim.schedule": ("linear", "cosine"),
-        "optim.temperature": ("same", "log", "fixed"),
-    }
-
-
-def _check_sources(data):
-    if bool(data.source) == bool(data.mixture):
-        raise ValueError(
-            f"config.data.source={data.source!r} and config.data.mixture of {len(data.mixture)} "
-            "sources: give one of them, e.g. 'scenes?size=20000&seed=1'."
-        )
-    for name, entry in data.mixture.items():
-        path = f"config.data.mixture.{name}"
-        if not re.fullmatch(r"\w+", name):
-            raise ValueError(f"{path}: names of a mixture are letters, digits and underscores.")
-        if not entry.get("source"):
-            raise ValueError(f"{path}.source is empty; name a dataset.")
-        if not 0.0 < entry.get("weight", 1.0) < math.inf:
-            raise ValueError(f"{path}.weight={entry.weight} must be positive and finite.")
+    for key in config:
+        _check_known(key, known, path)
+        value, default = config[key], known[key]
+        if isinstance(default, ConfigDict) and not isinstance(value, ConfigDict):
+            raise ValueError(f"{path}.{key}={value!r} must be a group of keys.")
+        if key in ("evaluators", "mixture"):
+            for name, entry in value.items():
+                if not isinstance(entry, ConfigDict):
+                    raise ValueError(f"{path}.{key}.{name}={entry!r} must be a group of keys.")
+                if key == "mixture":
+                    _check_entry(entry, f"{path}.{key}.{name}")
+        elif isinstance(default, ConfigDict):
+            check_keys(value, default, f"{path}.{key}")
+        elif type(value) is not type(default):
+            raise ValueError(_wrong_type(f"{path}.{key}", value, default))
+    missing = [key for key in known if key not in config]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; start from default_config().")
 
 
 def _complete(config, defaults):
@@ -335,66 +219,6 @@ def _complete_mixture(config):
         if isinstance(entry, ConfigDict) and type(entry.get("weight", 1)) is int:
             with entry.unlocked(), entry.ignore_type():
                 entry.weight = float(entry.get("weight", 1))
-
-
-def _check_batch(config, num_devices, num_processes):
-    batch, group = config.train.batch_size, config.model.bn_group_size
-    if batch % num_devices:
-        below = batch // num_devices * num_devices
-        options = f"{below} or {below + num_devices}" if below else f"{num_devices}"
-        raise ValueError(
-            f"config.train.batch_size={batch} is not divisible by {num_devices} devices; "
-            f"use {options}."
-        )
-    if batch % num_processes:
-        raise ValueError(
-            f"config.train.batch_size={batch} is not divisible by {num_processes} processes."
-        )
-    if config.model.bn_mode == "grouped" and batch % group:
-        divisors = [n for n in range(2, min(batch, 64) + 1) if batch % n == 0]
-        raise ValueError(
-            f"config.model.bn_group_size={group} does not divide config.train.batch_size={batch}; "
-            f"choose one of {divisors}."
-        )
-    parts = config.train.microbatches
-    if parts > 1:
-        if config.model.bn_mode == "global":
-            raise ValueError(
-                f"config.train.microbatches={parts} never sees the batch that "
-                "config.model.bn_mode='global' normalises over; use 'grouped' or 'frozen'."
-            )
-        unit = math.lcm(num_devices, group if config.model.bn_mode == "grouped" else 1)
-        if batch % (parts * unit):
-            raise ValueError(
-                f"config.train.microbatches={parts} does not cut config.train.batch_size={batch} "
-                f"into parts divisible by {num_devices} devices and "
-                f"config.model.bn_group_size={group}; use at most {max(1, batch // unit)}, and a "
-                f"divisor of it."
-            )
-    if config.loss.form == "dense" and batch > 4096:
-        raise ValueError(
-            f"config.loss.form='dense' builds a {batch} x {batch} matrix; use 'sharded' or 'ring'."
-        )
-
-
-def _check_patterns(patterns, path):
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"config.{path} holds {pattern!r}, no regular expression: {error}."
-            ) from error
-
-
-def _check_choice(config, path, allowed):
-    value = _get(config, path)
-    if value in allowed:
-        return
-    names = [str(choice) for choice in allowed]
-    close = difflib.get_close_matches(str(value), names, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"config.{path}={value!r} is unknown.{hint} Known: {', '.join(names)}.")
 
 
 def _run_file(path, arguments):
@@ -434,11 +258,11 @@ def _where(path, error):
 def _override(config, keys, text):
     path = "config"
     for key in keys[:-1]:
-        config_keys.check_known(key, config, path)
+        _check_known(key, config, path)
         config, path = config[key], f"{path}.{key}"
         if not isinstance(config, ConfigDict):
             raise ValueError(f"{path} holds a value, no keys; set it by --{path}=...")
-    config_keys.check_known(keys[-1], config, path)
+    _check_known(keys[-1], config, path)
     path, default = f"{path}.{keys[-1]}", config[keys[-1]]
     if isinstance(default, ConfigDict):
         raise ValueError(f"{path}={text} is a group of keys; set one, e.g. --{path}.KEY=...")
@@ -456,11 +280,34 @@ def _parse(path, text, default):
     except (ValueError, SyntaxError):
         value = text
     if type(value) is not type(default):
-        raise ValueError(config_keys.wrong_type(path, value, default))
+        raise ValueError(_wrong_type(path, value, default))
     return value
 
 
-def _get(config, path):
-    for key in path.split("."):
-        config = config[key]
-    return config
+def _check_known(key: str, known: Iterable[str], path: str) -> None:
+    """Raises ValueError if the key is not known; names the one that is like it."""
+    if key not in known:
+        close = difflib.get_close_matches(key, list(known), n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        names = ", ".join(sorted(known)) or "none; name it in the experiment file"
+        raise ValueError(f"Unknown key {path}.{key}.{hint} Known: {names}.")
+
+
+def _wrong_type(path: str, value: Any, default: Any) -> str:
+    """Returns the message about a value that is of another type than the default."""
+    wanted = {
+        bool: "true or false",
+        int: "an integer",
+        float: "a number",
+        str: "a text",
+        tuple: "a tuple, e.g. \"('_bn/',)\"",
+    }
+    return f"{path}={value!r} must be {wanted.get(type(default), type(default).__name__)}."
+
+
+def _check_entry(entry, path):
+    known = {"source": "", "weight": 1.0}
+    for key, value in entry.items():
+        _check_known(key, known, path)
+        if type(value) is not type(known[key]) and not (key == "weight" and type(value) is int):
+            raise ValueError(_wrong_type(f"{path}.{key}", value, known[key]))

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from align_jax.align import Align
-from align_jax.data import archives, sources
-from align_jax.data.files import IMAGE_SUFFIXES
 from align_jax.data.images import BadImage, decode_image
-from align_jax.data.tfds_source import find_tfds_folder
-from align_jax.progress import show_progress
+from align_jax.data.sources import archives
+from align_jax.data.sources import open_source as sources
+from align_jax.data.sources.files import IMAGE_SUFFIXES
+from align_jax.data.sources.packed import find_tfds_folder
+from align_jax.run.progress import show_progress
 
 FORMATS = ("npy", "parquet")
 

@@ -17,10 +17,10 @@ import numpy as np
 import tqdm
 from jax.sharding import NamedSharding
 
-from align_jax import multihost
 from align_jax.data import images as images_lib
-from align_jax.data.processor import Preprocessing
 from align_jax.data.tokenizer import WordPieceTokenizer
+from align_jax.hf.processor import Preprocessing
+from align_jax.run import multihost
 
 ON_ERROR = ("raise", "skip")
 

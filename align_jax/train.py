@@ -22,25 +22,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from align_jax import (
-    align,
-    checkpoint,
-    init_from,
-    losses,
-    metrics,
-    multihost,
-    optim,
-    plots,
-    train_step,
-    trees,
-    workdir,
-)
-from align_jax import config as config_lib
+from align_jax import align, config_checks, losses, optim, train_step, trees
 from align_jax import evals as evals_lib
 from align_jax import mesh as mesh_lib
 from align_jax import state as state_lib
 from align_jax.data import mixture, pipeline
 from align_jax.models import dual_encoder
+from align_jax.run import checkpoint, init_from, metrics, multihost, plots, workdir
 
 
 class TrainingDiverged(RuntimeError):
@@ -64,7 +52,9 @@ def train_and_evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str,
       ValueError: a config, source or workdir that cannot work; nothing has been compiled then.
       TrainingDiverged: loss or gradient is not finite; the last good checkpoint is kept.
     """
-    config_lib.validate(config, num_devices=jax.device_count(), num_processes=jax.process_count())
+    config_checks.validate(
+        config, num_devices=jax.device_count(), num_processes=jax.process_count()
+    )
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp)
     source = mixture.open_sources(config.data.source, config.data.mixture.to_dict())
     with _naming("config.eval.evaluators"):

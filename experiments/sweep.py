@@ -15,7 +15,7 @@ import sys
 
 from ablation_base import MEASURES
 
-from align_jax import metrics, workdir
+from align_jax.run import metrics, workdir
 
 SMOKE = "smoke-"  # before the name of a point: its version for a CPU
 RESULTS = ("image_to_text_r1", "text_to_image_r1", "top1")  # of the evaluators, for the table
@@ -58,7 +58,7 @@ def main(argv=None) -> int:
 
 def _run(*arguments) -> int:
     """Returns the exit code of `align <arguments>`, which saves and ends when this is stopped."""
-    child = subprocess.Popen([sys.executable, "-m", "align_jax.cli", *arguments])
+    child = subprocess.Popen([sys.executable, "-m", "align_jax.cli.main", *arguments])
     before = {
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: child.terminate()),
         signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),  # the terminal tells both

@@ -13,7 +13,7 @@ def project(tmp_path_factory):
     """A folder with packed pairs, two vocabularies, a config and a workdir of 10 (stub) steps."""
     from helpers import CONFIG, StubStep, make_pairs, write_table
 
-    from align_jax import cli
+    from align_jax.cli import main as cli
 
     folder = tmp_path_factory.mktemp("project")
     make_pairs(folder, count=12)

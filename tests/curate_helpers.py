@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from align_jax.curate import curate
+from align_jax.curate.filter import curate
 
 
 def write_preset(path, *calls):

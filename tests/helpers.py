@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 from PIL import Image, ImageDraw
 
-from align_jax import cli, train, trees
+from align_jax import train, trees
+from align_jax.cli import main as cli
 from align_jax.data import images
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220)}
@@ -91,7 +92,7 @@ def write_table(path, rows):
 
 
 def align_command(*arguments):
-    return [sys.executable, "-m", "align_jax.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "align_jax.cli.main", *map(str, arguments)]
 
 
 def environment(cache=None, **variables):

@@ -22,7 +22,8 @@ from tiny_hf import CAPTIONS, IMAGE_SIZE, RESIZE_SIZE
 from transformers import AlignModel, AlignProcessor, pipeline
 
 import align_jax
-from align_jax import align, encode, hub
+from align_jax import align, encode
+from align_jax.hf import hub
 
 TEXTS = (*CAPTIONS[:3], "a dog " * 40, "", "two cats on a mat and one red square", "dog")
 

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from helpers import CONFIG, environment, make_pairs, run_align
 
-from align_jax import aot, cli, config, train
-from align_jax.data import pipeline, sources, tokenizer
+from align_jax import config, train
+from align_jax.cli import main as cli
+from align_jax.data import pipeline, tokenizer
+from align_jax.data.sources import open_source as sources
+from align_jax.plan import aot
 
 
 @pytest.fixture

@@ -9,10 +9,12 @@ import pytest
 from helpers import error_of
 from PIL import Image
 
-from align_jax import bench, cli
+from align_jax.cli import main as cli
 from align_jax.config import default_config
-from align_jax.data import images, sources
-from align_jax.data.record import Record
+from align_jax.data import images
+from align_jax.data.sources import open_source as sources
+from align_jax.data.sources.record import Record
+from align_jax.plan import bench
 
 READ_S = 0.004
 

@@ -12,9 +12,9 @@ from test_sources import (
     write_zip,
 )
 
-from align_jax.curate.pack import pack
-from align_jax.data.record import Record, weigh_captions
-from align_jax.data.sources import open_source
+from align_jax.curate.pack.pack import pack
+from align_jax.data.sources.open_source import open_source
+from align_jax.data.sources.record import Record, weigh_captions
 
 ROWS = [
     {"image": "a.jpg", "Alt": "a dog", "synthetic": ["one dog", "a dog runs"]},

@@ -1,4 +1,4 @@
-"""cli.py: what a user who makes a mistake with an experiment is told; see also test_cli_data."""
+"""cli/main.py: what is told of mistakes with an experiment; see also test_cli_data."""
 
 import contextlib
 import json
@@ -17,8 +17,10 @@ from helpers import (
     read_lines,
 )
 
-from align_jax import cli, config, workdir
+from align_jax import config
+from align_jax.cli import main as cli
 from align_jax.data import tokenizer
+from align_jax.run import workdir
 
 TRAIN = ("train", "--config", "config.py", "--workdir", "run")
 EVAL = ("eval", "--workdir", "run", "--retrieval", "data?split=train")
@@ -341,7 +343,7 @@ def test_interrupted_start_leaves_a_workdir_that_the_same_command_continues(
 
 def test_module_runs_as_a_program(project):
     done = subprocess.run(
-        [sys.executable, "-m", "align_jax.cli", "--version"],
+        [sys.executable, "-m", "align_jax.cli.main", "--version"],
         env=environment(),
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""cli.py: mistakes with the arguments of every verb, and what pack and vocab do with data."""
+"""cli/: mistakes with the arguments of every verb, and what pack and vocab do with data."""
 
 import json
 import os
@@ -7,8 +7,9 @@ import pytest
 from helpers import error_of, write_table
 from transformers import AutoTokenizer
 
-from align_jax import cli
-from align_jax.data import sources, tokenizer
+from align_jax.cli import main as cli
+from align_jax.data import tokenizer
+from align_jax.data.sources import open_source as sources
 
 VERBS = (
     *("train", "eval", "compile", "bench", "embed", "classify", "convert"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from align_jax import config, trees
+from align_jax import config, config_checks, trees
 from align_jax.models import dual_encoder
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -30,7 +30,7 @@ def load(name):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_config_is_valid_and_opens_with_its_command(path):
-    config.validate(load(path.stem), num_devices=8)
+    config_checks.validate(load(path.stem), num_devices=8)
     text = path.read_text()
     assert f"align train --config configs/{path.name}" in text
     assert "ublished" in text
@@ -70,10 +70,10 @@ def test_loss_settings_that_cannot_work_are_named(changes, message):
     c = load("align_b7_base")
     c.loss.update(changes)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        config.validate(c, num_devices=8)
+        config_checks.validate(c, num_devices=8)
 
 
 def test_sigmoid_loss_in_ring_form_is_valid():
     c = load("align_b7_base")
     c.loss.update({"kind": "sigmoid", "form": "ring", "label_smoothing": 0.0, "tile_size": 7})
-    config.validate(c, num_devices=8)
+    config_checks.validate(c, num_devices=8)

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from align_jax import config, trees
-from align_jax.models import convert, dual_encoder, hf_config, weights_file
+from align_jax.hf import config as hf_config
+from align_jax.hf import convert
+from align_jax.hf import weights as weights_file
+from align_jax.models import dual_encoder
 
 torch, transformers = hf.torch, hf.transformers
 SMALL = "other-widths"

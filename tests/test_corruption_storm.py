@@ -16,10 +16,11 @@ import pytest
 from helpers import CONFIG, environment, read_lines, real_data, run_align, snapshot
 from PIL import Image
 
-from align_jax.curate.pack import pack
-from align_jax.data import archives, images, pipeline, tokenizer
-from align_jax.data.record import Record
-from align_jax.data.sources import InMemory, open_source
+from align_jax.curate.pack.pack import pack
+from align_jax.data import images, pipeline, tokenizer
+from align_jax.data.sources import archives
+from align_jax.data.sources.open_source import InMemory, open_source
+from align_jax.data.sources.record import Record
 
 BENCHMARKS = Path(__file__).parents[1] / "experiments" / "benchmarks"
 

@@ -13,9 +13,9 @@ import pytest
 from curate_helpers import curate_table, read, reasons, write_preset
 from helpers import environment, error_of, real_data, run_align, snapshot, start_align
 
-from align_jax import cli
-from align_jax.curate import curate as curate_lib
-from align_jax.curate import presets, report
+from align_jax.cli import main as cli
+from align_jax.curate.filter import curate as curate_lib
+from align_jax.curate.filter import presets, report
 
 RULES = (
     "has_text()",

@@ -8,7 +8,7 @@ import pytest
 from curate_helpers import read
 from helpers import error_of, real_data
 
-from align_jax.curate import columns, ingest
+from align_jax.curate.filter import columns, ingest
 
 URL = "http://a.org/1.jpg"
 COYO = {

@@ -13,9 +13,9 @@ import sqlglot
 from curate_helpers import curate_table, reasons, write_preset
 from helpers import environment, snapshot
 
-from align_jax.curate import columns, engines, ingest
-from align_jax.curate import curate as curate_lib
-from align_jax.curate.presets import load_preset
+from align_jax.curate.filter import columns, engines, ingest
+from align_jax.curate.filter import curate as curate_lib
+from align_jax.curate.filter.presets import load_preset
 
 CALLS = (
     "has_text()",

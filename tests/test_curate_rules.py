@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 from curate_helpers import curate_table, reasons
 
-from align_jax.curate import ingest
-from align_jax.curate.presets import NAMES, load_preset
+from align_jax.curate.filter import ingest
+from align_jax.curate.filter.presets import NAMES, load_preset
 
 TWO = ["some text", "other text"]
 

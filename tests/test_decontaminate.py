@@ -1,4 +1,4 @@
-"""curate/decontaminate.py: what matched, what to drop, and mistakes with sets."""
+"""curate/near_duplicates/decontaminate.py: what matched, what to drop, and mistakes with sets."""
 
 import io
 import json
@@ -11,11 +11,11 @@ from helpers import error_of, make_pairs, real_data, snapshot, write_table
 from PIL import Image
 from pyarrow import parquet
 
-from align_jax import cli
-from align_jax.curate.decontaminate import decontaminate
-from align_jax.curate.phash import phash
+from align_jax.cli import main as cli
+from align_jax.curate.near_duplicates.decontaminate import decontaminate
 from align_jax.curate.scan import scan
-from align_jax.data.sources import open_source
+from align_jax.data.perceptual_hash import phash
+from align_jax.data.sources.open_source import open_source
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from tiny_hf import IMAGE_SIZE
 from transformers import AlignModel
 
 import align_jax
-from align_jax import cli, embed, evals
+from align_jax import embed, evals
+from align_jax.cli import main as cli
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from helpers import environment
 
-from align_jax import config, workdir
+from align_jax import config, config_checks
+from align_jax.run import workdir
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -48,7 +49,7 @@ def test_points_are_valid_and_differ_from_one_another(folder):
     ):
         loaded = [load_point(folder, prefix + point) for point in points]
         for c in loaded:
-            config.validate(c, num_devices=devices, num_processes=hosts)
+            config_checks.validate(c, num_devices=devices, num_processes=hosts)
             assert c.train.batch_size * c.train.steps <= (2000 if prefix else 16_384 * 10**6)
         assert len({config.to_json(c) for c in loaded}) == len(points) > 1
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from align_jax import losses, trees
-from align_jax.models import bert, convert, dual_encoder, efficientnet, hf_config, layers
+from align_jax.hf import config as hf_config
+from align_jax.hf import convert
+from align_jax.models import bert, dual_encoder, efficientnet, layers
 
 torch = hf.torch
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from align_jax import hlo, mesh
+from align_jax import mesh
+from align_jax.plan import hlo
 
 # Loops of 4 and, inside, of 3; groups written in all three ways; one gather that runs beside other
 # work and therefore appears three times; an all-reduce fused with its slicing.

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 from helpers import CONFIG, StubStep, error_of, make_pairs, read_checkpoint
 
-from align_jax import align, cli, config, init_from, mesh, trees
-from align_jax.data import processor, tokenizer
-from align_jax.models import convert, dual_encoder, weights_file
+from align_jax import align, config, mesh, trees
+from align_jax.cli import main as cli
+from align_jax.data import tokenizer
+from align_jax.hf import convert, processor
+from align_jax.hf import weights as weights_file
+from align_jax.models import dual_encoder
+from align_jax.run import init_from
 
 TRAIN = (
     "train",

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from align_jax import cli
+from align_jax.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 LAUNCHER = ROOT / "experiments" / "launch" / "tpu_vm.sh"

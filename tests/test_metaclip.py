@@ -1,4 +1,4 @@
-"""curate/metaclip.py against a direct reading of its algorithm, and the entries it looks for."""
+"""filter/metaclip.py against a direct reading of its algorithm, and the entries it looks for."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from helpers import real_data
 
-from align_jax.curate import metaclip, metadata_entries
+from align_jax.curate.filter import metaclip, metadata_entries
 
 pytest.importorskip("ahocorasick_rs")
 

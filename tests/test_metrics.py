@@ -13,14 +13,14 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from align_jax.metrics import (
+from align_jax.run.metrics import (
     MetricWriter,
     Progress,
     format_duration,
     format_progress,
     read_metrics,
 )
-from align_jax.plots import write_plots
+from align_jax.run.plots import write_plots
 
 
 def _loss(step):
@@ -90,7 +90,7 @@ def test_last_line_without_newline_is_kept_when_it_is_complete(tmp_path):
 
 def test_lines_survive_kill_9_without_close(tmp_path):
     code = (
-        "import os, signal, sys; from align_jax.metrics import MetricWriter\n"
+        "import os, signal, sys; from align_jax.run.metrics import MetricWriter\n"
         "writer = MetricWriter(sys.argv[1], resume_step=None)\n"
         "for step in range(1, 6): writer.write(step, {'loss': step / 3})\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -131,7 +131,7 @@ def test_tensorboard_shows_each_step_once_after_resume(tmp_path):
 
 def test_metrics_module_loads_neither_tensorflow_nor_jax(tmp_path):
     code = (
-        "import sys; from align_jax.metrics import MetricWriter\n"
+        "import sys; from align_jax.run.metrics import MetricWriter\n"
         "MetricWriter(sys.argv[1], resume_step=None).write(1, {'loss': 1.0})\n"
         "print([name for name in ('tensorflow', 'jax', 'torch') if name in sys.modules])\n"
     )
@@ -282,7 +282,7 @@ def test_write_plots_draws_every_plot_with_data_and_only_those(tmp_path):
 def test_write_plots_warns_of_nothing_and_loads_no_pyplot(tmp_path):
     _write_run(tmp_path, with_evals=True)
     code = (
-        "import sys; from align_jax.plots import write_plots\n"
+        "import sys; from align_jax.run.plots import write_plots\n"
         "write_plots(sys.argv[1])\n"
         "print('matplotlib.pyplot' in sys.modules)\n"
     )

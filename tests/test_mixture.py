@@ -17,11 +17,14 @@ from test_pipeline import (
     take,
 )
 
-from align_jax import cli, model_card, workdir
 from align_jax import config as config_lib
+from align_jax import config_checks
+from align_jax.cli import main as cli
 from align_jax.data import mixture
-from align_jax.data.record import Record, weigh_captions
-from align_jax.data.sources import InMemory
+from align_jax.data.sources.open_source import InMemory
+from align_jax.data.sources.record import Record, weigh_captions
+from align_jax.hf import model_card
+from align_jax.run import workdir
 
 
 def make_mixture(sizes=None, weights=None):
@@ -219,7 +222,7 @@ def test_override_changes_a_weight_that_the_file_left_out_or_gave_as_integer(tmp
     )
     overrides = ["--config.data.mixture.a.weight=0.25", "--config.data.mixture.b.source=z?max=3"]
     config = config_lib.load_config(file, overrides)
-    config_lib.validate(config, num_devices=1)
+    config_checks.validate(config, num_devices=1)
     assert config.data.mixture.to_dict() == {
         "a": {"source": "x", "weight": 0.25},
         "b": {"source": "z?max=3", "weight": 2.0},
@@ -244,19 +247,19 @@ def test_override_changes_a_weight_that_the_file_left_out_or_gave_as_integer(tmp
 )
 def test_bad_mixture_is_refused_with_its_path(entries, words):
     with pytest.raises(ValueError, match=words) as caught:
-        config_lib.validate(mixed_config(**entries), num_devices=1)
+        config_checks.validate(mixed_config(**entries), num_devices=1)
     assert "\n" not in str(caught.value)
 
 
 def test_source_and_mixture_exclude_one_another():
     config = mixed_config()
-    config_lib.validate(config, num_devices=1)
+    config_checks.validate(config, num_devices=1)
     config.data.source = "x"
     with pytest.raises(ValueError, match="config.data.source='x' and config.data.mixture of 2"):
-        config_lib.validate(config, num_devices=1)
+        config_checks.validate(config, num_devices=1)
     config.data.source, config.data.mixture = "", {}
     with pytest.raises(ValueError, match="config.data.source='' and config.data.mixture of 0"):
-        config_lib.validate(config, num_devices=1)
+        config_checks.validate(config, num_devices=1)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from helpers import CONFIG, environment, make_pairs, read_lines, start_align, wait_for_line
 
-from align_jax import cli, multihost
+from align_jax.cli import main as cli
+from align_jax.run import multihost
 
 TRAIN = (
     *("train", "--config", "config.py", "--config.train.batch_size=32"),

@@ -1,4 +1,4 @@
-"""curate/phash.py and near_duplicates.py: the hash, exact and bucketed search, groups."""
+"""perceptual_hash.py and near_duplicates/search.py: exact and bucketed search, groups."""
 
 import io
 import zipfile
@@ -9,9 +9,9 @@ import pytest
 from helpers import real_data
 from PIL import Image
 
-from align_jax.curate import near_duplicates
-from align_jax.curate import phash as phash_module
-from align_jax.curate.phash import hamming_pairs, parse_hashes, phash
+from align_jax.curate.near_duplicates import search as near_duplicates
+from align_jax.data import perceptual_hash as phash_module
+from align_jax.data.perceptual_hash import hamming_pairs, parse_hashes, phash
 
 
 def made_images():

@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from align_jax import aot, config, losses, mesh, train
+from align_jax import config, config_checks, losses, mesh, train
 from align_jax.models import dual_encoder
+from align_jax.plan import aot
 
 
 def pairs(size, seed=0):
@@ -92,4 +93,4 @@ def test_other_share_is_refused_in_one_line():
     c.data.source = "scenes?size=10"
     c.loss.negatives = 0.3
     with pytest.raises(ValueError, match="config.loss.negatives=0.3 is unknown.*1.0, 0.5, 0.25"):
-        config.validate(c, num_devices=1)
+        config_checks.validate(c, num_devices=1)

@@ -1,4 +1,4 @@
-"""curate/pack.py: what is written, what is skipped, and who can read it."""
+"""curate/pack/pack.py: what is written, what is skipped, and who can read it."""
 
 import io
 import json
@@ -12,13 +12,13 @@ import tensorflow_datasets as tfds
 from helpers import real_data
 from PIL import Image
 
-from align_jax import progress
-from align_jax.curate import pack as pack_module
-from align_jax.curate.pack import pack
+from align_jax.curate.pack import pack as pack_module
+from align_jax.curate.pack.pack import pack
 from align_jax.data import images
-from align_jax.data.archives import Problems
-from align_jax.data.record import Record
-from align_jax.data.sources import InMemory, open_source
+from align_jax.data.sources.archives import Problems
+from align_jax.data.sources.open_source import InMemory, open_source
+from align_jax.data.sources.record import Record
+from align_jax.run import progress
 
 
 def jpeg(shade):
@@ -168,9 +168,9 @@ def test_progress_is_one_line_a_period_when_stderr_is_no_terminal(tmp_path, caps
 
 def test_packing_and_reading_import_no_tensorflow(tmp_path):
     code = (
-        "import sys; from align_jax.curate.pack import pack; "
-        "from align_jax.data.sources import InMemory, open_source; "
-        "from align_jax.data.record import Record; import numpy as np; "
+        "import sys; from align_jax.curate.pack.pack import pack; "
+        "from align_jax.data.sources.open_source import InMemory, open_source; "
+        "from align_jax.data.sources.record import Record; import numpy as np; "
         "pack(InMemory([Record('k', np.zeros((8, 8, 3), np.uint8), ('a',))]), sys.argv[1]); "
         "assert open_source(sys.argv[1])[0].key == 'k'; "
         "assert not {'tensorflow', 'torch', 'jax'} & set(sys.modules)"

@@ -1,4 +1,4 @@
-"""curate/pack.py: lists of keys to keep and to drop, kept texts, resizing."""
+"""curate/pack/pack.py: lists of keys to keep and to drop, kept texts, resizing."""
 
 import io
 
@@ -9,11 +9,11 @@ import pytest
 from helpers import error_of
 from PIL import Image
 
-from align_jax.curate import key_lists
-from align_jax.curate.pack import pack
+from align_jax.curate.pack import key_lists
+from align_jax.curate.pack.pack import pack
 from align_jax.data import images
-from align_jax.data.record import Record
-from align_jax.data.sources import InMemory, open_source
+from align_jax.data.sources.open_source import InMemory, open_source
+from align_jax.data.sources.record import Record
 
 
 def picture(width=8, height=8, shade=100, kind="JPEG", **options):

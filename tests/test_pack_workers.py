@@ -1,4 +1,4 @@
-"""curate/pack.py: the same files from any number of workers, from Beam, and after a kill."""
+"""curate/pack/: the same files from any number of workers, from Beam, and after a kill."""
 
 import io
 import json
@@ -12,11 +12,12 @@ import pytest
 from helpers import align_command, environment, snapshot
 from PIL import Image
 
-from align_jax.curate import pack_finish, pack_unit
-from align_jax.curate.pack import pack
-from align_jax.data import shards
-from align_jax.data.record import Record
-from align_jax.data.sources import InMemory, open_source
+from align_jax.curate.pack import finish as pack_finish
+from align_jax.curate.pack import unit as pack_unit
+from align_jax.curate.pack.pack import pack
+from align_jax.data.sources import shards
+from align_jax.data.sources.open_source import InMemory, open_source
+from align_jax.data.sources.record import Record
 
 OPTIONS = {"unit_records": 16, "shard_bytes": 6000}
 
@@ -236,8 +237,8 @@ def wait_until(condition, process, timeout_s=120):
 
 PACK = """
 import sys
-from align_jax.curate.pack import pack
-from align_jax.data.sources import open_source
+from align_jax.curate.pack.pack import pack
+from align_jax.data.sources.open_source import open_source
 
 if __name__ == "__main__":
     pack(open_source(sys.argv[1]), sys.argv[2], unit_records=8, num_workers=int(sys.argv[3]))

@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from align_jax.curate.pack import pack
-from align_jax.data import tables
-from align_jax.data.sources import open_source
+from align_jax.curate.pack.pack import pack
+from align_jax.data.sources import tables
+from align_jax.data.sources.open_source import open_source
 
 
 def jpeg(shade):

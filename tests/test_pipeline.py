@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from align_jax.data import images, mixture, pipeline
-from align_jax.data.record import Record
-from align_jax.data.sources import InMemory
+from align_jax.data.sources.open_source import InMemory
+from align_jax.data.sources.record import Record
 
 SEED = 11
 SETTINGS = dict(image_size_px=6, resize_px=8, resize="pil", flip=True, max_tokens=12)

@@ -1,4 +1,4 @@
-"""data/processor.py: what it reads and writes against transformers, and what it refuses."""
+"""hf/processor.py: what it reads and writes against transformers, and what it refuses."""
 
 import json
 
@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from transformers import AlignProcessor, EfficientNetImageProcessorPil
 
-from align_jax.data import images, processor, tokenizer
+from align_jax.data import images, tokenizer
+from align_jax.hf import processor
 
 # As published: kakaobrain/align-base, main branch, written by transformers 4.
 ALIGN_BASE = {

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from align_jax import cli
-from align_jax.data.scenes import Scenes
+from align_jax.cli import main as cli
+from align_jax.data.sources.scenes import Scenes
 
 ROOT = Path(__file__).parents[1]
 SMALLER = (
@@ -110,7 +110,7 @@ def test_commands_of_the_readme_run_on_a_small_dataset(tmp_path):
         verbs.append(words[1])
         words += SMALLER.split() if words[1] == "train" else []
         run = subprocess.run(
-            [sys.executable, "-m", "align_jax.cli", *words[1:]],
+            [sys.executable, "-m", "align_jax.cli.main", *words[1:]],
             cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             capture_output=True,

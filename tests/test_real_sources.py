@@ -5,7 +5,7 @@ import pytest
 from helpers import real_data
 
 from align_jax.data import images
-from align_jax.data.sources import open_labelled, open_source
+from align_jax.data.sources.open_source import open_labelled, open_source
 
 
 def test_real_tars_equal_the_zip_they_were_made_from():

@@ -9,7 +9,7 @@ import pytest
 from helpers import decoded
 from PIL import Image
 
-from align_jax.data.sources import InMemory
+from align_jax.data.sources.open_source import InMemory
 from align_jax.evals import (
     Retrieval,
     format_table,

@@ -15,11 +15,11 @@ from helpers import environment, error_of, make_pairs, real_data, write_table
 from PIL import ExifTags, Image
 from pyarrow import parquet
 
-from align_jax import cli
+from align_jax.cli import main as cli
 from align_jax.curate import scan as scan_module
-from align_jax.curate.pack import pack
+from align_jax.curate.pack.pack import pack
 from align_jax.curate.scan import read_report, scan
-from align_jax.data import sources
+from align_jax.data.sources import open_source as sources
 
 PAIRS = "captions.jsonl?images=images"
 

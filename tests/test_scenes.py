@@ -4,8 +4,8 @@ import re
 import numpy as np
 import pytest
 
-from align_jax.data import scene_captions, scenes
-from align_jax.data.scenes import COLOURS, SHAPES, SIZES, TONES, LabelledScenes, Scenes
+from align_jax.data.sources import scene_captions, scenes
+from align_jax.data.sources.scenes import COLOURS, SHAPES, SIZES, TONES, LabelledScenes, Scenes
 
 
 def true_scene(index, source):

@@ -8,9 +8,9 @@ import pytest
 from helpers import snapshot
 from PIL import Image
 
-from align_jax.curate.pack import pack
-from align_jax.data import shards
-from align_jax.data.sources import open_source
+from align_jax.curate.pack.pack import pack
+from align_jax.data.sources import shards
+from align_jax.data.sources.open_source import open_source
 
 
 def jpeg(shade):

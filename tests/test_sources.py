@@ -1,4 +1,4 @@
-"""data/sources.py and the stores behind it: archives, tables, files, TFDS folders."""
+"""data/sources/: archives, tables, files, TFDS folders."""
 
 import io
 import json
@@ -14,8 +14,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from align_jax.data import images
-from align_jax.data.record import Record
-from align_jax.data.sources import InMemory, open_labelled, open_source
+from align_jax.data.sources.open_source import InMemory, open_labelled, open_source
+from align_jax.data.sources.record import Record
 
 
 def jpeg(shade):

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from test_pipeline import SETTINGS, LetterTokenizer, assert_same_batches, make_source, take
 
-from align_jax.curate.pack import pack
+from align_jax.curate.pack.pack import pack
 from align_jax.data import mixture, pipeline, read_ahead
-from align_jax.data.sources import InMemory, open_source
+from align_jax.data.sources.open_source import InMemory, open_source
 
 
 class SlowSource(InMemory):

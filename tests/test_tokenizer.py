@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align_jax.data.scenes import Scenes
+from align_jax.data.sources.scenes import Scenes
 from align_jax.data.tokenizer import (
     SPECIAL_TOKENS,
     WordPieceTokenizer,
@@ -232,7 +232,8 @@ def test_tokenizer_survives_pickling(tokenizer):
 
 def test_import_leaves_heavy_libraries_alone():
     code = (
-        "import sys, align_jax.data.tokenizer, align_jax.data.images, align_jax.data.scenes\n"
+        "import sys, align_jax.data.tokenizer, align_jax.data.images\n"
+        "import align_jax.data.sources.scenes\n"
         "print([m for m in ('jax', 'transformers', 'torch', 'tensorflow') if m in sys.modules])"
     )
     result = subprocess.run(

@@ -29,7 +29,8 @@ from helpers import (
     write_table,
 )
 
-from align_jax import cli, train
+from align_jax import train
+from align_jax.cli import main as cli
 
 TRAIN = ("train", "--config", "config.py")
 # Half the compile time; for runs whose numbers need not be those of the default.

@@ -14,9 +14,10 @@ from test_tokenizer import TRICKY
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.trainers import WordPieceTrainer
 
-from align_jax import cli
-from align_jax.data import captions, tokenizer, vocabulary
-from align_jax.data.scenes import Scenes
+from align_jax.cli import main as cli
+from align_jax.data import tokenizer, vocabulary
+from align_jax.data.sources import captions
+from align_jax.data.sources.scenes import Scenes
 
 SPECIAL = tokenizer.SPECIAL_TOKENS
 BERT = normalizers.BertNormalizer(lowercase=True)

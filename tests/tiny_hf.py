@@ -3,7 +3,8 @@
 import torch
 from transformers import AlignConfig, AlignModel
 
-from align_jax.data import processor, tokenizer
+from align_jax.data import tokenizer
+from align_jax.hf import processor
 
 CAPTIONS = ["a photo of a cat", "a photo of a dog", "two red squares and circles on a mat"] * 3
 IMAGE_SIZE, RESIZE_SIZE = 33, 40

@@ -1,4 +1,6 @@
-"""Making training sets: what to keep of noisy image-text pairs, and packing it for random access.
+"""From noisy web pairs to a training set, in the order of use: scan (sizes and hashes of images),
+filter/ (which pairs to keep), near_duplicates/ (what an evaluation set holds already), pack/ (a
+dataset with random access).
 
-Nothing here runs during training; the packed folders are read by data/sources.py.
+Nothing here runs during training; packed folders are read by data/sources/packed.py.
 """

@@ -13,10 +13,11 @@ from types import ModuleType
 import grain
 import numpy as np
 
-from align_jax.curate.phash import phash
-from align_jax.data import images, sources
-from align_jax.data.record import Record
-from align_jax.progress import show_progress
+from align_jax.data import images
+from align_jax.data.perceptual_hash import phash
+from align_jax.data.sources import open_source as sources
+from align_jax.data.sources.record import Record
+from align_jax.run.progress import show_progress
 
 _KEYS_LISTED = 20  # of each reason, in the report
 _METADATA = b"align_scan"

@@ -16,9 +16,9 @@ from fractions import Fraction
 import grain
 import numpy as np
 
-from align_jax.data import sources as sources_lib
-from align_jax.data.archives import Problems
-from align_jax.data.record import Record
+from align_jax.data.sources import open_source as sources_lib
+from align_jax.data.sources.archives import Problems
+from align_jax.data.sources.record import Record
 
 _MAX_PAIRS = 2**31  # an index goes to the device as int32
 

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from align_jax import encode, multihost, train_step
+from align_jax import encode, train_step
 from align_jax import mesh as mesh_lib
+from align_jax.run import multihost
 
 # A component is four digits to base 256, -128 to 128: exact in bfloat16 and TF32, to which matrix
 # units round their inputs. Sums of this many products of two digits are exact in float32.

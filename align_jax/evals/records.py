@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from align_jax import multihost
 from align_jax.data.images import BadImage, decode_image
+from align_jax.run import multihost
 
 
 def encode_records(

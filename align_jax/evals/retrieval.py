@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from align_jax.data.images import decode_image
-from align_jax.data.sources import open_source
+from align_jax.data.sources.open_source import open_source
 from align_jax.evals.ranking import pair_ranks
 from align_jax.evals.records import encode_records
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from align_jax import multihost
-from align_jax.data.sources import open_labelled
+from align_jax.data.sources.open_source import open_labelled
 from align_jax.evals.ranking import pair_ranks
 from align_jax.evals.records import encode_records
 from align_jax.evals.templates import SIMPLE, load_templates
+from align_jax.run import multihost
 
 
 def class_vectors(
@@ -92,7 +92,7 @@ class ZeroShot:
 
     Args:
       name: prefix of its metrics.
-      source: what `align_jax.data.sources.open_labelled` takes, or an open labelled source.
+      source: what `open_labelled` takes, or an open labelled source.
       templates: see `load_templates`.
       class_names: words for the classes, in label order; the source's own names by default.
 

@@ -27,9 +27,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from align_jax.curate.pack import pack
+from align_jax.curate.pack.pack import pack
 from align_jax.data import pipeline, tokenizer
-from align_jax.data.sources import open_source
+from align_jax.data.sources.open_source import open_source
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,7 @@ def main():
         preset = "align"
         if args.top:
             preset = str(Path(folder) / "align_top.py")
-            text = (ROOT / "align_jax/curate/presets/align.py").read_text()
+            text = (ROOT / "align_jax/curate/filter/presets/align.py").read_text()
             Path(preset).write_text(text.replace("top=100_000_000", f"top={args.top}"))
         kept = set()
         for engine in args.engine or ["duckdb"]:
@@ -66,7 +66,7 @@ def main():
 
 def run(folder, preset, engine, memory_gib):
     """Prints time, memory and counts of one run as a line of JSON."""
-    from align_jax.curate import curate
+    from align_jax.curate.filter import curate
 
     start = time.monotonic()
     out = Path(folder) / f"out-{engine.partition(':')[0]}"

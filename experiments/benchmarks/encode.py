@@ -161,7 +161,8 @@ def make_folder(folder):
     import torch
     from transformers import AlignConfig, AlignModel
 
-    from align_jax.data import processor, tokenizer
+    from align_jax.data import tokenizer
+    from align_jax.hf import processor
 
     torch.manual_seed(0)
     config = AlignConfig(vision_config={"image_size": 289, "hidden_dim": 640}, projection_dim=640)

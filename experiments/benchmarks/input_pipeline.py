@@ -132,9 +132,9 @@ def tree_cpu_s(pid):
 def write_data(folder, photos, size, count):
     """Writes the same images as files, tars and ArrayRecord; returns their mean size in bytes."""
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    from align_jax.curate import pack
-    from align_jax.data import sources
-    from align_jax.data.record import Record
+    from align_jax.curate.pack import pack
+    from align_jax.data.sources import open_source as sources
+    from align_jax.data.sources.record import Record
 
     (folder / "files").mkdir()
     records = []
@@ -155,7 +155,7 @@ def write_data(folder, photos, size, count):
 
 def mosaics(photos):
     """Yields endless images of as much detail as photos have: 2 x 2 photos of 128 px each."""
-    from align_jax.data import scenes
+    from align_jax.data.sources import scenes
 
     if photos:
         archive = zipfile.ZipFile(photos)
@@ -174,7 +174,8 @@ def mosaics(photos):
 
 def ours(method, num_threads, num_workers, folder):
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    from align_jax.data import pipeline, sources, tokenizer
+    from align_jax.data import pipeline, tokenizer
+    from align_jax.data.sources import open_source as sources
 
     source = sources.open_source(str(folder / "pairs"))
     wordpieces = tokenizer.train_wordpiece(

@@ -15,9 +15,9 @@ import time
 import numpy as np
 from PIL import Image
 
-from align_jax.curate.phash import hamming_pairs, parse_hashes, phash
 from align_jax.data.images import decode_image
-from align_jax.data.sources import open_source
+from align_jax.data.perceptual_hash import hamming_pairs, parse_hashes, phash
+from align_jax.data.sources.open_source import open_source
 
 DISTANCES = (0, 2, 4, 6, 8, 10, 12)
 

@@ -6,7 +6,7 @@ Rare tokens are left out: among 10,000 captions most two-word sequences are uniq
 would drop either nothing or nearly everything.
 """
 
-from align_jax.curate import rules
+from align_jax.curate.filter import rules
 
 PAPER = "after Jia et al. 2021, section 3"
 

@@ -1,0 +1,247 @@
+"""The verbs that make training data, pack and vocab: arguments and what they print.
+
+The work is done in curate/ and data/, which are imported when it begins.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+
+from align_jax.run.progress import num_cores, show_progress
+
+
+def add_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """Adds the verbs by `add_verb(name, function of (args, rest), help) -> parser`."""
+    _add_scan(add_verb)
+    _add_curate(add_verb)
+    _add_decontaminate(add_verb)
+    _add_pack(add_verb)
+    _add_vocab(add_verb)
+
+
+def _add_scan(add_verb):
+    scan = add_verb("scan", _scan, "write the metadata of pairs: captions, sizes, hashes")
+    scan.epilog = "example: align scan 'captions.jsonl?images=train.zip' --out metadata.parquet"
+    scan.add_argument("source", help="pairs, see `align pack`")
+    scan.add_argument("--out", required=True, metavar="FILE", help="Parquet file")
+    scan.add_argument(
+        "--labelled", action="store_true", help="SOURCE has class folders, as --zeroshot of eval"
+    )
+
+
+def _scan(args, rest) -> None:
+    from align_jax.curate import scan
+
+    report = scan.scan(args.source, args.out, labelled=args.labelled)
+    print(json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False))
+
+
+def _add_curate(add_verb):
+    verb = add_verb("curate", _curate, "filter a metadata table by the rules of a preset")
+    verb.epilog = "example: align curate metadata.parquet --preset align --out curated"
+    verb.add_argument("source", help="Parquet, CSV, TSV or JSONL: file, glob or folder of parts")
+    verb.add_argument("--out", required=True, metavar="DIR", help="kept and dropped rows, report")
+    verb.add_argument(
+        "--preset",
+        required=True,
+        metavar="NAME",
+        help="align, coyo, laion, datacomp-basic, metaclip, or a Python file of rules",
+    )
+    verb.add_argument(
+        "--columns",
+        default="",
+        metavar="OURS=THEIRS,...",
+        help="columns of tables whose names are not known, e.g. text=alt,width=w",
+    )
+    verb.add_argument(
+        "--engine",
+        default="duckdb",
+        help="duckdb (default), spark://local, spark://HOST:PORT or bigquery://PROJECT/DATASET",
+    )
+    verb.add_argument(
+        "--memory", type=float, default=2.0, metavar="GIB", help="of the engine (default: 2)"
+    )
+    verb.add_argument("--metadata", metavar="FILE", help="entries of MetaCLIP, one a line")
+    verb.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+
+
+def _curate(args, rest) -> None:
+    try:
+        from align_jax.curate.filter import columns, curate
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("ibis", "duckdb", "pyarrow"):
+            raise
+        raise RuntimeError("align curate needs pip install 'align_jax[curate]'.") from error
+
+    report = curate.curate(
+        args.source,
+        args.out,
+        preset=args.preset,
+        engine=args.engine,
+        columns=columns.parse_columns(args.columns),
+        metadata=args.metadata,
+        seed=args.seed,
+        memory_gib=args.memory,
+    )
+    print(curate.format_counts(report))
+    print(f"wrote {args.out}: kept.parquet, dropped.parquet, report.json, report.md")
+
+
+def _add_decontaminate(add_verb):
+    verb = add_verb(
+        "decontaminate",
+        _decontaminate,
+        "find near-duplicates of evaluation images in training data, or inside it",
+    )
+    verb.epilog = (
+        "example: align decontaminate train.parquet --against dev.parquet --out matched --sheet; "
+        "then align pack ... --drop matched/drop.parquet"
+    )
+    verb.add_argument(
+        "train", help="table of `align scan` (or with COYO's image_phash), pairs, or embeddings"
+    )
+    verb.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="EVAL",
+        help="evaluation set, as TRAIN; repeatable. Without it, duplicates inside TRAIN",
+    )
+    verb.add_argument("--out", required=True, metavar="DIR", help="new folder")
+    verb.add_argument(
+        "--max-distance",
+        type=int,
+        metavar="BITS",
+        help="of 64-bit perceptual hashes (default: 8 against other sets, 4 inside TRAIN)",
+    )
+    verb.add_argument(
+        "--min-cosine",
+        type=float,
+        default=0.975,
+        help="of embeddings, folders of `align embed` (default: 0.975, as in the paper)",
+    )
+    verb.add_argument("--sheet", action="store_true", help="draw matched pairs: sheet.png")
+
+
+def _decontaminate(args, rest) -> None:
+    from align_jax.curate.near_duplicates import decontaminate
+
+    report = decontaminate.decontaminate(
+        args.train,
+        args.against,
+        args.out,
+        max_distance=args.max_distance,
+        min_cosine=args.min_cosine,
+        sheet=args.sheet,
+    )
+    print(json.dumps(report, indent=2, ensure_ascii=False))
+
+
+def _add_pack(add_verb):
+    pack = add_verb("pack", _pack, "write a TFDS ArrayRecord dataset from any pairs")
+    pack.epilog = (
+        "example: align pack 'captions.jsonl?images=train.zip' --out data/flickr8k --split train"
+    )
+    pack.add_argument(
+        "source", help="pairs: table + images, tars, zips, folder, img2dataset output; see README"
+    )
+    pack.add_argument("--out", required=True, metavar="DIR", help="dataset folder")
+    pack.add_argument("--split", default="train", help="name of the split (default: train)")
+    pack.add_argument(
+        "--workers",
+        type=int,
+        default=num_cores(),
+        metavar="N",
+        help="processes (default: one a core); the files written are the same for any number",
+    )
+    pack.add_argument(
+        "--beam",
+        metavar="OPTIONS",
+        help="pack on an Apache Beam runner, e.g. --beam='--runner=FlinkRunner --parallelism=64'; "
+        "its workers must see the same paths",
+    )
+    pack.add_argument(
+        "--resize",
+        type=int,
+        metavar="PX",
+        help="shrink longer short sides to PX, as JPEG of quality 95 (default: images untouched)",
+    )
+    pack.add_argument(
+        "--keep",
+        metavar="FILE",
+        help="Parquet with a column key: other records are skipped; with a column text, these "
+        "texts are the captions",
+    )
+    pack.add_argument(
+        "--drop", metavar="FILE", help="Parquet with a column key: these records are skipped"
+    )
+
+
+def _pack(args, rest) -> None:
+    from align_jax.curate.pack import pack
+    from align_jax.data.sources import open_source as sources
+
+    report = pack.pack(
+        sources.open_source(args.source),
+        args.out,
+        split=args.split,
+        num_workers=args.workers,
+        beam=args.beam,
+        resize_px=args.resize,
+        keep=args.keep,
+        drop=args.drop,
+    )
+    print(json.dumps(report, indent=2, sort_keys=True))
+
+
+def _add_vocab(add_verb):
+    vocab = add_verb("vocab", _vocab, "train a WordPiece vocabulary on captions")
+    vocab.epilog = "example: align vocab 'kept/*.parquet' --out tokenizers/mine --size 100000"
+    vocab.add_argument(
+        "source",
+        help="table of captions (.parquet, .csv, .tsv, .jsonl, .txt of a caption a line; may be a "
+        "glob), or pairs, see `align pack`",
+    )
+    vocab.add_argument("--out", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
+    vocab.add_argument(
+        "--size", type=int, default=100_000, help="wordpieces (default: 100000, as in the paper)"
+    )
+    vocab.add_argument("--column", help="of the table (default: the one that is recognised)")
+    vocab.add_argument(
+        "--keep-accents",
+        action="store_true",
+        help="for several languages (paper: --size 250000): accents and vowel signs count",
+    )
+
+
+def _vocab(args, rest) -> None:
+    from align_jax.data import tokenizer
+    from align_jax.data.sources import captions
+    from align_jax.data.sources import open_source as sources
+    from align_jax.run import workdir
+
+    if args.size < tokenizer.MIN_VOCAB_SIZE:
+        raise ValueError(
+            f"--size {args.size} is too small; use at least {tokenizer.MIN_VOCAB_SIZE}."
+        )
+    if captions.is_table(args.source):
+        paths = captions.find_tables(args.source)
+        num_bytes = sum(os.path.getsize(path) for path in paths)
+        batches = (batch for path in paths for batch in captions.read_captions(path, args.column))
+        batches = show_progress(batches, num_bytes, "count words", "byte", size=lambda b: b[1])
+        texts = (text for batch, _ in batches for text in batch)
+    elif args.column:
+        raise ValueError(f"--column is for tables of captions; {args.source} is none.")
+    else:
+        texts = workdir.captions(sources.open_source(args.source))
+        texts = show_progress(texts, None, "count words", "caption")
+    os.makedirs(args.out, exist_ok=True)  # no hours of work for a folder that cannot be made
+    trained = tokenizer.train_wordpiece(
+        texts,
+        args.size,
+        strip_accents=False if args.keep_accents else None,
+        progress=show_progress,
+    )
+    trained.save(args.out)
+    print(f"wrote {trained.vocab_size} wordpieces to {args.out} ({trained.fingerprint()})")

@@ -1,0 +1,219 @@
+"""`align <verb>`: argument parsing, exit codes, one-line errors. The work is done elsewhere.
+
+Exit code 0: done; 1: the run failed; 2: bad input. `--debug` shows the traceback.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from align_jax import __version__
+from align_jax.cli import bench_verbs, data_verbs, model_verbs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code of `align <argv>`; None takes the command line of this process."""
+    if argv is None:
+        _use_huge_pages()
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not args.takes_config:
+        parser.error(f"unrecognised argument {rest[0]!r}; see `align {args.verb} --help`.")
+    try:
+        args.run(args, rest)
+    except (ValueError, *_WRONG_PATH) as error:
+        return _fail(error, args.debug, 2)
+    except (RuntimeError, OSError, KeyboardInterrupt) as error:
+        return _fail(error, args.debug, 1)
+    return 0
+
+
+_WRONG_PATH = (
+    FileExistsError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+
+
+def _use_huge_pages() -> None:
+    # XLA allocates and frees its temporaries each step. With 4-KiB pages the kernel clears them
+    # again every time: 200,000 page faults and 0.4 s of system time for 128 images of the
+    # quickstart's trunk, against 900 and 0.08 s with huge pages on two cores (see also
+    # experiments/benchmarks/huge_pages.py). glibc reads this setting only when a process starts.
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _fail(error: BaseException, debug: bool, code: int) -> int:
+    if debug:
+        raise error
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}."
+    print(f"align: {text}", file=sys.stderr, flush=True)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="align", description="Train, evaluate and use ALIGN (EfficientNet + BERT) in JAX."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
+
+    train = _verb(verbs, "train", _train, "train; continues where the workdir holds a checkpoint")
+    train.epilog = (
+        "example: align train --config configs/quickstart.py --workdir runs/quickstart "
+        "--config.train.steps=200"
+    )
+    train.set_defaults(takes_config=True)
+    train.add_argument("--config", required=True, metavar="FILE", help="experiment file")
+    train.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+    several = train.add_argument_group("several processes (found by themselves on Cloud TPU VMs)")
+    several.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of process 0")
+    several.add_argument("--processes", type=int, default=0, metavar="N", help="of the run")
+    several.add_argument("--process", type=int, default=-1, metavar="I", help="this one, from 0")
+
+    evaluate = _verb(verbs, "eval", _evaluate, "run evaluators on a trained model")
+    evaluate.epilog = (
+        "example: align eval --workdir runs/quickstart --retrieval 'scenes?size=256&seed=5' "
+        "--zeroshot 'scenes?size=256&seed=6&label=shape' --template 'a picture of a {}'"
+    )
+    model_verbs.add_model(evaluate, "--workdir", "--model")
+    evaluate.add_argument(
+        "--retrieval", action="append", default=[], metavar="SOURCE", help="pairs; repeatable"
+    )
+    evaluate.add_argument(
+        "--zeroshot",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help="labelled images; repeatable. With neither, the config's evaluators run",
+    )
+    evaluate.add_argument(
+        "--template",
+        action="append",
+        default=[],
+        help="prompt with {} for the class name; repeatable, or one .json/.txt file of prompts",
+    )
+    evaluate.add_argument(
+        "--out", metavar="FILE", help="JSON; default for a workdir: WORKDIR/eval/align_eval.json"
+    )
+
+    data_verbs.add_verbs(partial(_verb, verbs))
+    model_verbs.add_verbs(partial(_verb, verbs))
+    bench_verbs.add_verbs(partial(_verb, verbs))
+
+    compile_ = _verb(
+        verbs,
+        "compile",
+        _compile,
+        "plan a run: memory, FLOPs and collectives on chips that are not here",
+    )
+    compile_.epilog = (
+        "example: align compile --config configs/cc3m_b3_mini.py --topology v5e:8x8 "
+        "--config.mesh.fsdp=4 --out plan.json"
+    )
+    compile_.set_defaults(takes_config=True)
+    compile_.add_argument("--config", required=True, metavar="FILE", help="experiment file")
+    compile_.add_argument("--platform", choices=("tpu", "cpu"), default="tpu", help="default: tpu")
+    compile_.add_argument("--topology", help="chip and shape of a TPU slice, e.g. v5e:16x16")
+    compile_.add_argument("--slices", type=int, default=1, help="such slices (default: 1)")
+    compile_.add_argument(
+        "--devices", type=int, default=8, help="of --platform cpu, a quick check (default: 8)"
+    )
+    compile_.add_argument("--out", metavar="FILE", help="the report as JSON")
+    return parser
+
+
+def _verb(verbs, name, run, text):
+    parser = verbs.add_parser(name, help=text, description=text)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run, takes_config=False)
+    return parser
+
+
+# Each verb imports what it needs, so that `align --help` and bad arguments answer at once.
+
+
+def _train(args, rest) -> None:
+    from align_jax import config as config_lib
+
+    config = config_lib.load_config(args.config, rest)
+
+    from align_jax import train
+    from align_jax.run import multihost
+
+    with multihost.processes(args.coordinator, args.processes, args.process):
+        train.train_and_evaluate(config, args.workdir)
+
+
+def _evaluate(args, rest) -> None:
+    from align_jax import align, evals
+
+    if args.template and not args.zeroshot:
+        raise ValueError("--template is of no use without --zeroshot SOURCE.")
+    chosen = {}
+    for number, source in enumerate(args.retrieval):
+        chosen[f"retrieval{number or ''}"] = {"type": "retrieval", "source": source}
+    for number, source in enumerate(args.zeroshot):
+        entry = {"type": "zeroshot", "source": source}
+        if args.template:
+            entry["templates"] = model_verbs.read_templates(args.template)
+        chosen[f"zeroshot{number or ''}"] = entry
+    evaluators = evals.make_evaluators(chosen)
+    model = align.load(args.model, step=args.step)
+    config = model.origin.config  # None: no workdir of ours
+    if config is not None and not chosen:
+        chosen = config.eval.evaluators.to_dict()
+        evaluators = evals.make_evaluators(chosen)
+    if not evaluators:
+        raise ValueError(f"{args.model} names no evaluators; give --retrieval or --zeroshot.")
+    results = evals.run_evaluators(evaluators, model)
+    print(evals.format_table(results))
+    out = args.out or (config is not None and Path(args.model) / "eval" / "align_eval.json")
+    if out:
+        origin = {"workdir": model.origin.name, "step": model.origin.step}
+        evals.write_json(out, results, {**origin, "evaluators": chosen})
+        print(f"wrote {out}")
+
+
+def _compile(args, rest) -> None:
+    from align_jax import config as config_lib
+
+    config = config_lib.load_config(args.config, rest)
+    if args.platform == "tpu" and not args.topology:
+        raise ValueError("--topology is missing, e.g. --topology v5e:4x4; or use --platform cpu.")
+
+    import jax
+
+    from align_jax.plan import aot
+
+    jax.config.update("jax_platforms", "cpu")  # chips that are here stay free
+    if args.platform == "cpu":
+        devices = aot.cpu_devices(args.devices)
+    else:
+        devices = aot.topology_devices(args.topology, args.slices)
+    report = {
+        "config": Path(args.config).stem,
+        "overrides": rest,
+        "topology": args.topology if args.platform == "tpu" else "cpu",
+        "slices": args.slices,
+        **aot.compile_report(config, devices),
+    }
+    print(aot.format_report(report))
+    if args.out:
+        aot.write_report(args.out, report)
+        print(f"wrote {args.out}")
+    if not report["fits"]:
+        raise RuntimeError(f"{report['config']} does not fit; see the report above.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

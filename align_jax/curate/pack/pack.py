@@ -1,0 +1,296 @@
+"""Packing pairs into a TFDS dataset of ArrayRecord shards, without TensorFlow.
+
+The source is cut into units that any worker can pack alone (pack_unit.py); here they are planned,
+run and put together. Encoded images are stored byte for byte; each is decoded once to know that it
+can be. The result has random access (global shuffle, exact resume) and opens with
+`tfds.builder_from_directory` and with data/sources/open_source.py.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+
+from align_jax import __version__
+from align_jax.curate.pack import finish as pack_finish
+from align_jax.curate.pack import unit as pack_unit
+from align_jax.curate.pack.key_lists import write_key_list
+from align_jax.curate.pack.unit import SKIP_REASONS, Unit
+from align_jax.data.sources.open_source import PairSource
+from align_jax.run.progress import show_progress
+
+__all__ = ["REPORT_FILE", "SKIP_REASONS", "pack"]
+
+REPORT_FILE = pack_finish.REPORT_FILE
+_FEWEST_RECORDS, _MOST_RECORDS, _UNITS = 1024, 8192, 64  # of a unit; units to aim at between
+
+
+def pack(
+    source: PairSource,
+    out_dir: str | os.PathLike,
+    *,
+    split: str = "train",
+    shard_bytes: int = 256 * 2**20,
+    unit_records: int | None = None,
+    num_threads: int = 8,
+    num_workers: int = 1,
+    beam: str | None = None,
+    resize_px: int | None = None,
+    keep: str | None = None,
+    drop: str | None = None,
+) -> dict:
+    """Returns the report of writing `source` as one split of the TFDS dataset in `out_dir`.
+
+    Each record has `image` (the encoded bytes as they are; arrays become PNG), `captions` (those
+    that are neither blank nor damaged, in order) and `key`. What cannot be used is skipped and
+    counted; of records with one key the first usable one is written. The bytes written depend on
+    the source and the options that change records or shards, not on workers, threads or restarts.
+
+    The data appears in `out_dir` only when it is complete; a second split is added to the same
+    dataset by a second call. Until then finished units wait beside it in `.<name>.<split>.tmp`,
+    and the same call after an interruption goes on from there.
+
+    Memory: an img2dataset folder is opened shard by shard, other sources hold their index in this
+    process (CC3M: 740 bytes a pair). A worker holds the index of its unit and `num_threads` decoded
+    images (of 89 megapixels at most, which is 1 GiB with transparency), the end 256 MiB and 1 KB a
+    unit. Keys are compared by 64-bit hashes: a record is taken for a duplicate of another key's
+    with probability n / 2^64; expect 0.01 such among 700 million.
+
+    Args:
+      source: pairs to write, in their order.
+      out_dir: new or empty folder, or one that an earlier call wrote.
+      split: letters, digits and underscores; must not exist yet.
+      shard_bytes: a shard is closed when it reaches this size, and at the end of its unit.
+      unit_records: records packed as one unit; default: a 64th of the source, 1024 to 8192. Each
+        shard of an img2dataset folder is a unit.
+      num_threads: records read and checked at the same time by all workers; at least 2 in each of
+        several.
+      num_workers: processes; 1 packs in this one.
+      beam: options of an Apache Beam pipeline that packs the units instead, see pack_beam.py.
+      resize_px: images whose short side is longer shrink to it, keeping their aspect ratio, and
+        become JPEG of quality 95; smaller ones are not touched.
+      keep: Parquet table; records whose key is not in its column `key` are skipped. If it has a
+        column `text`, the texts of a key replace the captions of its record.
+      drop: Parquet table; records whose key is in its column `key` are skipped.
+
+    Returns:
+      What `pack_report.json` holds under `split`: `source`, `records_read`, `records_written`,
+      `shards`, `bytes`, `skipped` (reason of SKIP_REASONS -> count), `skipped_keys` (reason ->
+      first 20 keys) and `source_problems` (reason -> count, what was missing before reading).
+
+    Raises:
+      ValueError: the split exists, `out_dir` holds something else or is being written, no record
+        is usable, a list without keys or with none in common.
+      RuntimeError: a worker died.
+    """
+    if not re.fullmatch(r"\w+", split, re.ASCII):
+        raise ValueError(f"split={split!r} must consist of letters, digits and underscores.")
+    for name, value in (("workers", num_workers), ("resize", resize_px)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1.")
+    for name, path in (("keep", keep), ("drop", drop)):
+        if path is not None and not os.path.isfile(path):
+            raise ValueError(f"--{name} {path} does not exist; it is a Parquet file of keys.")
+    out_dir = os.path.abspath(out_dir)
+    staging = os.path.join(os.path.dirname(out_dir), f".{os.path.basename(out_dir)}.{split}.tmp")
+    pack_finish.check_out_dir(out_dir, split, staging)
+    os.makedirs(staging, exist_ok=True)
+    with _locked(staging, out_dir):
+        try:
+            units = _plan(source, unit_records)
+            lists = {"keep": keep, "drop": drop}
+            options = {"shard_bytes": shard_bytes, "resize_px": resize_px}
+            stamp = _stamp(source, units, lists, options)
+            left = _units_left(staging, stamp, units, f"pack {split}")
+            num_workers = max(1, min(num_workers, len(left)))
+            settings = pack_unit.Settings(
+                folder=os.path.join(staging, "units"),
+                num_threads=max(min(2, num_threads), num_threads // num_workers),
+                **options,
+                **_key_lists(staging, lists),
+            )
+            _check_lists(source, settings)
+            if beam is not None:
+                from align_jax.curate.pack import beam as pack_beam
+
+                done = pack_beam.run_units(left, settings, beam)
+            elif num_workers > 1:
+                done = _in_processes(left, settings, num_workers)
+            else:
+                done = _in_this_process(left, settings)
+            expected = sum(unit.expected for unit in left)
+            for _ in show_progress(done, expected, f"pack {split}"):
+                pass
+            try:
+                report = pack_finish.finish(source, len(units), settings, staging, out_dir, split)
+            except ValueError:  # the input is at fault: nothing here can be used again
+                shutil.rmtree(staging)
+                raise
+        except BaseException:
+            if not _finished_units(staging):
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+        shutil.rmtree(staging)
+    return report
+
+
+@contextlib.contextmanager
+def _locked(staging, out_dir):
+    # The kernel lets go of the lock however this process ends.
+    with open(os.path.join(staging, "lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"Another process is packing into {out_dir}; wait for it or choose another folder."
+            ) from error
+        yield
+
+
+def _plan(source, unit_records):
+    if hasattr(source, "parts"):
+        parts = enumerate(source.parts)
+        return [Unit(number, part, 0, None, part.num_expected) for number, part in parts]
+    size = len(source)
+    step = unit_records or max(_FEWEST_RECORDS, min(_MOST_RECORDS, size // _UNITS))
+    units = []
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        if hasattr(source, "slice"):  # workers then receive their share of the index only
+            unit = Unit(len(units), source.slice(start, stop), 0, stop - start, stop - start)
+        else:
+            unit = Unit(len(units), source, start, stop, stop - start)
+        units.append(unit)
+    return units
+
+
+def _stamp(source, units, lists, options):
+    """What decides the bytes written; finished units count only where it is the same."""
+    files = {name: _file_stamp(path) for name, path in lists.items() if path is not None}
+    if hasattr(source, "parts"):
+        content = [_file_stamp(unit.source.path) for unit in units]
+    elif hasattr(source, "stamp"):
+        content = source.stamp()
+    else:
+        content = None
+    digest = hashlib.sha256(repr((content, len(units), files)).encode()).hexdigest()
+    return {
+        "align_jax": __version__,
+        "source": source.describe(),
+        "sha256": digest,
+        **options,
+        "units": len(units),
+    }
+
+
+def _file_stamp(path):
+    try:
+        status = os.stat(path)
+    except OSError:
+        return path, None
+    return path, status.st_size, status.st_mtime_ns
+
+
+def _units_left(staging, stamp, units, title):
+    """Returns the units without a result; starts afresh where the stamp is another one."""
+    folder, plan = os.path.join(staging, "units"), os.path.join(staging, "plan.json")
+    if not os.path.exists(plan) or pack_finish.read_json(plan) != stamp:
+        for name in os.listdir(staging):
+            if name != "lock":
+                shutil.rmtree(os.path.join(staging, name), ignore_errors=True)
+        os.makedirs(folder)
+        pack_unit.write_json(plan, stamp)
+        return units
+    for name in os.listdir(folder):
+        if name.endswith(".tmp"):  # of a killed worker
+            os.remove(os.path.join(folder, name))
+    left = [u for u in units if not os.path.exists(pack_unit.result_path(folder, u.number))]
+    if len(left) < len(units):
+        kept = len(units) - len(left)
+        print(f"{title}: {kept} of {len(units)} units are there already", file=sys.stderr)
+    return left
+
+
+def _finished_units(staging):
+    folder = os.path.join(staging, "units")
+    return os.path.isdir(folder) and any(name.endswith(".json") for name in os.listdir(folder))
+
+
+def _key_lists(staging, lists):
+    return {
+        name: write_key_list(
+            path, os.path.join(staging, name), option=f"--{name}", texts=name == "keep"
+        )
+        for name, path in lists.items()
+        if path is not None
+    }
+
+
+def _check_lists(source, settings):
+    """Refuses a list without a key of the source, where that costs no reading of records."""
+    for option, keys in (("keep", settings.keep), ("drop", settings.drop)):
+        if keys is None:
+            continue
+        if option == "keep" and not keys.size:
+            raise ValueError(f"--keep {keys.path} is empty; nothing would be packed.")
+        if keys.size and hasattr(source, "key") and len(source):
+            if not any(source.key(index) in keys for index in range(len(source))):
+                raise ValueError(pack_finish.no_common_key(option, keys, source.key(0)))
+
+
+def _in_this_process(units, settings) -> Iterator[None]:
+    for unit in units:
+        yield from pack_unit.pack_unit(unit, settings)
+
+
+def _in_processes(units, settings, num_workers) -> Iterator[None]:
+    # spawn: a forked copy of threads that hold locks can hang.
+    pool = ProcessPoolExecutor(
+        num_workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+    )
+    waiting = iter(units)
+    running = set()
+    try:
+        while True:
+            # A few at a time: what is queued is pickled and held in memory.
+            while len(running) < 2 * num_workers and (unit := next(waiting, None)) is not None:
+                running.add(pool.submit(_pack_whole_unit, unit, settings))
+            if not running:
+                break
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                for _ in range(future.result()):
+                    yield
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "A worker process died (out of memory?); finished units are kept, run the same "
+            "command again, with fewer --workers if need be."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _pack_whole_unit(unit, settings):
+    return sum(1 for _ in pack_unit.pack_unit(unit, settings))
+
+
+def _start_worker():
+    """Makes this worker end with its parent, which may be killed, and on Ctrl-C without a word."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,0 +1,314 @@
+"""One unit of `align pack`: some records of a source become some shards, in any process.
+
+The result depends on the unit and the settings alone, so units may be packed by any number of
+workers, in any order, and again after a crash. Planning and putting together is in pack.py.
+"""
+
+import collections
+import dataclasses
+import io
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+from tensorflow_datasets.core import example_serializer
+
+from align_jax.curate.pack.key_lists import KeyList
+from align_jax.data import images
+from align_jax.data.sources.record import hash_key
+
+SKIP_REASONS = (
+    *images.BAD_IMAGE_REASONS,
+    "caption_empty",
+    "caption_not_utf8",
+    "record_unreadable",
+    "key_duplicate",
+    "not_kept",
+    "dropped_by_list",
+)
+KEYS_LISTED = 20  # of each reason, in the report
+JPEG_QUALITY = 95  # of resized images, as in img2dataset
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all units of a run share.
+
+    Attributes:
+      folder: receives the shards and results of all units.
+      shard_bytes: a shard is closed when it reaches this size, and at the end of its unit.
+      num_threads: records read and checked at the same time.
+      resize_px: longer short sides shrink to this; None leaves every byte as it is.
+      keep: keys to write, with their captions where the list has texts; None for all.
+      drop: keys not to write.
+    """
+
+    folder: str
+    shard_bytes: int
+    num_threads: int
+    resize_px: int | None = None
+    keep: KeyList | None = None
+    drop: KeyList | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """Records `start` to `stop` of a PairSource, or all records of a part that `open` opens.
+
+    Attributes:
+      number: place among the units.
+      source: PairSource, or a part (shards.Part).
+      start: first record.
+      stop: one after the last record; None for all.
+      expected: number of records, for the display of progress.
+    """
+
+    number: int
+    source: object
+    start: int
+    stop: int | None
+    expected: int
+
+
+def features() -> tfds.features.FeaturesDict:
+    """Returns the features of a packed record."""
+    return tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "captions": tfds.features.Sequence(tfds.features.Text()),
+            # Of each caption, "" where the source has one column: sources.open_source chooses.
+            "caption_columns": tfds.features.Sequence(tfds.features.Text()),
+            "key": tfds.features.Text(),
+        }
+    )
+
+
+def pack_unit(unit: Unit, settings: Settings) -> Iterator[None]:
+    """Writes the shards of a unit and its result; yields after each record.
+
+    The result (`result_path`, `hashes_path`) appears last: where it is, the unit is complete.
+    """
+    source = unit.source.open() if unit.stop is None else unit.source
+    stop = len(source) if unit.stop is None else unit.stop
+    skipped: dict[str, int] = {}
+    skipped_keys: dict[str, list[str]] = {}
+    hashes: dict[int, None] = {}  # of the keys written, in order
+    shards = ShardWriter(settings.folder, unit.number, settings.shard_bytes)
+    for key, reason, data in _checked(source, unit.start, stop, settings):
+        if reason is None and (hashed := hash_key(key)) in hashes:
+            reason = "key_duplicate"
+        if reason is None:
+            hashes[hashed] = None
+            shards.write(data)
+        else:
+            count_skipped(skipped, skipped_keys, reason, [key])
+        yield
+    shards.close()
+    with _replacing(hashes_path(settings.folder, unit.number)) as path, open(path, "wb") as file:
+        np.save(file, np.fromiter(hashes, np.uint64, len(hashes)))
+    result = {
+        "records_read": stop - unit.start,
+        "shard_lengths": shards.lengths,
+        "shard_sizes": shards.sizes,
+        "skipped": skipped,
+        "skipped_keys": skipped_keys,
+    }
+    if unit.stop is None:
+        result["problems"] = dict(source.problems)
+    write_json(result_path(settings.folder, unit.number), result)
+
+
+def count_skipped(
+    counts: dict[str, int],
+    keys: dict[str, list[str]],
+    reason: str,
+    new_keys: list[str],
+    number: int | None = None,
+) -> None:
+    """Adds `number` records (default: one a key) to `counts`, the first 20 keys to `keys`."""
+    counts[reason] = counts.get(reason, 0) + (len(new_keys) if number is None else number)
+    listed = keys.setdefault(reason, [])
+    listed += new_keys[: KEYS_LISTED - len(listed)]
+
+
+def shard_path(folder: str, unit: int, shard: int) -> str:
+    """Returns the path of a unit's shard."""
+    return os.path.join(folder, f"{unit:07d}-{shard:03d}.shard")
+
+
+def hashes_path(folder: str, unit: int) -> str:
+    """Returns the path of the hashed keys, uint64 in the order of the records written."""
+    return os.path.join(folder, f"{unit:07d}.npy")
+
+
+def result_path(folder: str, unit: int) -> str:
+    """Returns the path of the counts of a unit."""
+    return os.path.join(folder, f"{unit:07d}.json")
+
+
+def write_json(path: str, content: object) -> None:
+    """Writes a file that is there whole or not at all."""
+    with _replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+
+
+class ShardWriter:
+    """Writes records one after another into files of limited size.
+
+    Attributes:
+      lengths: records of each shard.
+      sizes: bytes of the records of each shard.
+    """
+
+    def __init__(self, folder: str, unit: int, shard_bytes: int):
+        self._folder, self._unit, self._shard_bytes = folder, unit, shard_bytes
+        self._writer = None
+        self.lengths: list[int] = []
+        self.sizes: list[int] = []
+
+    def write(self, data: bytes) -> None:
+        """Adds a serialized record."""
+        if self._writer is None:
+            self._temporary = temporary_path(shard_path(self._folder, self._unit, 0))
+            self._writer = open_shard(self._temporary)
+            self.lengths.append(0)
+            self.sizes.append(0)
+        self._writer.write(data)
+        self.lengths[-1] += 1
+        self.sizes[-1] += len(data)
+        if self.sizes[-1] >= self._shard_bytes:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the shard; the next record starts another."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+            path = shard_path(self._folder, self._unit, len(self.lengths) - 1)
+            os.replace(self._temporary, path)
+
+
+def open_shard(path: str) -> ArrayRecordWriter:
+    """Returns a writer of records that can each be read alone, which a global shuffle needs."""
+    return ArrayRecordWriter(path, "group_size:1")
+
+
+def temporary_path(path: str) -> str:
+    """Returns a path beside `path` that no other process uses."""
+    return f"{path}.{uuid.uuid4().hex}.tmp"
+
+
+class _replacing:
+    """Context: a temporary path, whose file takes the place of `path` when all went well."""
+
+    def __init__(self, path):
+        self._path, self._temporary = path, temporary_path(path)
+
+    def __enter__(self):
+        return self._temporary
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            os.replace(self._temporary, self._path)
+
+
+def _checked(source, start, stop, settings):
+    """Yields what _Checker returns for each index, in order."""
+    check, threads = _Checker(source, settings), settings.num_threads
+    if threads == 1:
+        yield from map(check, range(start, stop))
+        return
+    # Not Grain: it imports jax, which a worker would load for seconds and hold for nothing.
+    pool = ThreadPoolExecutor(threads)
+    waiting = collections.deque()
+    try:
+        for index in range(start, stop):
+            waiting.append(pool.submit(check, index))
+            if len(waiting) > 4 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Checker:
+    """Callable index -> (key, reason to skip or None, serialized record)."""
+
+    def __init__(self, source, settings):
+        self._source = source
+        self._settings = settings
+        self._features = features()
+        self._serializer = example_serializer.ExampleSerializer(
+            self._features.get_serialized_info()
+        )
+
+    def __call__(self, index):
+        key = f"record {index}"
+        settings = self._settings
+        try:
+            record = None
+            if hasattr(self._source, "key"):  # known before the image is read
+                key = self._source.key(index)
+            else:
+                record = self._source[index]
+                key = record.key
+            if settings.drop is not None and key in settings.drop:
+                return key, "dropped_by_list", None
+            if settings.keep is not None and key not in settings.keep:
+                return key, "not_kept", None
+            record = record or self._source[index]
+            captions, columns = record.captions, record.columns
+            if settings.keep is not None and settings.keep.has_texts:
+                captions, columns = settings.keep.texts(key), ()
+            columns = columns or [""] * len(captions)
+            texts = [text for text in zip(captions, columns, strict=True) if text[0].strip()]
+            if not texts:
+                return key, "caption_empty", None
+            texts = [text for text in texts if _is_whole(text[0])]
+            if not texts:
+                return key, "caption_not_utf8", None
+            pixels = images.decode_image(record.image)
+        except images.BadImage as error:
+            return key, error.reason, None
+        except OSError:
+            return key, "record_unreadable", None
+        image = _encoded(record.image, pixels, settings.resize_px)
+        captions, columns = zip(*texts, strict=True)
+        example = {"image": image, "captions": captions, "caption_columns": columns, "key": key}
+        example = self._serializer.get_tf_example(self._features.encode_example(example))
+        # Features are a protobuf map; its order would otherwise differ between processes.
+        return key, None, example.SerializeToString(deterministic=True)
+
+
+def _is_whole(caption):
+    # Sources decode with U+FFFD for bytes that are no UTF-8; JSON can spell lone surrogates.
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\ufffd" not in caption
+
+
+def _encoded(image, pixels, resize_px):
+    height, width = pixels.shape[:2]
+    if resize_px is not None and min(height, width) > resize_px:
+        scale = resize_px / min(height, width)
+        size = (max(resize_px, round(width * scale)), max(resize_px, round(height * scale)))
+        smaller = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+        return _file_of(smaller, "JPEG", quality=JPEG_QUALITY)
+    if isinstance(image, np.ndarray):
+        return _file_of(Image.fromarray(image), "PNG")
+    return image
+
+
+def _file_of(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()

@@ -1,0 +1,243 @@
+"""Random access to image-text pairs and labelled images: `open_source`, `open_labelled`.
+
+A source is named by one string: a path, or `scenes`, and options after `?`, as in a URL. Relative
+paths start at the current directory. Nothing is decoded here (images.py does), and a source can be
+pickled and read from any thread or process.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+from align_jax.data.sources import files
+from align_jax.data.sources.archives import Problems
+from align_jax.data.sources.img2dataset import Img2Dataset, is_img2dataset
+from align_jax.data.sources.packed import TfdsPairs, find_tfds_folder
+from align_jax.data.sources.record import LabelledImage, Record
+from align_jax.data.sources.scenes import LabelledScenes, Scenes
+from align_jax.data.sources.shards import Archives
+from align_jax.data.sources.tables import TABLE_SUFFIXES
+
+_ACCEPTED = (
+    "'scenes?size=N', a TFDS or img2dataset folder, a caption table ("
+    + " ".join(TABLE_SUFFIXES)
+    + ") with "
+    "?images=..., or a folder, .tar or .zip files of key.jpg + key.txt"
+)
+_ACCEPTED_LABELLED = (
+    "'scenes?size=N&label=shape', or a folder, .zip or .tar with one folder of images a class"
+)
+
+
+class PairSource(Protocol):
+    """Image-text pairs by index.
+
+    Attributes:
+      problems: what the store promises but does not hold, found when it was opened and not part
+        of `len`: reason -> count.
+    """
+
+    problems: Mapping[str, int]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Returns the captions of a record; costs no more than it must."""
+        ...
+
+    def where(self, index: int) -> str:
+        """Returns the file or shard that holds a record, for reports; reads nothing."""
+        ...
+
+    def describe(self) -> str:
+        """Returns one line that names the source and its size, the same in every run."""
+
+
+class LabelledSource(Protocol):
+    """Labelled images by index; `classes[label]` is the name of a label."""
+
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> LabelledImage: ...
+
+    def describe(self) -> str:
+        """Returns one line that names the source and its size, the same in every run."""
+
+
+def open_source(spec: str) -> PairSource:
+    """Returns the pairs that `spec` names.
+
+    | spec | what |
+    |---|---|
+    | `scenes?size=20000&seed=1` | procedural scenes; also `image_size_px` |
+    | `folder?split=train` | TFDS dataset of ArrayRecord files with an image and captions |
+    | `captions.jsonl?images=a.zip,b.zip` | table (tables.read_table) + folders, zips or tars |
+    | `folder?unfinished=refuse` | output of img2dataset; by default unfinished shards are skipped |
+    | `folder/*.tar`, `x.tar`, `x.zip`, `folder` | `key.jpg` + `key.txt` or `key.json` |
+
+    `max=N` keeps the first N pairs of any but scenes. Paths of archives and images may be globs.
+    `captions=alt_text:0.3,synthetic:0.7` takes the captions from these columns of a table, fields
+    of each `key.json`, features of a TFDS dataset or columns that it was packed from. Training
+    draws from a column with that relative probability, from the others where it is blank. Without
+    a number, the weight is 1.
+
+    Raises:
+      ValueError: a path that does not exist, an unknown option or column, or no usable pair.
+    """
+    path, options = _parse(spec)
+    weights = _caption_weights(spec, options)
+    if path == "scenes":
+        _check_options(spec, options, ("size", "seed", "image_size_px"))
+        return Scenes(**_scene_options(spec, options))
+    if os.path.splitext(path)[1].lower() in TABLE_SUFFIXES:
+        _check_options(spec, options, ("images", "captions", "max"))
+        source = _open_table(spec, path, options, weights)
+    elif os.path.isdir(path) and (folder := find_tfds_folder(path)):
+        _check_options(spec, options, ("split", "captions", "max"))
+        split = options.get("split", "train")
+        source = TfdsPairs(spec, folder, split, _limit(spec, options), weights)
+    elif is_img2dataset(path):
+        _check_options(spec, options, ("unfinished", "captions", "max"))
+        folder = Img2Dataset(spec, path, options.get("unfinished", "skip"), weights)
+        if "max" not in options:
+            return folder  # not asked for its length, for which it must index its shards
+        source = folder.open(_limit(spec, options))
+    else:
+        paths = files.expand(path, _ACCEPTED)
+        _check_options(spec, options, ("captions", "max"))
+        archives = list(files.archives_inside(paths))
+        if len(archives) > 1 and "max" not in options:
+            return Archives(spec, archives, weights)
+        source = files.open_samples(spec, paths, _limit(spec, options), weights)
+    if len(source) == 0:
+        raise ValueError(f"{spec} holds no usable pair. {source.problems}".strip())
+    return source
+
+
+def open_labelled(spec: str) -> LabelledSource:
+    """Returns the labelled images that `spec` names.
+
+    | spec | what |
+    |---|---|
+    | `scenes?size=512&seed=9&label=shape` | procedural scenes and one of their attributes |
+    | `test.zip?classes=classes.tsv` | members `class/file`; TSV of index, folder, name |
+    | `folder` | a sub-folder for each class, numbered in alphabetical order |
+
+    `max=N` keeps N of the images, evenly spaced, so that all classes stay.
+
+    Raises:
+      ValueError: a path that does not exist, an unknown option, or no labelled image.
+    """
+    path, options = _parse(spec)
+    if path == "scenes":
+        _check_options(spec, options, ("size", "seed", "label", "image_size_px"))
+        if "label" not in options:
+            raise ValueError(f"{spec} needs a label, e.g. scenes?size=512&label=shape.")
+        attribute = options.pop("label")
+        return LabelledScenes(attribute=attribute, **_scene_options(spec, options))
+    paths = files.expand(path, _ACCEPTED_LABELLED)
+    _check_options(spec, options, ("classes", "max"))
+    source = files.open_class_folders(spec, paths, options.get("classes"), _limit(spec, options))
+    if len(source) == 0:
+        raise ValueError(f"{spec} holds no labelled image. {source.problems}".strip())
+    return source
+
+
+class InMemory:
+    """A PairSource over a list of Records."""
+
+    def __init__(self, records: Iterable[Record]):
+        """Keeps the records."""
+        self._records = list(records)
+        self.problems = Problems()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._records[index]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Returns the captions of a record."""
+        return self._records[index].captions
+
+    def where(self, index: int) -> str:
+        """Returns the key of a record."""
+        return self._records[index].key
+
+    def describe(self) -> str:
+        """Returns the number of pairs."""
+        return f"in memory: {len(self)} pairs"
+
+
+def _parse(spec):
+    path, _, query = spec.partition("?")
+    options = {}
+    for part in filter(None, query.split("&")):
+        name, _, value = part.partition("=")
+        if not value:
+            raise ValueError(f"{spec}: option {part!r} has no value; options look like ?max=100.")
+        if name in options:
+            raise ValueError(f"{spec} gives the option {name!r} twice.")
+        options[name] = value
+    return path, options
+
+
+def _check_options(spec, options, known):
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{spec} has an unknown option {name!r}; known: {', '.join(known)}.")
+
+
+def _limit(spec, options):
+    return _integer(spec, "max", options["max"], least=1) if "max" in options else None
+
+
+def _caption_weights(spec, options):
+    if "captions" not in options:
+        return None
+    weights = {}
+    for part in options["captions"].split(","):
+        name, _, number = part.partition(":")
+        try:
+            weight = float(number or 1.0)
+        except ValueError:
+            weight = 0.0
+        if not name or name in weights or not 0 < weight < math.inf:
+            raise ValueError(
+                f"{spec}: captions={options['captions']} must name columns, each once, with "
+                "positive weights, e.g. captions=alt_text:0.3,synthetic:0.7."
+            )
+        weights[name] = weight
+    return weights
+
+
+def _scene_options(spec, options):
+    if "size" not in options:
+        raise ValueError(f"{spec} needs a size, e.g. scenes?size=20000&seed=1.")
+    return {
+        name: _integer(spec, name, value, least=0 if name == "seed" else 1)
+        for name, value in ({"seed": "0"} | options).items()
+    }
+
+
+def _integer(spec, name, value, least):
+    if not value.isdecimal() or int(value) < least:
+        raise ValueError(f"{spec}: {name}={value} must be an integer of at least {least}.")
+    return int(value)
+
+
+def _open_table(spec, path, options, weights):
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} does not exist; accepted: {_ACCEPTED}.")
+    if "images" not in options:
+        raise ValueError(
+            f"{spec} does not say where its images are; add ?images= and a folder, .zip or .tar "
+            "(several with commas)."
+        )
+    return files.open_table(spec, path, options["images"], _limit(spec, options), weights)

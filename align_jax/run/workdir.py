@@ -1,0 +1,224 @@
+"""A workdir's self-description: config, tokenizer, preprocessing, and the refusal of a mismatch.
+
+config.json          the run's configuration
+tokenizer/           Hugging Face tokenizer files
+preprocessing.json   image size, resize, tokens, and the tokenizer's fingerprint
+source.txt           what the training data says of itself, its number of pairs
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from align_jax import config as config_lib
+from align_jax.data import tokenizer as tokenizer_lib
+from align_jax.data.sources.open_source import PairSource
+from align_jax.hf.processor import Preprocessing
+
+# Keys that may differ between the parts of one run: they change neither the numbers nor the data.
+# `train.steps` may grow (the schedule then stretches); what is listed as a prefix covers its group.
+FREE_KEYS = (
+    "checkpoint.",
+    "data.num_threads",
+    "data.num_workers",
+    "data.tokenizer",  # compared by fingerprint instead
+    "eval.",
+    "log.",
+    "loss.form",
+    "loss.tile_size",
+    "mesh.",
+    "model.remat",
+    "model.scan_layers",
+    "train.microbatches",
+    "train.steps",
+)
+
+
+def open_for_training(
+    workdir: str | os.PathLike, config: ConfigDict, source: PairSource, *, log=print
+) -> tuple[tokenizer_lib.WordPieceTokenizer, Preprocessing]:
+    """Returns (tokenizer, preprocessing) of a new or continued run.
+
+    Writes a new run's tokenizer and preprocessing; `write_config` then makes it a workdir.
+
+    Args:
+      workdir: folder of the run.
+      config: validated.
+      source: whose captions a tokenizer is trained on, if `data.tokenizer` is empty.
+      log: prints a line.
+
+    Raises:
+      ValueError: the workdir belongs to a run with another config, tokenizer, preprocessing or
+        number of pairs.
+    """
+    workdir = Path(workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir {workdir} is a file; name a folder.")
+    if (workdir / "config.json").exists():
+        _check_same_run(workdir, config)
+        _check_same_data(workdir, source)
+        tokenizer, preprocessing = load(workdir)
+        if config.data.tokenizer:
+            given = tokenizer_lib.load_tokenizer(config.data.tokenizer)
+            if given.fingerprint() != tokenizer.fingerprint():
+                raise ValueError(
+                    f"config.data.tokenizer={config.data.tokenizer} has fingerprint "
+                    f"{given.fingerprint()}, but the run in {workdir} uses "
+                    f"{tokenizer.fingerprint()}; use that one or another --workdir."
+                )
+    elif any((workdir / "checkpoints").glob("[0-9]*")):
+        raise ValueError(
+            f"{workdir} holds checkpoints but no config.json; put that file back or use another "
+            "--workdir."
+        )
+    else:
+        if config.data.tokenizer:
+            tokenizer = tokenizer_lib.load_tokenizer(config.data.tokenizer)
+        else:
+            log(f"training a WordPiece vocabulary on the captions of {source.describe()}")
+            tokenizer = tokenizer_lib.train_wordpiece(
+                captions(source), vocab_size=config.data.vocab_size
+            )
+        preprocessing = _describe(config, tokenizer)
+        workdir.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(workdir / "tokenizer")
+        _write(workdir / "preprocessing.json", json.dumps(dataclasses.asdict(preprocessing)))
+        _write(workdir / "source.txt", source.describe() + "\n")
+    return tokenizer, preprocessing
+
+
+def write_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
+    """Writes config.json: from now on the folder is that of a run with this config.
+
+    Call it when nothing can be wrong with the config any more: a mistake is not to be remembered.
+    """
+    _write(Path(workdir) / "config.json", config_lib.to_json(config))
+
+
+def load(
+    workdir: str | os.PathLike,
+) -> tuple[tokenizer_lib.WordPieceTokenizer, Preprocessing]:
+    """Returns (tokenizer, preprocessing) of an existing workdir.
+
+    Raises:
+      ValueError: files are missing or damaged, or they do not belong to the same run.
+    """
+    workdir = Path(workdir)
+    config = load_config(workdir)
+    tokenizer, preprocessing = read(workdir)
+    if tokenizer.fingerprint() != preprocessing.tokenizer_fingerprint:
+        raise ValueError(
+            f"{workdir / 'tokenizer'} has fingerprint {tokenizer.fingerprint()}, but the run was "
+            f"trained with {preprocessing.tokenizer_fingerprint}; put that tokenizer back."
+        )
+    for name, value in dataclasses.asdict(_describe(config, tokenizer)).items():
+        before = getattr(preprocessing, name)
+        if value != before:
+            raise ValueError(
+                f"{workdir} contradicts itself: {name} is {before!r} by preprocessing.json, "
+                f"{value!r} by config.json and tokenizer; put the run's own files back."
+            )
+    return tokenizer, preprocessing
+
+
+def read(
+    workdir: str | os.PathLike,
+) -> tuple[tokenizer_lib.WordPieceTokenizer, Preprocessing]:
+    """Returns (tokenizer, preprocessing) as they lie there, of a run that may have no config yet.
+
+    Raises:
+      ValueError: files are missing or damaged.
+    """
+    tokenizer = tokenizer_lib.load_tokenizer(Path(workdir) / "tokenizer")
+    return tokenizer, _read_preprocessing(Path(workdir) / "preprocessing.json")
+
+
+def load_config(workdir: str | os.PathLike) -> ConfigDict:
+    """Returns the config of an existing workdir.
+
+    Raises:
+      ValueError: there is none, or it is damaged.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{workdir} is no workdir: config.json is missing; name a folder of `align train`."
+        )
+    try:
+        return config_lib.from_json(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+
+
+def captions(source: PairSource):
+    """Yields every caption of a source, in order; records that cannot be read are passed over."""
+    for index in range(len(source)):
+        with contextlib.suppress(OSError):
+            yield from source.captions(index)
+
+
+def _read_preprocessing(path):
+    try:
+        return Preprocessing(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:  # no file, not JSON, other keys
+        raise ValueError(f"{path} cannot be used: {error}") from error
+
+
+def _describe(config, tokenizer):
+    return Preprocessing(
+        image_size=config.data.image_size,
+        resize_size=config.data.resize_size,
+        resize=config.data.resize,
+        max_tokens=config.data.max_tokens,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_fingerprint=tokenizer.fingerprint(),
+    )
+
+
+def _check_same_run(workdir, config):
+    before = _flatten(load_config(workdir).to_dict())
+    now = _flatten(config_lib.from_json(config_lib.to_json(config)).to_dict())
+    for key in sorted(before | now):
+        if any(key == free or key.startswith(free) for free in FREE_KEYS):
+            continue
+        if before.get(key) != now.get(key):
+            raise ValueError(
+                f"config.{key}={now.get(key)!r}, but the run in {workdir} was started with "
+                f"{before.get(key)!r}; change it back or use another --workdir."
+            )
+    if config.train.steps < before["train.steps"]:
+        raise ValueError(
+            f"config.train.steps={config.train.steps}, but the run in {workdir} was started with "
+            f"{before['train.steps']}; it may only grow."
+        )
+
+
+def _check_same_data(workdir, source):
+    # The same path may hold other data by now; the order of the pairs would be another one.
+    with contextlib.suppress(FileNotFoundError):
+        before = (workdir / "source.txt").read_text().rstrip("\n")
+        if before != source.describe():
+            raise ValueError(
+                f"the training data is now '{source.describe()}', but the run in {workdir} was "
+                f"started on '{before}'; put that data back or use another --workdir."
+            )
+
+
+def _flatten(tree, prefix=""):
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _write(path, text):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
