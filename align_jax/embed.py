@@ -24,6 +24,7 @@ from align_jax.data.sources import open_source as sources
 from align_jax.data.sources.files import IMAGE_SUFFIXES
 from align_jax.data.sources.packed import find_tfds_folder
 from align_jax.run.progress import show_progress
+from align_jax.storage.problems import Problems
 
 FORMATS = ("npy", "parquet")
 
@@ -60,7 +61,7 @@ def open_images(spec: str) -> Items:
       ValueError: there is no image.
     """
     paths = [spec] if os.path.exists(spec) else sorted(glob.glob(spec, recursive=True))
-    problems = archives.Problems()
+    problems = Problems()
     members = {}
     for path in paths:
         if path.lower().endswith(IMAGE_SUFFIXES):

@@ -15,10 +15,10 @@ from PIL import Image
 from align_jax.curate.pack import pack as pack_module
 from align_jax.curate.pack.pack import pack
 from align_jax.data import images
-from align_jax.data.sources.archives import Problems
 from align_jax.data.sources.open_source import InMemory, open_source
 from align_jax.data.sources.record import Record
 from align_jax.run import progress
+from align_jax.storage.problems import Problems
 
 
 def jpeg(shade):

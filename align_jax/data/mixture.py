@@ -17,8 +17,8 @@ import grain
 import numpy as np
 
 from align_jax.data.sources import open_source as sources_lib
-from align_jax.data.sources.archives import Problems
 from align_jax.data.sources.record import Record
+from align_jax.storage.problems import Problems
 
 _MAX_PAIRS = 2**31  # an index goes to the device as int32
 

@@ -11,29 +11,13 @@ import zipfile
 import zlib
 from typing import NamedTuple
 
+from align_jax.storage.problems import Problems
+
 ARCHIVE_SUFFIXES = (".tar", ".zip")
 MAX_FILE_BYTES = 2**28  # no web image is larger, but a member that claims to be may be read
 _TAR_BLOCK = 512
 _ZIP_LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of name and extra field
 _ZIP_STORED, _ZIP_DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
-
-
-class Problems(dict[str, int]):
-    """Counts by reason; `first[reason]` names the first offender."""
-
-    def __init__(self):
-        super().__init__()
-        self.first: dict[str, str] = {}
-
-    def add(self, reason: str, example: str, count: int = 1) -> None:
-        """Counts `count` more of `reason`; `example` is kept if it is the first."""
-        self[reason] = self.get(reason, 0) + count
-        self.first.setdefault(reason, example)
-
-    def __str__(self) -> str:
-        return "; ".join(
-            f"{reason}: {count} (first: {self.first[reason]})" for reason, count in self.items()
-        )
 
 
 class Member(NamedTuple):

@@ -17,13 +17,13 @@ import numpy as np
 from align_jax.data.sources.archives import (
     ARCHIVE_SUFFIXES,
     Member,
-    Problems,
     index_files,
     list_files,
     read_member,
 )
 from align_jax.data.sources.record import LabelledImage, Record, hash_key
 from align_jax.data.sources.tables import Row, parse_sidecar, read_table
+from align_jax.storage.problems import Problems
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _NONE = np.zeros(0, np.uint64)

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from align_jax.data.sources import files
-from align_jax.data.sources.archives import Problems
 from align_jax.data.sources.img2dataset import Img2Dataset, is_img2dataset
 from align_jax.data.sources.packed import TfdsPairs, find_tfds_folder
 from align_jax.data.sources.record import LabelledImage, Record
 from align_jax.data.sources.scenes import LabelledScenes, Scenes
 from align_jax.data.sources.shards import Archives
 from align_jax.data.sources.tables import TABLE_SUFFIXES
+from align_jax.storage.problems import Problems
 
 _ACCEPTED = (
     "'scenes?size=N', a TFDS or img2dataset folder, a caption table ("

@@ -9,9 +9,9 @@ import os
 import threading
 from collections.abc import Mapping
 
-from align_jax.data.sources.archives import Problems
 from align_jax.data.sources.record import Record, weigh_captions
 from align_jax.data.sources.tables import CAPTION_COLUMNS
+from align_jax.storage.problems import Problems
 
 # What a packed dataset has: all captions of an image, and the column that each is from.
 _PACKED = ("captions", "caption_columns")

@@ -13,8 +13,8 @@ from typing import Protocol
 import numpy as np
 
 from align_jax.data.sources import files
-from align_jax.data.sources.archives import Problems
 from align_jax.data.sources.record import Record, hash_key
+from align_jax.storage.problems import Problems
 
 _HASHES_AT_ONCE = 2**23  # while equal ones are looked for: 32 bytes each
 

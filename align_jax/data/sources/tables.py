@@ -10,8 +10,8 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from align_jax.data.sources.archives import Problems
 from align_jax.data.sources.record import weigh_captions
+from align_jax.storage.problems import Problems
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
 _BATCH_ROWS = 2**14  # of Parquet, at once in memory
