@@ -18,6 +18,7 @@ import numpy as np
 
 from align_jax.data.sources import open_source as sources_lib
 from align_jax.data.sources.record import Record
+from align_jax.storage import identity
 from align_jax.storage.problems import Problems
 
 _MAX_PAIRS = 2**31  # an index goes to the device as int32
@@ -94,6 +95,13 @@ class Mixture:
         total = sum(self.weights.values())
         return "; ".join(
             f"{name} ({self.weights[name] / total:.3g} of the rows) {source.describe()}"
+            for name, source in self.sources.items()
+        )
+
+    def stamp(self) -> str:
+        """Returns what identity.stamp does: names, weights and the data of the sources."""
+        return identity.digest(
+            (name, self.weights[name], identity.stamp(source))
             for name, source in self.sources.items()
         )
 

@@ -9,8 +9,10 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Iterable
 from typing import NamedTuple
 
+from align_jax.storage import identity
 from align_jax.storage.problems import Problems
 
 ARCHIVE_SUFFIXES = (".tar", ".zip")
@@ -92,6 +94,21 @@ def read_member(member: Member) -> bytes:
         if not inflate.eof:
             raise OSError(f"{member.path}: {member.name} does not decompress: it is cut off.")
     return data
+
+
+def stamp_members(members: Iterable[Member]) -> str:
+    """Returns 32 hex digits of the names and places of members and the content of their files.
+
+    Archives count by their order, so that neither their folder nor their own name matters.
+    """
+    members = list(members)
+    archives = {member.path: None for member in members if member.kind != "file"}
+    number = {path: n for n, path in enumerate(archives)}
+    index = ((m.name, m.kind, number.get(m.path), m.offset, m.size) for m in members)
+    loose = (member.path for member in members if member.kind == "file")
+    return identity.digest(
+        [identity.digest(index), identity.of_files(archives), identity.of_files(loose)]
+    )
 
 
 def _too_large(member):

@@ -7,7 +7,6 @@ counted in `problems`) before a run starts. open_source.py is the way in.
 
 import collections
 import glob
-import hashlib
 import os
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +19,11 @@ from align_jax.data.sources.archives import (
     index_files,
     list_files,
     read_member,
+    stamp_members,
 )
 from align_jax.data.sources.record import LabelledImage, Record, hash_key
 from align_jax.data.sources.tables import Row, parse_sidecar, read_table
+from align_jax.storage import identity
 from align_jax.storage.problems import Problems
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -79,14 +80,21 @@ class FilePairs:
         return FilePairs(self._spec, self._entries[start:stop], Problems(), self._weights)
 
     def stamp(self) -> str:
-        """Returns a digest of the index and of the archives' sizes and times of change."""
-        digest = hashlib.sha256()
-        for entry in self._entries:
-            digest.update(repr(entry).encode("utf-8", "backslashreplace"))
-        for path in sorted({image.path for _, image, _ in self._entries if image.kind != "file"}):
-            status = os.stat(path)
-            digest.update(repr((path, status.st_size, status.st_mtime_ns)).encode())
-        return digest.hexdigest()
+        """Returns what identity.stamp does: keys, captions, and the content of the files."""
+        texts = [texts for *_, texts in self._entries]
+        return identity.digest(
+            [
+                identity.digest(key for key, *_ in self._entries),
+                stamp_members(image for _, image, _ in self._entries),
+                stamp_members(text for text in texts if isinstance(text, Member)),
+                identity.digest(
+                    (text.captions, text.weights, text.columns)
+                    for text in texts
+                    if isinstance(text, Row)
+                ),
+                sorted((self._weights or {}).items()),
+            ]
+        )
 
     def _captions(self, texts):
         if isinstance(texts, Row):
@@ -124,6 +132,13 @@ class LabelledFiles:
     def describe(self) -> str:
         """Returns the spec and the numbers of images and classes."""
         return f"{self._spec}: {len(self)} images of {len(self.classes)} classes"
+
+    def stamp(self) -> str:
+        """Returns what identity.stamp does: classes, labels, and the content of the files."""
+        labels = identity.digest(label for _, label in self._entries)
+        return identity.digest(
+            [self.classes, labels, stamp_members(member for member, _ in self._entries)]
+        )
 
 
 def open_table(

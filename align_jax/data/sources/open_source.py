@@ -5,6 +5,7 @@ paths start at the current directory. Nothing is decoded here (images.py does), 
 pickled and read from any thread or process.
 """
 
+import hashlib
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,7 @@ from align_jax.data.sources.record import LabelledImage, Record
 from align_jax.data.sources.scenes import LabelledScenes, Scenes
 from align_jax.data.sources.shards import Archives
 from align_jax.data.sources.tables import TABLE_SUFFIXES
+from align_jax.storage import identity
 from align_jax.storage.problems import Problems
 
 _ACCEPTED = (
@@ -169,6 +171,13 @@ class InMemory:
     def where(self, index: int) -> str:
         """Returns the key of a record."""
         return self._records[index].key
+
+    def stamp(self) -> str:
+        """Returns what identity.stamp does: all records, their pixels or bytes included."""
+        return identity.digest(
+            (r.key, r.captions, r.weights, r.columns, hashlib.sha256(r.image).hexdigest())
+            for r in self._records
+        )
 
     def describe(self) -> str:
         """Returns the number of pairs."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from align_jax.data.sources.record import Record, weigh_captions
 from align_jax.data.sources.tables import CAPTION_COLUMNS
+from align_jax.storage import identity
 from align_jax.storage.problems import Problems
 
 # What a packed dataset has: all captions of an image, and the column that each is from.
@@ -107,6 +108,18 @@ class TfdsPairs:
     def describe(self) -> str:
         """Returns the spec and the number of pairs."""
         return f"{self._spec}: {len(self)} pairs"
+
+    def stamp(self) -> str:
+        """Returns what identity.stamp does: shards in order, features read, records used."""
+        shards = [os.path.join(self._folder, name) for name, *_ in self._shards]
+        return identity.digest(
+            [
+                self._length,
+                [[skipped, length] for _, skipped, length in self._shards],
+                identity.of_files(shards),
+                [sorted(self._captions), self._key, sorted((self._weights or {}).items())],
+            ]
+        )
 
     def __getstate__(self):
         state = self.__dict__.copy()

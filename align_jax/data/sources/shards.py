@@ -7,6 +7,7 @@ training and evaluation index everything when they first read. img2dataset.py is
 import abc
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from align_jax.data.sources import files
 from align_jax.data.sources.record import Record, hash_key
+from align_jax.storage import identity
 from align_jax.storage.problems import Problems
 
 _HASHES_AT_ONCE = 2**23  # while equal ones are looked for: 32 bytes each
@@ -25,10 +27,12 @@ class Part(Protocol):
     Attributes:
       path: file or folder.
       num_expected: pairs in it, as far as that is known.
+      weights: caption field -> weight, see files.open_samples.
     """
 
     path: str
     num_expected: int
+    weights: Mapping[str, float] | None
 
     def open(self) -> files.FilePairs:
         """Returns the pairs, with the problems of this part."""
@@ -73,10 +77,26 @@ class Shards(abc.ABC):
         """Returns the archive that holds a record, and the name in it."""
         return self._all().where(index)
 
+    def stamp(self) -> str:
+        """Returns what identity.stamp does; indexes nothing."""
+        paths = [part.path for part in self.parts]
+        return identity.digest(
+            [
+                [os.path.basename(path) for path in paths],
+                [sorted((part.weights or {}).items()) for part in self.parts[:1]],
+                [identity.of_files(_files_of(path)) for path in paths if os.path.isdir(path)],
+                identity.of_files(path for path in paths if not os.path.isdir(path)),
+            ]
+        )
+
     def _all(self):
         if self._pairs is None:
             self._pairs = self.open()
         return self._pairs
+
+
+def _files_of(folder: str) -> list[str]:
+    return sorted(entry.path for entry in os.scandir(folder) if entry.is_file())
 
 
 @dataclasses.dataclass(frozen=True)
