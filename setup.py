@@ -32,11 +32,13 @@ setup(
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12,<0.13",  # the v1 API is still called experimental
         "pillow>=11.0",
+        "safetensors>=0.7",
         "scipy",
         "tensorboard>=2.20",
         "tensorflow-datasets>=4.9.10,<5",
         "tokenizers>=0.22",
         "tqdm",
+        "transformers>=5,<6",
     ],
     extras_require={
         "curate": CURATE,
@@ -52,8 +54,8 @@ setup(
             "pytest>=8",
             "ruff>=0.14",
             "simplejpeg>=1.9,<2",
+            "sentencepiece>=0.2",
             "torch==2.13.0",
-            "transformers>=5,<6",
         ],
     },
     entry_points={"console_scripts": ["align = align_jax.cli.main:main"]},

@@ -120,18 +120,14 @@ def test_safetensors_file_of_every_dtype_reads_bit_for_bit(tmp_path):
     assert_equal(weights_file.read_tensors(tmp_path), tensors)
 
 
-def test_reading_maps_the_file_and_copies_nothing(tmp_path):
-    tensors = {"a": torch.randn(64, 32), "b": torch.randn(64, 32).T}
-    torch.save(tensors, tmp_path / "model.bin")
-    tensors["b"] = tensors["b"].contiguous()
-    safetensors_torch.save_file(tensors, tmp_path / "model.safetensors")
-    for name in ("model.bin", "model.safetensors"):
-        for array in weights_file.read_tensors(tmp_path / name).values():
-            assert not array.flags.writeable
-            owner = array
-            while isinstance(owner, np.ndarray | memoryview):
-                owner = owner.obj if isinstance(owner, memoryview) else owner.base
-            assert isinstance(owner, mmap.mmap), name
+def test_reading_a_pickle_maps_the_file_and_copies_nothing(tmp_path):
+    torch.save({"a": torch.randn(64, 32), "b": torch.randn(64, 32).T}, tmp_path / "model.bin")
+    for array in weights_file.read_tensors(tmp_path / "model.bin").values():
+        assert not array.flags.writeable
+        owner = array
+        while isinstance(owner, np.ndarray | memoryview):
+            owner = owner.obj if isinstance(owner, memoryview) else owner.base
+        assert isinstance(owner, mmap.mmap)
 
 
 def test_written_file_reads_in_safetensors_with_the_metadata_torch_wants(tmp_path):
@@ -165,10 +161,12 @@ def test_failed_write_leaves_the_old_file(tmp_path):
     file = tmp_path / "model.safetensors"
     weights_file.write_safetensors(file, {"a": np.ones(3, np.float32)})
     before = file.read_bytes()
-    with pytest.raises(ValueError, match="no type complex128 .tensor b."):
+    with pytest.raises(ValueError, match="model.safetensors cannot hold .*complex128"):
         weights_file.write_safetensors(file, {"b": np.ones(3, np.complex128)})
     assert file.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    with pytest.raises(OSError, match="nowhere/model.safetensors cannot be written: .*No such"):
+        weights_file.write_safetensors(tmp_path / "nowhere" / file.name, {})
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
@@ -313,22 +311,41 @@ def test_truncated_file_is_an_error_wherever_it_ends(tmp_path, kind):
 
 
 def test_damaged_safetensors_header_is_an_error(tmp_path):
-    def file_with(header):
-        text = json.dumps(header).encode()
-        path = tmp_path / "model.safetensors"
-        path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 16)
+    path = tmp_path / "model.safetensors"
+
+    def file_with(header, body=b"\0" * 16, length=None):
+        text = header if isinstance(header, bytes) else json.dumps(header).encode()
+        path.write_bytes((length or len(text)).to_bytes(8, "little") + text + body)
         return path
 
     entry = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
     assert weights_file.read_tensors(file_with({"a": entry}))["a"].shape == (4,)
-    for changes, problem in (
-        ({"dtype": "F8_E4M3"}, "type F8_E4M3"),
-        ({"shape": [5]}, "damaged header"),
-        ({"shape": [-1]}, "damaged header"),
-        ({"data_offsets": [0, 32]}, "truncated"),
-        ({"data_offsets": [-16, 16]}, "damaged header"),
-        ({"data_offsets": [0, 15]}, "damaged header"),
-        ({"data_offsets": "ab"}, "damaged header"),
+    for changes in (
+        {"dtype": "F33"},
+        {"shape": [5]},
+        {"shape": [-1]},
+        {"shape": [2**40, 2**40]},
+        {"data_offsets": [0, 32]},
+        {"data_offsets": [-16, 16]},
+        {"data_offsets": [0, 15]},
+        {"data_offsets": "ab"},
     ):
-        assert problem in error_of(file_with({"a": entry | changes}))
-    assert "damaged header" in error_of(file_with({"a": 3}))
+        assert "truncated or damaged" in error_of(file_with({"a": entry | changes}))
+    for bad in (
+        file_with({"a": 3}),
+        file_with({"a": entry, "b": entry}),  # two tensors in the same bytes
+        file_with({"a": entry}, body=b"\0" * 40),
+        file_with({"a": entry}, length=2**40),
+        file_with({"a": entry}, length=2**63),
+        file_with({"a": entry}, length=9),
+        file_with(b'{"a":' + b"[" * 100_000),
+        file_with(b'{"\xff": 1}'),
+    ):
+        assert "truncated or damaged" in error_of(bad)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+def test_type_that_numpy_lacks_is_named(tmp_path, name):
+    tensors = {"a": torch.ones(2), "b": torch.ones(4).to(getattr(torch, name))}
+    safetensors_torch.save_file(tensors, tmp_path / "model.safetensors")
+    assert "tensor b has the type F8_E" in error_of(tmp_path / "model.safetensors")

@@ -1,8 +1,7 @@
 """Weight files as NumPy arrays: safetensors and PyTorch's zip pickles, whole or sharded.
 
-No torch, and nothing in a file is ever executed. What is read is a view of the mapped file, so it
-costs memory only where a half precision becomes float32. Names of tensors are `convert`'s business.
-Sources: the safetensors format description; the layout that `torch.save` has had since 1.6.
+No torch, and nothing in a file is ever executed. Names of tensors are `convert`'s business.
+Source: the layout that `torch.save` has had since 1.6.
 """
 
 import io
@@ -14,9 +13,12 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import ml_dtypes  # noqa: F401  # safetensors asks NumPy for bfloat16, which this registers
 import numpy as np
+import safetensors
+import safetensors.numpy
 
 # In this order, as transformers looks for them.
 FILES = (
@@ -26,18 +28,6 @@ FILES = (
     "pytorch_model.bin.index.json",
 )
 
-_SAFETENSORS_DTYPES = {
-    "F64": "<f8",
-    "F32": "<f4",
-    "F16": "<f2",
-    "BF16": "bfloat16",
-    "I64": "<i8",
-    "I32": "<i4",
-    "I16": "<i2",
-    "I8": "i1",
-    "U8": "u1",
-    "BOOL": "?",
-}
 _TORCH_DTYPES = {
     "DoubleStorage": "<f8",
     "FloatStorage": "<f4",
@@ -55,8 +45,8 @@ _TORCH_DTYPES = {
 def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Returns {name: array} of all tensors of a checkpoint.
 
-    The arrays are read-only views of the file, possibly strided; float16 and bfloat16 come as
-    float32, exactly, and other types as they are.
+    float16 and bfloat16 come as float32, exactly, and other types as they are. Tensors of a pickle
+    are read-only views of the mapped file, possibly strided.
 
     Args:
       path: a folder with one of `FILES`, or a `.safetensors`, `.bin` or `.index.json` file.
@@ -77,43 +67,24 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a safetensors file, as a whole or not at all, one tensor in memory at a time.
+    """Writes a safetensors file, as a whole or not at all.
 
     Args:
       path: of the file; replaced if it exists.
-      tensors: name -> array of a NumPy type that PyTorch has; written in C order.
+      tensors: name -> array of a type that the format has; written in C order.
 
     Raises:
       ValueError: a type that the format lacks.
+      OSError: it cannot be written.
     """
-    path = Path(path)
-    names = {np.dtype(code): name for name, code in _SAFETENSORS_DTYPES.items() if name != "BF16"}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    # Wide types first, so that every tensor is aligned in the mapped file.
-    order = sorted(tensors, key=lambda name: (-np.asarray(tensors[name]).itemsize, name))
-    for name in order:
-        array = np.asarray(tensors[name])
-        if array.dtype not in names:
-            raise ValueError(f"{path}: safetensors has no type {array.dtype} (tensor {name}).")
-        end = offset + array.nbytes
-        header[name] = {
-            "dtype": names[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    temporary = path.with_name(path.name + ".tmp")
+    # The library writes the memory as it lies; np.ascontiguousarray would make scalars vectors.
+    arrays = {name: np.require(array, requirements="C") for name, array in tensors.items()}
     try:
-        with open(temporary, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name in order:
-                file.write(np.ascontiguousarray(tensors[name]).data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        safetensors.numpy.save_file(arrays, path, {"format": "pt"})
+    except safetensors.SafetensorError as error:
+        if "I/O error" in str(error):
+            raise OSError(f"{path} cannot be written: {error}") from error
+        raise ValueError(f"{path} cannot hold these tensors: {error}") from error
 
 
 def _read_shards(path: Path) -> dict[str, np.ndarray]:
@@ -145,7 +116,7 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
     if start.startswith(b"PK\x03\x04"):
         return _read_torch(path, data)
     if start[8:9] == b"{":
-        return _read_safetensors(path, data)
+        return _read_safetensors(path)
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull`.")
     if start.lstrip().startswith(b"<"):
@@ -158,32 +129,18 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
     raise ValueError(f"{path} is neither a safetensors file nor a zip file of torch.save.")
 
 
-def _read_safetensors(path: Path, data: np.ndarray) -> dict[str, np.ndarray]:
-    length = int.from_bytes(data[:8].tobytes(), "little")
-    if length > len(data) - 8:
-        raise ValueError(f"{path} is truncated: its header alone has {length} bytes.")
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     tensors = {}
     try:
-        header = json.loads(data[8 : 8 + length].tobytes())
-        body = data[8 + length :]
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            shape, (begin, end) = entry["shape"], entry["data_offsets"]
-            if min(shape, default=0) < 0 or not 0 <= begin <= end:
-                raise ValueError(f"a negative number in {name}")
-            if end > len(body):
-                raise ValueError(
-                    f"{path} is truncated: {name} ends at byte {8 + length + end} of {len(data)}."
-                )
-            dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
-            if dtype is None:
-                raise ValueError(f"{path}: tensor {name} has the type {entry['dtype']}; not read.")
-            tensors[name] = _decode(body[begin:end], dtype).reshape(shape)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        if str(error).startswith(str(path)):
-            raise
-        raise ValueError(f"{path} has a damaged header: {error!r}.") from error
+        with safetensors.safe_open(path, "np") as file:
+            for name in file.keys():
+                kind = file.get_slice(name).get_dtype()
+                if kind.startswith(("F4", "F6_", "F8_")):  # NumPy has no such numbers
+                    raise ValueError(f"{path}: tensor {name} has the type {kind}; not read.")
+                array = file.get_tensor(name)
+                tensors[name] = array.astype(np.float32) if kind in ("F16", "BF16") else array
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is truncated or damaged: {error}.") from error
     return tensors
 
 
