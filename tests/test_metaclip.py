@@ -333,8 +333,8 @@ def test_read_entries_leaves_out_blank_and_repeated_ones_and_says_so(tmp_path, n
     ("name", "content", "message"),
     [
         ("e.txt", b"\n \n", "holds no metadata entry"),
-        ("e.txt", b"caf\xe9\n", "cannot be read as metadata entries"),
-        ("e.json", b'["a",', "cannot be read as metadata entries"),
+        ("e.txt", b"\ncaf\xe9\n", "e.txt:2 is not UTF-8"),
+        ("e.json", b'["a",', "e.json is not valid JSON"),
         ("e.json", b'{"a": 1}', "must hold one JSON list of strings"),
         ("e.json", b'["a", 1]', "must hold one JSON list of strings"),
     ],

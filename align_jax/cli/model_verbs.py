@@ -6,7 +6,8 @@ The work is done in embed.py and align.py, which are imported when it begins.
 import argparse
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
+
+from align_jax.storage.text import read_lines
 
 _MODEL_HELP = "workdir, Hugging Face folder, or hub id such as kakaobrain/align-base"
 
@@ -112,7 +113,7 @@ def _classify(args, rest) -> None:
 def _labels(given: str) -> list[str]:
     labels = given.split(",")
     if given.endswith(".txt"):
-        labels = Path(given).read_text(encoding="utf-8").splitlines()
+        labels = read_lines(given)
     labels = [label.strip() for label in labels if label.strip()]
     if not labels:
         raise ValueError(f"--labels {given!r} names no label.")

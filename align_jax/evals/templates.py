@@ -3,9 +3,10 @@
 `{}` stands for the class name. CLIP's 80 ImageNet prompts are not kept here: give their file.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+
+from align_jax.storage.text import read_json, read_lines
 
 SIMPLE = ("a photo of a {}.",)
 
@@ -50,13 +51,9 @@ def _read_templates(spec: str) -> tuple[str, ...]:
         )
     if not path.is_file():
         raise ValueError(f"Template file {file_name} does not exist.")
-    text = path.read_text(encoding="utf-8")
     if path.suffix == ".txt":
-        return tuple(line.strip() for line in text.splitlines() if line.strip())
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"Template file {file_name} is not valid JSON: {error}.") from error
+        return tuple(line.strip() for line in read_lines(path) if line.strip())
+    content = read_json(path)
     if isinstance(content, dict):
         if list_name not in content:
             raise ValueError(

@@ -8,12 +8,13 @@ texts is in metaclip.py. Source: Xu et al. 2023 (2309.16671) section 3.1 and tab
 """
 
 import itertools
-import json
 import math
 import os
 import string
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+from align_jax.storage.text import read_blocks, read_json, read_lines
 
 _PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 _MIN_UNIGRAM_COUNT = 100
@@ -34,16 +35,8 @@ def read_entries(path: str | os.PathLike, *, log: Callable[[str], None] = print)
       ValueError: the file is not of its format, or holds no entry.
     """
     path = Path(path)
-    try:
-        text = path.read_text("utf-8-sig")
-        if path.suffix.lower() != ".json":
-            given = [line.strip() for line in text.split("\n")]
-            if not given[-1]:
-                given.pop()
-        else:
-            given = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as metadata entries: {error}.") from error
+    is_json = path.suffix.lower() == ".json"
+    given = read_json(path) if is_json else [line.strip() for line in read_lines(path)]
     if not isinstance(given, list) or not all(isinstance(entry, str) for entry in given):
         raise ValueError(f"{path} must hold one JSON list of strings, the metadata entries.")
     kept = [entry for entry in given if entry.strip()]
@@ -142,23 +135,22 @@ def _wordnet_names(folder) -> Iterator[str]:
         path = folder / f"data.{part}"
         if not path.is_file():
             raise ValueError(f"{path} does not exist; name the folder of WordNet's data.* files.")
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.startswith(" "):  # the licence
-                    continue
-                fields = line.split(" ", 5)  # offset, file, type, number of words, first word
-                if len(fields) < 6 or not fields[0].isdecimal():
-                    raise ValueError(f"{path}:{number} is no synset of WordNet: {line[:40]!r}.")
-                name = fields[4].split("(")[0].lower()  # adjectives: "galore(ip)"
-                yield name.split(".")[0].replace("_", " ")
+        for number, line in enumerate(read_lines(path), 1):
+            if line.startswith(" "):  # the licence
+                continue
+            fields = line.split(" ", 5)  # offset, file, type, number of words, first word
+            if len(fields) < 6 or not fields[0].isdecimal():
+                raise ValueError(f"{path}:{number} is no synset of WordNet: {line[:40]!r}.")
+            name = fields[4].split("(")[0].lower()  # adjectives: "galore(ip)"
+            yield name.split(".")[0].replace("_", " ")
 
 
 def _read_counts(path) -> Iterator[tuple[str, int]]:
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist; name a TSV file of text and count.")
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            text, _, count = line.rstrip("\r\n").rpartition("\t")
+    for block in read_blocks(path):
+        for number, line in enumerate(block.lines, block.first):
+            text, _, count = line.rpartition("\t")
             if not text or not count.isdecimal():
                 raise ValueError(f"{path}:{number} is not a text, a tab and a count: {line[:40]!r}")
             yield text, int(count)

@@ -14,13 +14,14 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import ibis
 import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
+
+from align_jax.storage.text import read_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,7 +355,7 @@ def urls(listed: str | os.PathLike | Iterable[str], *, source: str) -> Rule:
 
 def _listed(listed):
     if isinstance(listed, str | os.PathLike):
-        lines = Path(listed).read_text(encoding="utf-8").splitlines()
+        lines = read_lines(listed)
         listed = [line.partition(" #")[0].strip() for line in lines if not line.startswith("#")]
     listed = [name for name in listed if name]
     if not listed:

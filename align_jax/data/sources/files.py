@@ -25,6 +25,7 @@ from align_jax.data.sources.record import LabelledImage, Record, hash_key
 from align_jax.data.sources.tables import Row, parse_sidecar, read_table
 from align_jax.storage import identity
 from align_jax.storage.problems import Problems
+from align_jax.storage.text import read_lines
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _NONE = np.zeros(0, np.uint64)
@@ -340,8 +341,7 @@ def _unique_key(key, member, taken):
 def _read_classes(path):
     if not os.path.isfile(path):
         raise ValueError(f"{path} does not exist; classes= is a TSV of index, folder and name.")
-    with open(path, encoding="utf-8-sig") as file:
-        rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
+    rows = [line.split("\t") for line in read_lines(path) if line.strip()]
     if any(len(row) < 3 or not row[0].isdecimal() for row in rows):
         raise ValueError(f"{path} must hold lines of index, folder and name, separated by tabs.")
     names = {int(row[0]): row[2] for row in rows}
