@@ -10,7 +10,7 @@ def write_preset(path, *calls):
     """Writes a preset of rule calls such as `short_side(at_least_px=200)`; returns its path."""
     lines = [f"    rules.{call[:-1]}, source='a test')," for call in calls]
     lines = [line.replace("(,", "(").replace("(, ", "(") for line in lines]
-    text = "\n".join(["from align_jax.curate import rules", "RULES = [", *lines, "]", ""])
+    text = "\n".join(["from align_jax.curate.filter import rules", "RULES = [", *lines, "]", ""])
     path.write_text(text)
     return str(path)
 
