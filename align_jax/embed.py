@@ -5,7 +5,6 @@ makes the missing shards only. `NNNNN.json` beside it says what was left out, an
 """
 
 import dataclasses
-import glob
 import hashlib
 import importlib.util
 import json
@@ -18,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from align_jax.align import Align
-from align_jax.data.images import BadImage, decode_image
-from align_jax.data.sources import archives
+from align_jax.data.images import IMAGE_SUFFIXES, BadImage, decode_image
+from align_jax.data.sources import archives, files
 from align_jax.data.sources import open_source as sources
-from align_jax.data.sources.files import IMAGE_SUFFIXES
+from align_jax.data.sources.img2dataset import is_img2dataset
 from align_jax.data.sources.packed import find_tfds_folder
 from align_jax.run.progress import show_progress
+from align_jax.storage.paths import find_paths
 from align_jax.storage.problems import Problems
 
 FORMATS = ("npy", "parquet")
@@ -41,6 +41,7 @@ class Items:
       read: index -> [(key, image or text)]; OSError if it cannot be read.
       name: index -> what to call the item where it cannot be read.
       identity: one line, equal if and only if keys and order are (as far as names tell).
+      problems: what was found missing before anything is read.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class Items:
     read: Callable[[int], list[tuple[str, Any]]]
     name: Callable[[int], str]
     identity: str
+    problems: Problems
 
 
 def open_images(spec: str) -> Items:
@@ -60,24 +62,21 @@ def open_images(spec: str) -> Items:
     Raises:
       ValueError: there is no image.
     """
-    paths = [spec] if os.path.exists(spec) else sorted(glob.glob(spec, recursive=True))
     problems = Problems()
-    members = {}
-    for path in paths:
-        if path.lower().endswith(IMAGE_SUFFIXES):
-            members[path] = archives.Member(path, path, "file")
-        elif path.lower().endswith(archives.ARCHIVE_SUFFIXES) or (
-            os.path.isdir(path) and not find_tfds_folder(path)
-        ):
-            prefix = "" if len(paths) == 1 else f"{path}/"
-            for name, member in archives.index_files(path, problems).items():
-                if name.lower().endswith(IMAGE_SUFFIXES):
-                    members[posixpath.join(prefix, name)] = member
-    if problems:
-        raise ValueError(f"{spec} cannot be read whole: {problems}")
+    paths = find_paths(spec)
+    images = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
+    stores = [path for path in paths if path not in images and _is_store(path)]
+    members = {path: archives.Member(path, path, "file") for path in images}
+    if files.archives_inside(stores, problems) == stores:  # else a folder of shards
+        for path, member in files.list_images(stores, problems):
+            key = member.name if len(paths) == 1 else posixpath.join(path, member.name)
+            members[key] = member
     if not members:
         source = sources.open_source(spec)
         return _source_items(source, "image", lambda record: [(record.key, record.image)])
+    for path in paths:
+        if path not in members and path not in stores:
+            problems.add("file_not_an_image", path)
     keys = list(members)
     return Items(
         "image",
@@ -85,6 +84,7 @@ def open_images(spec: str) -> Items:
         lambda index: [(keys[index], archives.read_member(members[keys[index]]))],
         lambda index: keys[index],
         f"{len(keys)} images, names {_digest(keys)}",
+        problems,
     )
 
 
@@ -116,6 +116,7 @@ def open_texts(spec: str) -> Items:
         lambda index: [(str(index + 1), texts[index])],
         lambda index: f"{spec}:{index + 1}",
         f"{len(texts)} lines {_digest(texts)}",
+        Problems(),
     )
 
 
@@ -198,7 +199,14 @@ def _source_items(source, kind, rows_of):
         lambda index: rows_of(source[index]),
         lambda index: f"record {index}",
         source.describe(),
+        source.problems,
     )
+
+
+def _is_store(path: str) -> bool:
+    if os.path.isdir(path):
+        return not find_tfds_folder(path) and not is_img2dataset(path)
+    return path.lower().endswith(archives.ARCHIVE_SUFFIXES)
 
 
 def _digest(names: Sequence[str]) -> str:

@@ -407,7 +407,7 @@ def test_labelled_folders_take_their_names_from_the_tsv(tmp_path, store):
     assert source.classes == ("black cat", "dog")
     found = {record.key: (record.image, record.label) for record in all_records(source)}
     assert found == {"n02/x.jpg": (jpeg(1), 1), "n01/y.jpg": (jpeg(2), 0)}
-    assert source.problems == {"class_unknown": 1}
+    assert source.problems == {"class_unknown": 1, "file_not_an_image": 1}
 
 
 def test_labelled_folders_without_tsv_are_numbered_alphabetically(tmp_path):

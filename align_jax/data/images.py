@@ -37,6 +37,14 @@ REDUCED_MARGIN = 2  # times the side before the crop that reduced decoding leave
 _WEB_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "ICO", "JPEG2000", "PPM")
 Image.init()
 _FORMATS = [name for name in _WEB_FORMATS if name in Image.OPEN]  # those this Pillow can read
+# A multi-picture JPEG (.mpo) opens as JPEG.
+IMAGE_SUFFIXES = tuple(
+    sorted(
+        suffix
+        for suffix, kind in Image.registered_extensions().items()
+        if kind in _FORMATS or (kind == "MPO" and "JPEG" in _FORMATS)
+    )
+)
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
 _ROWS_AT_A_TIME = 64
 _MIN_SIDE_PX = 2  # tracking pixels and spacer lines are no pictures

@@ -69,9 +69,7 @@ class Mixture:
         self._ends = list(itertools.accumulate(map(len, self.sources.values())))
         self.problems = Problems()
         for name, source in self.sources.items():
-            for reason, count in source.problems.items():
-                first = getattr(source.problems, "first", {}).get(reason, "?")
-                self.problems.add(reason, f"{name}: {first}", count)
+            self.problems.merge(source.problems, name)
 
     def __len__(self) -> int:
         return self._ends[-1]

@@ -1,5 +1,7 @@
 """What a source could not give: counts by reason, with the first offender of each."""
 
+from collections.abc import Mapping
+
 
 class Problems(dict[str, int]):
     """Counts by reason; `first[reason]` names the first offender."""
@@ -12,6 +14,13 @@ class Problems(dict[str, int]):
         """Counts `count` more of `reason`; `example` is kept if it is the first."""
         self[reason] = self.get(reason, 0) + count
         self.first.setdefault(reason, example)
+
+    def merge(self, other: Mapping[str, int], name: str = "") -> None:
+        """Adds what `other` has counted; `name` is put in front of its examples."""
+        first = getattr(other, "first", {})
+        for reason, count in other.items():
+            example = first.get(reason, "?")
+            self.add(reason, f"{name}: {example}" if name else example, count)
 
     def __str__(self) -> str:
         return "; ".join(

@@ -10,7 +10,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from align_jax.storage import identity
 from align_jax.storage.problems import Problems
@@ -18,6 +18,8 @@ from align_jax.storage.problems import Problems
 ARCHIVE_SUFFIXES = (".tar", ".zip")
 MAX_FILE_BYTES = 2**28  # no web image is larger, but a member that claims to be may be read
 _TAR_BLOCK = 512
+_SCAN_BYTES = 2**20  # a multiple of the block
+_MAX_HEADER_BYTES = 2**20  # of a long name or a pax record
 _ZIP_LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of name and extra field
 _ZIP_STORED, _ZIP_DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 
@@ -33,28 +35,41 @@ class Member(NamedTuple):
 
 
 def index_files(path: str, problems: Problems) -> dict[str, Member]:
-    """Returns name -> Member of the files that `list_files` lists; the last of equal names."""
-    return {member.name: member for member in list_files(path, problems)}
+    """Returns name -> Member of all files, hidden ones too; the last of equal names."""
+    return {member.name: member for member in list_files(path, problems, hidden=True)}
 
 
-def list_files(path: str, problems: Problems) -> list[Member]:
+def list_files(path: str, problems: Problems, *, hidden: bool = False) -> list[Member]:
     """Returns the files in a folder (recursively), a .zip or a .tar, in its order.
 
-    Links, devices and the like in archives are left out.
+    Links to folders are followed, each target once. Links, devices and the like in archives are
+    left out. Names are hidden that begin with a dot (.ipynb_checkpoints, ._a.jpg), and __MACOSX.
 
     Args:
       path: folder or archive.
       problems: receives `archive_unreadable`, `tar_truncated` (what follows the break is lost),
-        `zip_member_unsupported` (neither stored nor deflated, or encrypted).
+        `zip_member_unsupported` (neither stored nor deflated, or encrypted); of folders
+        `folder_unreadable`, `file_unreadable` (a link to nothing, a pipe) and `link_repeated` (to
+        a folder that is read already); `name_hidden`.
+      hidden: whether hidden names are listed; else they are counted, a hidden folder once.
     """
     if os.path.isdir(path):
-        return _list_folder(path)
+        return _Folder(path, problems, hidden).members
     list_archive = _list_zip if path.lower().endswith(".zip") else _list_tar
     try:
-        return list_archive(path, problems)
+        members = list_archive(path, problems)
     except Exception as error:  # both modules leak every kind of error on damaged headers
         problems.add("archive_unreadable", f"{path}: {error}")
         return []
+    if hidden:
+        return members
+    kept = []
+    for member in members:
+        if any(map(_is_hidden, member.name.split("/"))):
+            problems.add("name_hidden", f"{path}: {member.name}")
+        else:
+            kept.append(member)
+    return kept
 
 
 def read_member(member: Member) -> bytes:
@@ -111,22 +126,57 @@ def stamp_members(members: Iterable[Member]) -> str:
     )
 
 
-def _too_large(member):
+def _too_large(member: Member) -> OSError:
     return OSError(f"{member.path}: {member.name} is larger than {MAX_FILE_BYTES >> 20} MiB.")
 
 
-def _list_folder(path):
-    members = []
-    for folder, folders, files in os.walk(path):
-        folders.sort()
-        for file in sorted(files):
-            full = os.path.join(folder, file)
-            name = os.path.relpath(full, path).replace(os.sep, "/")
-            members.append(Member(full, name, "file"))
-    return members
+def _is_hidden(name: str) -> bool:
+    return name == "__MACOSX" or (name.startswith(".") and name not in (".", ".."))
 
 
-def _list_zip(path, problems):
+class _Folder:
+    """The files below a folder, in order of their names."""
+
+    def __init__(self, path: str, problems: Problems, hidden: bool):
+        self.members: list[Member] = []
+        self._problems, self._hidden = problems, hidden
+        self._linked: set[tuple[int, int]] = set()  # targets of links that were followed
+        self._list(path, "", {_identity(path)})
+
+    def _list(self, folder: str, prefix: str, above: set[tuple[int, int]]) -> None:
+        """Adds what lies in a folder; `above` are the folders that it lies in, and itself."""
+        try:
+            with os.scandir(folder) as listed:
+                entries = sorted(listed, key=lambda entry: entry.name)
+        except OSError as error:
+            self._problems.add("folder_unreadable", f"{folder}: {error.strerror}")
+            return
+        folders = []
+        for entry in entries:
+            if not self._hidden and _is_hidden(entry.name):
+                self._problems.add("name_hidden", entry.path)
+            elif entry.is_dir():
+                folders.append(entry)
+            elif entry.is_file():
+                self.members.append(Member(entry.path, prefix + entry.name, "file"))
+            else:
+                self._problems.add("file_unreadable", entry.path)
+        for entry in folders:
+            identity = _identity(entry.path)
+            if entry.is_symlink():
+                if identity in above or identity in self._linked:
+                    self._problems.add("link_repeated", entry.path)
+                    continue
+                self._linked.add(identity)
+            self._list(entry.path, f"{prefix}{entry.name}/", above | {identity})
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _list_zip(path: str, problems: Problems) -> list[Member]:
     members = []
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
@@ -142,32 +192,69 @@ def _list_zip(path, problems):
     return members
 
 
-def _list_tar(path, problems):
-    members = []
-    size = os.path.getsize(path)
-    broken = None
-    with tarfile.open(path, "r:") as archive:
-        try:
-            while (info := archive.next()) is not None:
-                archive.members.clear()  # which keeps every header
-                if not info.isreg() or info.issparse():
-                    continue
-                if info.offset_data + info.size > size:
-                    broken = info.name
-                    break
-                members.append(Member(path, info.name, "tar", info.offset_data, info.size))
-        except Exception as error:  # of many kinds where a header is damaged
-            broken = str(error)
-        end = archive.offset
-    # tarfile stops silently at a damaged header; a whole archive ends in blocks of zeros.
-    if broken is None and _read_block(path, end) != bytes(_TAR_BLOCK):
-        broken = f"no end-of-archive block at byte {end}"
+def _list_tar(path: str, problems: Problems) -> list[Member]:
+    members: list[Member] = []
+    with open(path, "rb") as raw:
+        start, broken = 0, None
+        while start is not None and broken is None:  # archives may follow each other: cat a b
+            try:
+                end, broken = _list_one_tar(path, raw, start, members)
+            except tarfile.ReadError as error:
+                if start == 0:
+                    raise
+                broken = f"no archive at byte {start}: {error}"
+            else:
+                start = None if broken else _next_content(raw, end)
     if broken is not None:
         problems.add("tar_truncated", f"{path}: {broken}")
     return members
 
 
-def _read_block(path, offset):
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(_TAR_BLOCK)
+def _list_one_tar(
+    path: str, raw: BinaryIO, start: int, members: list[Member]
+) -> tuple[int, str | None]:
+    """Adds the files of the archive at `start`; returns where it ends and what is broken there."""
+    size = os.fstat(raw.fileno()).st_size
+    raw.seek(start)
+    with tarfile.open(fileobj=_HeaderReader(raw), mode="r:") as archive:
+        try:
+            while (info := archive.next()) is not None:
+                archive.members.clear()  # which keeps every header
+                if info.size < 0:
+                    return archive.offset, f"{info.name} has a negative size"
+                if not info.isreg() or info.issparse():
+                    continue
+                if info.offset_data + info.size > size:
+                    return archive.offset, info.name
+                members.append(Member(path, info.name, "tar", info.offset_data, info.size))
+        except Exception as error:  # of many kinds where a header is damaged
+            return archive.offset, str(error)
+        end = archive.offset
+    # tarfile stops silently at a damaged header; a whole archive ends in blocks of zeros.
+    raw.seek(end)
+    if raw.read(_TAR_BLOCK) != bytes(_TAR_BLOCK):
+        return end, f"no end-of-archive block at byte {end}"
+    return end, None
+
+
+def _next_content(raw: BinaryIO, offset: int) -> int | None:
+    """Returns the first block at or after `offset` that is not all zeros, None at the end."""
+    raw.seek(offset)
+    while data := raw.read(_SCAN_BYTES):
+        if rest := data.lstrip(b"\0"):
+            return offset + (len(data) - len(rest)) // _TAR_BLOCK * _TAR_BLOCK
+        offset += len(data)
+    return None
+
+
+class _HeaderReader:
+    """What tarfile reads headers through: never a whole file because a header says so."""
+
+    def __init__(self, raw: BinaryIO):
+        self.seek, self.tell = raw.seek, raw.tell
+        self._raw = raw
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _MAX_HEADER_BYTES:
+            raise OSError(f"a header at byte {self._raw.tell()} claims {size} bytes")
+        return self._raw.read(size)

@@ -6,13 +6,13 @@ counted in `problems`) before a run starts. open_source.py is the way in.
 """
 
 import collections
-import glob
 import os
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from align_jax.data.images import IMAGE_SUFFIXES
 from align_jax.data.sources.archives import (
     ARCHIVE_SUFFIXES,
     Member,
@@ -21,13 +21,22 @@ from align_jax.data.sources.archives import (
     read_member,
     stamp_members,
 )
+from align_jax.data.sources.image_finder import ImageFinder, printable, short_names
 from align_jax.data.sources.record import LabelledImage, Record, hash_key
 from align_jax.data.sources.tables import Row, parse_sidecar, read_table
 from align_jax.storage import identity
+from align_jax.storage.paths import find_paths
 from align_jax.storage.problems import Problems
 from align_jax.storage.text import read_lines
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_CAPTION_SUFFIXES = (".txt", ".json")
+# Files that say something of a data set as a whole, in CLIP_benchmark's layout.
+_SET_FILES = (
+    "classnames.txt",
+    "dataset_type.txt",
+    "nshards.txt",
+    "zeroshot_classification_templates.txt",
+)
 _NONE = np.zeros(0, np.uint64)
 
 
@@ -40,14 +49,17 @@ class FilePairs:
         entries: list[tuple[str, Member, Row | Member]],
         problems: Problems,
         weights: Mapping[str, float] | None = None,
+        *,
+        one_caption: bool = False,
     ):
         """Keeps (key, image, table row or .txt / .json file with the captions).
 
-        `weights` of the fields of the .json files: see tables.parse_sidecar.
+        `weights` of the fields of the .json files: see tables.parse_sidecar. `one_caption` takes a
+        .txt for one caption, whose lines are otherwise one each.
         """
         self._spec = spec
         self._entries = entries
-        self._weights = weights
+        self._weights, self._one_caption = weights, one_caption
         self.problems = problems
 
     def __len__(self) -> int:
@@ -78,7 +90,8 @@ class FilePairs:
 
     def slice(self, start: int, stop: int) -> "FilePairs":
         """Returns the pairs from `start` to `stop` as a source of their own, without problems."""
-        return FilePairs(self._spec, self._entries[start:stop], Problems(), self._weights)
+        entries, one = self._entries[start:stop], self._one_caption
+        return FilePairs(self._spec, entries, Problems(), self._weights, one_caption=one)
 
     def stamp(self) -> str:
         """Returns what identity.stamp does: keys, captions, and the content of the files."""
@@ -97,13 +110,16 @@ class FilePairs:
             ]
         )
 
-    def _captions(self, texts):
+    def _captions(
+        self, texts: Row | Member
+    ) -> tuple[tuple[str, ...], tuple[float, ...], tuple[str, ...]]:
         if isinstance(texts, Row):
             return texts.captions, texts.weights, texts.columns
         text = read_member(texts).decode("utf-8", "replace")
         if texts.name.lower().endswith(".json"):
             return parse_sidecar(text, self._weights)
-        return (text.strip(),), (), ()
+        lines = [text] if self._one_caption else text.split("\n")
+        return tuple(line.strip() for line in lines if line.strip()), (), ()
 
 
 class LabelledFiles:
@@ -166,47 +182,55 @@ def open_table(
     """
     problems = Problems()
     rows = read_table(path, problems, weights)
+    patterns = [images] if os.path.exists(images) else images.split(",")
     archives = [
         (file, index_files(file, problems))
-        for pattern in images.split(",")
+        for pattern in patterns
         for file in expand(pattern, "folders, .zip and .tar files of images")
     ]
-    find = _ImageFinder(archives, problems)
+    find = ImageFinder(archives, problems)
+    names = short_names([file for file, _ in archives])
     entries, keys = [], set()
     for row in rows:
-        member = find(row.image, row.shard)
-        if member is not None:
-            entries.append((_unique_key(_text(row.image), member, keys), member, row))
+        found = find(row.image, row.shard)
+        if found is not None:
+            place, member = found
+            key = _unique_key(printable(row.image), names[place], keys)
+            entries.append((key, member, row))
     return FilePairs(spec, entries[:limit], problems)
 
 
 def open_samples(
     spec: str,
-    paths: list[str],
+    paths: Sequence[str],
     limit: int | None,
     weights: Mapping[str, float] | None = None,
     *,
-    global_keys: bool = False,
+    img2dataset: bool = False,
+    names: Sequence[str] | None = None,
     taken: np.ndarray = _NONE,
 ) -> FilePairs:
     """Returns the pairs of files that share a name but for the suffix: image and .txt (or .json).
 
     A name that an archive holds twice belongs to a second pair of the same key.
 
-    Problems counted: those of the archives, `caption_missing`, `image_missing`.
+    Problems counted: those of `archives.list_files`, `caption_missing`, `image_missing`,
+    `file_not_an_image` (of a name that is no pair's).
 
     Args:
       spec: names the source in messages.
-      paths: folders, zips and tars; of a folder that holds archives, those are read.
+      paths: folders, zips and tars, see `archives_inside`.
       limit: pairs to use, or None for all.
       weights: of the fields of the .json files, which are then the only ones with captions.
-      global_keys: whether a name that occurs in several archives is one key; otherwise the name of
-        the archive is put in front of it from the second one on.
+      img2dataset: whether a name that occurs in several archives is one key and a .txt one caption;
+        otherwise the name of the archive is put in front of it from the second one on, and each
+        line of a .txt is a caption.
+      names: of the archives, for that; by default their `short_names`.
       taken: record.hash_key of keys that earlier archives have, uint64.
     """
     problems = Problems()
     entries, keys, earlier = [], set(), set(taken.tolist())
-    for path in archives_inside(paths):
+    for path, name in zip(paths, names or short_names(paths), strict=True):
         samples, seen, key_of = {}, collections.Counter(), {}
         for member in list_files(path, problems):
             stem, suffix = posixpath.splitext(member.name)
@@ -217,18 +241,44 @@ def open_samples(
             captions = (None if weights else files.get(".txt")) or files.get(".json")
             if "image" in files and captions:
                 if stem not in key_of:
-                    key = _text(stem)
+                    key = printable(stem)
                     if earlier and hash_key(key) in earlier:
                         keys.add(key)
-                    key_of[stem] = key if global_keys else _unique_key(key, files["image"], keys)
+                    key_of[stem] = key if img2dataset else _unique_key(key, name, keys)
                 entries.append((key_of[stem], files["image"], captions))
             elif "image" in files:
                 problems.add("caption_missing", f"{path}: {stem}")
-            elif captions:
-                problems.add("image_missing", f"{path}: {stem}")
+            else:
+                _count_without_image(f"{path}: {stem}", files, problems)
         if limit is not None and len(entries) >= limit:
             break
-    return FilePairs(spec, entries[:limit], problems, weights)
+    return FilePairs(spec, entries[:limit], problems, weights, one_caption=img2dataset)
+
+
+def list_images(paths: Sequence[str], problems: Problems) -> list[tuple[str, Member]]:
+    """Returns (path, member) of all images in folders, zips and tars, whatever lies beside them.
+
+    Args:
+      paths: see `archives_inside`.
+      problems: receives those of `archives.list_files`, `image_missing` (a .txt or .json file
+        without image) and `file_not_an_image`.
+    """
+    found = []
+    for path in paths:
+        others: dict[str, dict[str, Member]] = {}
+        stems = set()
+        members = {member.name: member for member in list_files(path, problems)}
+        for member in members.values():
+            stem, suffix = posixpath.splitext(member.name)
+            if _is_image(member.name):
+                stems.add(stem)
+                found.append((path, member))
+            else:
+                others.setdefault(stem, {})[suffix.lower()] = member
+        for stem, files in others.items():
+            if stem not in stems:
+                _count_without_image(f"{path}: {stem}", files, problems)
+    return found
 
 
 def open_class_folders(
@@ -236,25 +286,30 @@ def open_class_folders(
 ) -> LabelledFiles:
     """Returns the images of `class/file` names with their classes.
 
-    Problems counted: those of the archives, `class_unknown` (a folder that the TSV does not name).
+    Problems counted: those of `archives.list_files`, `file_not_an_image`, `class_unknown` (an image
+    in no folder, or in one that the TSV does not name).
 
     Args:
       spec: names the source in messages.
       paths: folders, zips and tars.
-      classes_tsv: lines of index, folder, name; None numbers the folders alphabetically.
+      classes_tsv: lines of index, folder, name; None numbers the folders in the
+        order of their names, which is that of the numbers where all are numbers.
       limit: images to use, evenly spaced so that all classes stay; None for all.
 
     Raises:
       ValueError: a TSV that does not exist or is not numbered 0, 1, 2, ...
     """
     problems = Problems()
-    members = [m for path in paths for m in index_files(path, problems).values()]
-    members = [(posixpath.basename(posixpath.dirname(m.name)), m) for m in members]
-    members = [(folder, member) for folder, member in members if _is_image(member.name)]
+    members = []
+    for member in (m for path in paths for m in _last_of_each(list_files(path, problems))):
+        if _is_image(member.name):
+            members.append((posixpath.basename(posixpath.dirname(member.name)), member))
+        else:
+            problems.add("file_not_an_image", f"{member.path}: {member.name}")
     if classes_tsv is not None:
         classes, label_of = _read_classes(classes_tsv)
     else:
-        classes = tuple(sorted({folder for folder, _ in members if folder}))
+        classes = tuple(_sorted_classes({folder for folder, _ in members if folder}))
         label_of = {name: label for label, name in enumerate(classes)}
     entries = []
     for folder, member in members:
@@ -273,7 +328,7 @@ def expand(pattern: str, accepted: str) -> list[str]:
     Raises:
       ValueError: there are none, or one is neither folder, zip nor tar; says what is `accepted`.
     """
-    paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    paths = find_paths(pattern)
     if not paths:
         raise ValueError(f"{pattern} does not exist; accepted: {accepted}.")
     for path in paths:
@@ -282,63 +337,73 @@ def expand(pattern: str, accepted: str) -> list[str]:
     return paths
 
 
-class _ImageFinder:
-    """Finds a table's image names: in the named archive, or by full or else by base name in all."""
+def archives_inside(paths: Sequence[str], problems: Problems) -> list[str]:
+    """Returns the paths, in place of a folder that holds archives these.
 
-    def __init__(self, archives, problems):
-        self._problems = problems
-        self._by_shard = {}
-        self._by_name, self._by_base_name = {}, {}
-        for path, index in archives:
-            base = posixpath.basename(path.rstrip("/"))
-            self._by_shard[base] = self._by_shard[posixpath.splitext(base)[0]] = index
-            for name, member in index.items():
-                self._by_name.setdefault(name, []).append(member)
-                self._by_base_name.setdefault(posixpath.basename(name), []).append(member)
+    Args:
+      paths: folders and archives.
+      problems: receives `name_hidden` and `file_not_an_image` of a folder of archives, but for
+        files about the set as a whole or about one of the archives (00000.parquet of 00000.tar).
 
-    def __call__(self, image, shard):
-        if shard:
-            if shard not in self._by_shard:
-                self._problems.add("shard_missing", shard)
-                return None
-            hits = [self._by_shard[shard][image]] if image in self._by_shard[shard] else []
-        else:
-            hits = self._by_name.get(image) or self._by_base_name.get(posixpath.basename(image), [])
-        if len(hits) == 1:
-            return hits[0]
-        self._problems.add("image_ambiguous" if hits else "image_missing", image)
-        return None
+    Raises:
+      ValueError: a folder holds both archives and images: which of them are meant?
+    """
+    found = []
+    for path in paths:
+        names = sorted(os.listdir(path)) if os.path.isdir(path) else []
+        inside = [n for n in names if n.lower().endswith(ARCHIVE_SUFFIXES) and n[0] != "."]
+        found += [os.path.join(path, name) for name in inside] or [path]
+        if not inside:
+            continue
+        stems = {posixpath.splitext(name)[0] for name in inside}
+        loose = Problems()
+        for member in list_files(path, loose):
+            if _is_image(member.name):
+                raise ValueError(
+                    f"{path} holds both archives ({inside[0]}) and images ({member.name}); move "
+                    f"one kind elsewhere, or name the archives: '{path}/*"
+                    f"{posixpath.splitext(inside[0])[1]}'."
+                )
+            stem = member.name.partition(".")[0].removesuffix("_stats")
+            if stem not in stems and member.name not in _SET_FILES:
+                loose.add("file_not_an_image", member.path)
+        problems.merge(loose)
+    return found
 
 
-def _is_image(name):
+def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def archives_inside(paths: Sequence[str]) -> Iterator[str]:
-    """Yields the paths, in place of a folder that holds archives these."""
-    for path in paths:
-        inside = [
-            os.path.join(path, name)
-            for name in sorted(os.listdir(path) if os.path.isdir(path) else ())
-            if name.lower().endswith(ARCHIVE_SUFFIXES)
-        ]
-        yield from inside or [path]
+def _count_without_image(name: str, files: Mapping[str, Member], problems: Problems) -> None:
+    """Counts the files of one name without image once: as what is there in place of it."""
+    other = next((suffix for suffix in files if suffix not in _CAPTION_SUFFIXES), None)
+    if other is None:
+        problems.add("image_missing", name)
+    else:
+        problems.add("file_not_an_image", name + other)
 
 
-def _text(name):
-    # Names need not be UTF-8 (tar) nor free of lone surrogates (JSON); keys are written as UTF-8.
-    return name.encode("utf-8", "backslashreplace").decode()
+def _last_of_each(members: Iterable[Member]) -> Iterable[Member]:
+    return {member.name: member for member in members}.values()
 
 
-def _unique_key(key, member, taken):
+def _sorted_classes(names: Iterable[str]) -> list[str]:
+    names = sorted(names)
+    if all(name.isdecimal() for name in names):
+        names.sort(key=int)
+    return names
+
+
+def _unique_key(key: str, archive: str, taken: set[str]) -> str:
     # Shards may number their samples from 0 again.
     if key in taken:
-        return f"{_text(posixpath.splitext(posixpath.basename(member.path))[0])}/{key}"
+        key = f"{archive}/{key}"
     taken.add(key)
     return key
 
 
-def _read_classes(path):
+def _read_classes(path: str) -> tuple[tuple[str, ...], dict[str, int]]:
     if not os.path.isfile(path):
         raise ValueError(f"{path} does not exist; classes= is a TSV of index, folder and name.")
     rows = [line.split("\t") for line in read_lines(path) if line.strip()]

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 from align_jax.data.sources import files
 from align_jax.data.sources.shards import Shards
+from align_jax.storage.problems import Problems
 
 UNFINISHED = ("skip", "refuse")
 _STATS = re.compile(r"(\d+)_stats\.json")
@@ -36,7 +37,7 @@ class Shard:
 
     def open(self) -> files.FilePairs:
         """Returns the pairs; `problems` has also what img2dataset could not download."""
-        pairs = files.open_samples(self.path, [self.path], None, self.weights, global_keys=True)
+        pairs = files.open_samples(self.path, [self.path], None, self.weights, img2dataset=True)
         _add_failures(os.path.splitext(self.path)[0], pairs.problems)
         return pairs
 
@@ -93,9 +94,8 @@ class Img2Dataset(Shards):
     def open(self, limit: int | None = None) -> files.FilePairs:
         """Returns the pairs of all shards, or the first `limit` of them, indexed."""
         paths, weights = [shard.path for shard in self.parts], self.parts[0].weights
-        pairs = files.open_samples(self._spec, paths, limit, weights, global_keys=True)
-        for reason, count in self.folder_problems.items():
-            pairs.problems.add(reason, self.folder_problems.first[reason], count)
+        pairs = files.open_samples(self._spec, paths, limit, weights, img2dataset=True)
+        pairs.problems.merge(self.folder_problems)
         for path in paths:
             _add_failures(os.path.splitext(path)[0], pairs.problems)
         return pairs
@@ -106,7 +106,7 @@ def is_img2dataset(path: str) -> bool:
     return os.path.isdir(path) and any(map(_STATS.fullmatch, os.listdir(path)))
 
 
-def _count_pairs(path):
+def _count_pairs(path: str) -> int | None:
     """Returns how many downloads succeeded, None where the stats are missing or not whole."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -115,7 +115,7 @@ def _count_pairs(path):
         return None
 
 
-def _add_failures(stem, problems):
+def _add_failures(stem: str, problems: Problems) -> None:
     """Counts the rows of a shard's table by their status, where there is such a table."""
     path = f"{stem}.parquet"
     if not os.path.exists(path):

@@ -112,10 +112,12 @@ def open_source(spec: str) -> PairSource:
     else:
         paths = files.expand(path, _ACCEPTED)
         _check_options(spec, options, ("captions", "max"))
-        archives = list(files.archives_inside(paths))
+        problems = Problems()
+        archives = files.archives_inside(paths, problems)
         if len(archives) > 1 and "max" not in options:
-            return Archives(spec, archives, weights)
-        source = files.open_samples(spec, paths, _limit(spec, options), weights)
+            return Archives(spec, archives, problems, weights)
+        source = files.open_samples(spec, archives, _limit(spec, options), weights)
+        source.problems.merge(problems)
     if len(source) == 0:
         raise ValueError(f"{spec} holds no usable pair. {source.problems}".strip())
     return source
@@ -128,7 +130,7 @@ def open_labelled(spec: str) -> LabelledSource:
     |---|---|
     | `scenes?size=512&seed=9&label=shape` | procedural scenes and one of their attributes |
     | `test.zip?classes=classes.tsv` | members `class/file`; TSV of index, folder, name |
-    | `folder` | a sub-folder for each class, numbered in alphabetical order |
+    | `folder` | a sub-folder for each class, numbered in the order of their names |
 
     `max=N` keeps N of the images, evenly spaced, so that all classes stay.
 
@@ -184,7 +186,9 @@ class InMemory:
         return f"in memory: {len(self)} pairs"
 
 
-def _parse(spec):
+def _parse(spec: str) -> tuple[str, dict[str, str]]:
+    if os.path.exists(spec):
+        return spec, {}
     path, _, query = spec.partition("?")
     options = {}
     for part in filter(None, query.split("&")):

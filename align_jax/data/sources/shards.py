@@ -105,27 +105,38 @@ class Archive:
 
     Attributes:
       path: of the archive.
+      name: what tells it from the others (files.short_names).
       num_expected: pairs in it.
       taken: hashed keys of it that an earlier archive has too, ascending.
       weights: caption field -> weight, see files.open_samples.
     """
 
     path: str
+    name: str
     num_expected: int
     taken: np.ndarray
     weights: Mapping[str, float] | None = None
 
     def open(self) -> files.FilePairs:
         """Returns the pairs; keys that an earlier archive has get this one's name in front."""
-        return files.open_samples(self.path, [self.path], None, self.weights, taken=self.taken)
+        return files.open_samples(
+            self.path, [self.path], None, self.weights, names=[self.name], taken=self.taken
+        )
 
 
 class Archives(Shards):
     """Several archives of samples, see files.open_samples."""
 
-    def __init__(self, spec: str, paths: Sequence[str], weights: Mapping[str, float] | None = None):
-        """Keeps the paths of the archives."""
+    def __init__(
+        self,
+        spec: str,
+        paths: Sequence[str],
+        problems: Problems,
+        weights: Mapping[str, float] | None = None,
+    ):
+        """Keeps the paths of the archives, and the problems of the folder that they are in."""
         super().__init__()
+        self.folder_problems = problems
         self._spec, self._paths, self._weights = spec, list(paths), weights
 
     @functools.cached_property
@@ -138,13 +149,17 @@ class Archives(Shards):
             hashes.append((np.fromiter(map(hash_key, keys), np.uint64, len(keys)), len(pairs)))
         repeated = find_repeated(lambda number: hashes[number][0], len(hashes))
         return tuple(
-            Archive(path, count, np.sort(own[repeated.get(number, [])]), self._weights)
-            for number, (path, (own, count)) in enumerate(zip(self._paths, hashes, strict=True))
+            Archive(path, name, count, np.sort(own[repeated.get(number, [])]), self._weights)
+            for number, (path, name, (own, count)) in enumerate(
+                zip(self._paths, files.short_names(self._paths), hashes, strict=True)
+            )
         )
 
     def open(self, limit: int | None = None) -> files.FilePairs:
         """Returns the pairs of all archives, or the first `limit` of them, indexed."""
-        return files.open_samples(self._spec, self._paths, limit, self._weights)
+        pairs = files.open_samples(self._spec, self._paths, limit, self._weights)
+        pairs.problems.merge(self.folder_problems)
+        return pairs
 
     def describe(self) -> str:
         """Returns the spec and the number of archives."""
