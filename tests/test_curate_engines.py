@@ -16,6 +16,7 @@ from helpers import environment, snapshot
 from align_jax.curate.filter import columns, engines, ingest
 from align_jax.curate.filter import curate as curate_lib
 from align_jax.curate.filter.presets import load_preset
+from align_jax.curate.filter.rules import identify_images
 
 CALLS = (
     "has_text()",
@@ -30,13 +31,13 @@ CALLS = (
     "aspect_ratio(below=3)",
     "texts_per_image(at_most=20)",
     "images_per_text(at_most=10)",
-    "repeated_text(at_most=12)",
+    "repeated_text(at_most=12, collapse=True)",
     "num_chars(5, 90)",
     "num_words(2, 12)",
     "rare_tokens(top=9000)",
     "domains(['b.com', 'co.uk'])",
     "urls([f'http://d.org/{row}' for row in range(6, 50_000, 8)])",
-    "duplicates('image_hash', 'text')",
+    "duplicates('image_hash', 'text', collapse=True)",
 )
 
 
@@ -135,7 +136,7 @@ class _Recorder(engines.Engine):
 def test_every_rule_compiles_to_the_sql_of_every_engine(tmp_path, dialect):
     schema = ingest.schema(list(columns.COLUMNS))
     table = ibis.table(ibis.Schema.from_pyarrow(schema), name="pairs")
-    table = table.mutate(image=table.image_hash)
+    table = identify_images(table)
     for rule in load_preset(write_preset(tmp_path / "p.py", *CALLS)).rules:
         engine = _Recorder(dialect)
         if rule.keep:
@@ -199,7 +200,7 @@ def test_language_detector_stands_in_for_the_column(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("package", ["ibis", "pyarrow"])
 def test_missing_extra_is_one_line(tmp_path, package):
-    code = f"import sys; sys.modules[{package!r}] = None; from align_jax import cli; "
+    code = f"import sys; sys.modules[{package!r}] = None; from align_jax.cli import main as cli; "
     code += "sys.exit(cli.main(['curate', 't.csv', '--preset', 'align', '--out', 'out']))"
     done = subprocess.run(
         [sys.executable, "-c", code],

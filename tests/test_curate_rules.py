@@ -1,4 +1,4 @@
-"""Every rule of curation on a table whose answer is known, in DuckDB; presets' thresholds."""
+"""Every rule of curation on a table whose answer is known, in DuckDB."""
 
 import collections
 import random
@@ -9,7 +9,6 @@ import pytest
 from curate_helpers import curate_table, reasons
 
 from align_jax.curate.filter import ingest
-from align_jax.curate.filter.presets import NAMES, load_preset
 
 TWO = ["some text", "other text"]
 
@@ -109,6 +108,53 @@ def test_images_per_text_counts_different_images_by_hash_before_url(tmp_path):
         "text": ["x", "x", "x", "y", "y", "y", "X"],
     }
     assert sorted(reasons(tmp_path, table, "images_per_text(at_most=2)")) == [0, 1, 2]
+
+
+def test_an_image_is_the_first_of_hash_url_and_key_that_the_row_has(tmp_path):
+    rows = [
+        ("h", "u1", "k1"),
+        ("h", "u2", "k2"),  # the image of the hash above
+        (None, "u3", "k3"),
+        (None, "u3", "k4"),  # that of the url above
+        ("", "", "k5"),  # an empty string is no value
+        (None, None, "k5"),  # that of the key above
+        (None, None, "k6"),
+    ]
+    hashes, urls, keys = zip(*rows, strict=True)
+    table = {"phash": hashes, "url": urls, "key": keys, "text": ["x"] * len(rows)}
+    for at_most, kept in ((3, 0), (4, len(rows))):  # h, u3, k5, k6
+        made, _ = curate_table(
+            tmp_path / f"{at_most}", table, f"images_per_text(at_most={at_most})"
+        )
+        assert made["rows_kept"] == kept
+    table["text"] = [f"text {row}" for row in range(len(rows))]
+    made, _ = curate_table(tmp_path / "texts", table, "texts_per_image(at_most=1)")
+    assert made["rows_kept"] == 1  # that of k6
+
+
+@pytest.mark.parametrize("own", ["url", "key", None])
+def test_rows_without_hash_are_images_of_their_own(tmp_path, own):
+    table = {"phash": pa.nulls(20, pa.string()), "text": ["one text of many"] * 20}
+    if own:
+        table[own] = [f"{own}{row}" for row in range(20)]
+    made, _ = curate_table(tmp_path, table, "images_per_text(at_most=10)")
+    assert made["rows_kept"] == 0
+
+
+def test_collapsed_texts_are_equal_whatever_white_space_they_hold(tmp_path):
+    spaces = (
+        "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u200a\u2028\u2029\u202f\u205f\u3000"
+    )
+    texts = [f"{space}A{space}{space}b{space}" for space in spaces] + ["A b", "a b", "A\u200bb"]
+    least = len(spaces)
+    calls = f"repeated_text(at_most={least}, collapse=True)", "has_text()"
+    found = reasons(tmp_path / "1", {"text": texts}, *calls)
+    assert sorted(found) == [*range(least + 1)]
+    assert not reasons(tmp_path / "2", {"text": texts}, f"repeated_text(at_most={least + 1})")
+    table = {"text": texts, "url": ["u"] * len(texts)}
+    found = reasons(tmp_path / "3", table, "duplicates('url', 'text', collapse=True)")
+    assert sorted(found) == [*range(1, least + 1)]
+    assert not reasons(tmp_path / "4", table, "duplicates('url', 'text')")
 
 
 def test_repeated_text_counts_rows_of_the_exact_text(tmp_path):
@@ -225,38 +271,3 @@ def test_normalise_equals_python_on_every_kind_of_white_space_and_letter(tmp_pat
     texts = [f"{s}A{s}{s}É ß{s}" for s in spaces] + ["plain Ascii  two", "x", "", "Ωmega Привет"]
     expected = [" ".join(text.split()).lower() for text in texts]
     assert ingest.normalise(pa.array(texts)).to_pylist() == expected
-
-
-def test_presets_state_the_figures_of_their_sources():
-    figures = {name: [rule.keeps for rule in load_preset(name).rules] for name in NAMES}
-    assert figures["align"] == [  # Jia et al. 2021, section 3
-        "a text that is not blank",
-        "nsfw <= 0.5",
-        "tag is not NSFW",
-        "shorter side > 200 px",
-        "aspect ratio < 3",
-        "image has <= 1000 different texts",
-        "text is shared by <= 10 images",
-        "3 to 20 unigrams",
-        "every unigram and bigram is among the 100000000 most frequent of the raw data",
-    ]
-    assert figures["coyo"] == [  # README of kakaobrain/coyo-dataset
-        "a text that is not blank",
-        "file >= 5000 bytes",
-        "aspect ratio <= 3",
-        "shorter side >= 200 px",
-        "nsfw <= 0.5",
-        "language en",
-        "6 to 1000 characters",
-        "3 to 256 unigrams",
-        "text occurs <= 10 times",
-        "first row of its (image_hash, text), of the rows left by the rules before",
-    ]
-    assert ">= 5 characters" in figures["laion"]
-    assert "similarity >= 0.3" in figures["laion"]
-    assert {">= 3 unigrams", ">= 6 characters", "aspect ratio <= 3", "shorter side >= 200 px"} <= (
-        set(figures["datacomp-basic"])
-    )
-    assert any("more than 20000 times" in keeps for keeps in figures["metaclip"])
-    for name in NAMES:
-        assert all(rule.source for rule in load_preset(name).rules)

@@ -195,10 +195,28 @@ def test_decisions_do_not_depend_on_order_batches_threads_or_order_of_entries(
     assert decisions(metaclip.keep_table([whole], entries, 10, 8, tmp_path / "a")) != first
 
 
-def draw_in_whole_numbers(key, entry, seed):
+def test_every_text_of_a_key_has_draws_of_its_own(tmp_path):
+    texts = [f"a cat {caption}" for _ in range(10_000) for caption in range(5)]
+    keys = [key for key in range(10_000) for _ in range(5)]
+    kept = pa.Table.from_batches(
+        metaclip.keep_table([rows(texts, keys)], ["cat"], 5_000, 0, tmp_path)
+    )
+    kept = kept.filter(kept["keep"])
+    # p = 0.1 a text: 50,000 p rows, of 10,000 (1 - 0.9**5) = 4,095 images
+    assert abs(len(kept) - 5000) < 3 * math.sqrt(50_000 * 0.1 * 0.9)
+    found = len(set(kept["key"].to_pylist()))
+    assert abs(found - 4095.1) < 3 * math.sqrt(10_000 * 0.40951 * 0.59049)
+    # and rows of the same key and text share one decision
+    twice = metaclip.keep_table([rows(["cat"] * 400, [*range(200)] * 2)], ["cat"], 100, 0, tmp_path)
+    keep = np.concatenate([batch["keep"].to_pylist() for batch in twice])
+    assert (keep[:200] == keep[200:]).all() and 0 < keep.sum() < 400
+
+
+def draw_in_whole_numbers(key, text, entry, seed):
     """The random number in [0, 1) of a row and an entry, without NumPy: blake2b, splitmix64."""
     salt = seed.to_bytes(8, "little")
-    hashes = [hashlib.blake2b(t.encode(), digest_size=8, salt=salt).digest() for t in (key, entry)]
+    row = hashlib.blake2b(text.encode(), digest_size=8).digest() + key.encode()
+    hashes = [hashlib.blake2b(t, digest_size=8, salt=salt).digest() for t in (row, entry.encode())]
     x = sum(int.from_bytes(h, "little") for h in hashes) % 2**64
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> shift)) * factor % 2**64
@@ -211,10 +229,11 @@ def test_decisions_are_the_same_on_every_platform(tmp_path):
     assert mixed == 0xE220A8397B1DCDAF
     table = metaclip.keep_table([rows(["cat"] * 16)], ["cat"], 6, 3, tmp_path)
     kept = [key for key, keep in decisions(table).items() if keep]
-    expected = [f"k{i}" for i in range(16) if draw_in_whole_numbers(f"k{i}", "cat", 3) * 16 < 6]
+    draws = [draw_in_whole_numbers(f"k{i}", "cat", "cat", 3) for i in range(16)]
+    expected = [f"k{i}" for i, draw in enumerate(draws) if draw * 16 < 6]
     assert kept == expected
     # Written down: other draws would keep other rows of sets that users have published.
-    assert kept == ["k0", "k1", "k2", "k4", "k6", "k10", "k13", "k14"]
+    assert kept == ["k0", "k3", "k14"]
 
 
 def test_keep_table_yields_every_row_in_order_with_its_reason(tmp_path, monkeypatch):

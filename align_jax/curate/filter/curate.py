@@ -24,11 +24,12 @@ import pyarrow as pa
 
 from align_jax.curate.filter import columns as columns_lib
 from align_jax.curate.filter import engines, ingest, report
+from align_jax.curate.filter import rules as rules_lib
 from align_jax.curate.filter.presets import Preset, load_preset
 from align_jax.curate.filter.text_tables import PROBLEMS
 
 KEPT = 255
-_FORMAT = "1"  # of the stages; change it when a rule or a part changes its meaning
+_FORMAT = "2"  # of the stages; change it when a rule or a part changes its meaning
 _CONFIG, _REASONS = "config.json", "reasons.npz"
 _EDGE_BYTES = 1 << 16
 
@@ -146,12 +147,12 @@ class _Plan:
       reasons: all reasons in order; a code in the array of reasons is an index of it.
       first_code: name of a rule -> code of its first reason.
       missing: name of a rule that is not applied -> why.
-      image: column that says which image it is, or None.
+      has_image: whether a column says which image a row has.
     """
 
     def __init__(self, preset: Preset, present: list[str]):
         self.columns = [name for name in columns_lib.COLUMNS if name in present or name == "key"]
-        self.image = next((n for n in ("image_hash", "url", "key") if n in present), None)
+        self.has_image = bool({"image_hash", "url", "key"} & set(present))
         self.rules, self.reasons = [], [*PROBLEMS]
         self.first_code, self.missing = {}, {}
         for rule in preset.rules:
@@ -167,7 +168,7 @@ class _Plan:
 
     def _has(self, name):
         if name == "image":
-            return self.image is not None
+            return self.has_image
         return name in self.columns or name in ("words", "num_words", "num_chars")
 
     def applied(self):
@@ -194,8 +195,8 @@ def _apply(plan, num_rows, stages, engine_name, memory_gib, options) -> np.ndarr
     try:
         parts = part_files(str(stages / "table"))
         table = engine.read(str(stages / "table"))
-        if plan.image:
-            table = table.mutate(image=table[plan.image])
+        if plan.has_image:
+            table = rules_lib.identify_images(table)
         for name, rule in todo:
             start = time.monotonic()
             try:

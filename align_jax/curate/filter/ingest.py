@@ -22,8 +22,8 @@ from align_jax.run.progress import show_progress
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 BATCH_ROWS = 1 << 17
 _THREADS = 2
-# What str.split() splits at; RE2's own \s is ASCII only.
-_SPACES = (
+# What str.split() splits at beside spaces, as a class of RE2 and Java: their \s is ASCII only.
+WHITE_SPACE = (
     r"\t\n\v\f\r\x1c-\x1f\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}"
     r"\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}"
 )
@@ -177,7 +177,7 @@ def normalise(texts: pa.Array) -> pa.Array:
     Lower case is Unicode's simple mapping, one code point to one, the same on every machine.
     """
     texts = pc.utf8_trim_whitespace(texts)
-    odd = pc.match_substring_regex(texts, rf"  |[{_SPACES}]")
+    odd = pc.match_substring_regex(texts, rf"  |[{WHITE_SPACE}]")
     if pc.any(odd).as_py():
         parts = pc.utf8_split_whitespace(pc.filter(texts, odd))
         texts = pc.replace_with_mask(texts, odd, pc.binary_join(parts, " "))

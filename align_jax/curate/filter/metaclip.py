@@ -24,7 +24,7 @@ from align_jax.run.progress import show_progress
 
 _ROWS_PER_PART = 2**18
 _ROWS_PER_SEARCH = 2**10  # a half faster than 2**14: lists of matches stay small
-_FORMAT = "1"  # of the parts; change it when matching changes
+_FORMAT = "2"  # of the parts; change it when matching changes
 _LINE_BREAKS = "\t\n\r"
 
 
@@ -43,8 +43,8 @@ def keep_table(
     before this returns, since counts are those of the whole pool.
 
     Whether a row is kept depends on seed, its key, its text and the counts alone: not on the order
-    of rows, their split into batches, the number of threads, or the order of the entries. Rows with
-    the same key and text share one decision.
+    of rows, their split into batches, the number of threads, or the order of the entries. Each text
+    of a key has draws of its own; rows with the same key and text share one decision.
 
     Args:
       batches: columns `key` (string or integer) and `text` (string; a null holds no entry).
@@ -109,7 +109,8 @@ class Matches:
       counts: uint64 [E], number of texts that hold each entry.
       num_texts: rows that were given.
       num_unmatched: rows without any entry.
-      parts: Parquet files of `key` and `entries` (list of indices, ascending), in order.
+      parts: Parquet files of `key`, `text_hash` (of the text alone) and `entries` (list of indices,
+        ascending), in order.
     """
 
     entries: tuple[str, ...]
@@ -128,9 +129,17 @@ class Matches:
             table = pq.read_table(path)
             ids, offsets = _ids_and_offsets(table["entries"].combine_chunks())
             num_ids = np.diff(offsets)
-            keys = (_hash(key.encode(), salt) for key in table["key"].cast("string").to_pylist())
+            keys, texts = table["key"].cast("string").to_pylist(), table["text_hash"].to_pylist()
+            row_hashes = np.fromiter(
+                (
+                    _hash(text.to_bytes(8, "little") + key.encode(), salt)
+                    for key, text in zip(keys, texts, strict=True)
+                ),
+                np.uint64,
+                len(table),
+            )
             rows = np.repeat(np.arange(len(table)), num_ids)
-            draws = np.fromiter(keys, np.uint64, len(table))[rows] + entry_hashes[ids]
+            draws = row_hashes[rows] + entry_hashes[ids]
             # 53 bits: as many as a float64 in [0, 1) holds.
             drawn = (_mix(draws) >> np.uint64(11)) * 2.0**-53 < draw_rates[ids]
             keep = np.bincount(rows[drawn], minlength=len(table)) > 0
@@ -243,7 +252,9 @@ def _make_part(path, table, digest, search, pool):
     ids = np.concatenate([ids for ids, _ in found]).astype(np.uint32)
     offsets = np.concatenate([[0], *(num_ids for _, num_ids in found)]).cumsum()
     held = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(ids))
-    part = pa.table({"key": batch["key"], "entries": held})
+    hashes = (_hash((text or "").encode(), b"") for text in texts.to_pylist())
+    hashes = pa.array(np.fromiter(hashes, np.uint64, len(texts)))
+    part = pa.table({"key": batch["key"], "text_hash": hashes, "entries": held})
     temporary = path.with_name(path.name + ".tmp")
     pq.write_table(part.replace_schema_metadata({"rows": digest}), temporary, compression="zstd")
     os.replace(temporary, path)

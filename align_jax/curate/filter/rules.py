@@ -2,7 +2,7 @@
 
 A rule about one row is an Ibis expression that is true for what stays; a rule about groups of rows
 is an Ibis query for the rows that go. Thresholds and their sources are in presets/. The columns are
-those of ingest.schema; `image` is image_hash, else url, else key, whichever the table has first.
+those of ingest.schema; `image` says which image a row has (`identify_images`).
 
 A row whose value is missing (null) fails a rule about that value. Rules about groups count the raw
 data, all rows that could be read, except those that say "of the rows left by the rules before".
@@ -21,7 +21,10 @@ import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
 
+from align_jax.curate.filter.ingest import WHITE_SPACE
 from align_jax.storage.text import read_lines
+
+_COLLAPSED = " (white space collapsed)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,11 +199,26 @@ def _count(column, unit, at_least, at_most, source):
     return Rule(column, f"{bound} {unit}", source, (column,), keep)
 
 
+def identify_images(t: ir.Table) -> ir.Table:
+    """Returns the table with `image`: the first of image_hash, url and key that the row has.
+
+    An empty string is no value. Every row has a key, so a row without the others counts as an image
+    of its own, or as the image of its key's other rows.
+    """
+    names = [name for name in ("image_hash", "url", "key") if name in t.columns]
+    return t.mutate(image=ibis.coalesce(*(t[name].nullif("") for name in names)))
+
+
+def _collapse(t):
+    """The table with each run of white space in `text` a single space, and none at its ends."""
+    return t.mutate(text=t.text.re_replace(f"[ {WHITE_SPACE}]+", " ").strip())
+
+
 def texts_per_image(*, at_most: int, source: str) -> Rule:
     """Keeps images that come with at most so many different texts."""
 
     def drop(t, engine):
-        return _crowded(t.filter(t.image.notnull()), "image", "text", at_most, engine)
+        return _crowded(t, "image", "text", at_most, engine)
 
     keeps = f"image has <= {at_most} different texts"
     return Rule("texts_per_image", keeps, source, ("image", "text"), drop=drop)
@@ -216,13 +234,19 @@ def images_per_text(*, at_most: int, source: str) -> Rule:
     return Rule("shared_text", keeps, source, ("image", "text"), drop=drop)
 
 
-def repeated_text(*, at_most: int, source: str) -> Rule:
-    """Keeps texts (exact strings) that occur in at most so many rows."""
+def repeated_text(*, at_most: int, source: str, collapse: bool = False) -> Rule:
+    """Keeps texts that occur in at most so many rows.
+
+    Args:
+      collapse: texts are equal whatever white space is between and around their parts; else exact
+        strings.
+    """
 
     def drop(t, engine):
-        return _crowded(t, "text", "row", at_most, engine)
+        return _crowded(_collapse(t) if collapse else t, "text", "row", at_most, engine)
 
-    return Rule("repeated_text", f"text occurs <= {at_most} times", source, ("text",), drop=drop)
+    what = f"text{_COLLAPSED}" if collapse else "text"
+    return Rule("repeated_text", f"{what} occurs <= {at_most} times", source, ("text",), drop=drop)
 
 
 def _crowded(t, group, member, at_most, engine):
@@ -238,11 +262,15 @@ def _crowded(t, group, member, at_most, engine):
     return t.semi_join(counted.select("group"), "group").select("row")
 
 
-def duplicates(first: str, second: str, *, source: str) -> Rule:
-    """Keeps the first row of each pair of values, of the rows left by the rules before."""
+def duplicates(first: str, second: str, *, source: str, collapse: bool = False) -> Rule:
+    """Keeps the first row of each pair of values, of the rows left by the rules before.
+
+    A row without a first value is no duplicate. `collapse` as in `repeated_text`.
+    """
 
     def drop(t, engine):
-        t = t.filter(t[first].notnull()).select("row", first=t[first], second=t[second])
+        t = (_collapse(t) if collapse else t).mutate(first=t[first].nullif(""))
+        t = t.filter(t.first.notnull()).select("row", "first", second=t[second])
         t = t.mutate(short=engine.short(t.first.concat(" ", t.second)))
         several = t.group_by("short").agg(n=t.count()).filter(ibis._.n > 1)
         t = t.semi_join(several.select("short"), "short")
@@ -251,9 +279,10 @@ def duplicates(first: str, second: str, *, source: str) -> Rule:
         joined = t.join(groups, ["first", "second"])
         return joined.filter(joined.row > joined.stays).select("row")
 
+    what = f"{second}{_COLLAPSED}" if collapse else second
     return Rule(
         "duplicate",
-        f"first row of its ({first}, {second}), of the rows left by the rules before",
+        f"first row of its ({first}, {what}), of the rows left by the rules before",
         source,
         (first, second),
         drop=drop,

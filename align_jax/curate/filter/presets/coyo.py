@@ -6,6 +6,7 @@ The release itself does not keep all of its limits (its longest text has 323 wor
 from align_jax.curate.filter import rules
 
 README = "COYO-700M README"
+SPACES = "after white space is collapsed and trimmed"
 
 RULES = [
     rules.has_text(),
@@ -16,8 +17,10 @@ RULES = [
     rules.language("en", source=f"{README}: cld3"),
     rules.num_chars(6, 1000, source=f"{README}: 5 characters or less go, more than 1000 go"),
     rules.num_words(3, 256, source=README),
-    rules.repeated_text(at_most=10, source=README),
-    rules.duplicates("image_hash", "text", source=f"{README}: pHash and text"),
+    rules.repeated_text(at_most=10, source=f"{README}, {SPACES}", collapse=True),
+    rules.duplicates(
+        "image_hash", "text", source=f"{README}: pHash and text, {SPACES}", collapse=True
+    ),
 ]
 
 NOT_COVERED = (
