@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from align_jax import __version__, encode, train_step, trees
 from align_jax import mesh as mesh_lib
-from align_jax.data.tokenizer import WordPieceTokenizer
+from align_jax.data.tokenizer import Tokenizer
 from align_jax.evals import templates as templates_lib
 from align_jax.evals import zeroshot
 from align_jax.hf import config as hf_config
@@ -60,7 +60,7 @@ class Align:
         self,
         model: dual_encoder.DualEncoder,
         variables: dual_encoder.Variables,
-        tokenizer: WordPieceTokenizer,
+        tokenizer: Tokenizer,
         preprocessing: processor.Preprocessing,
         mesh: Mesh,
         *,

@@ -18,7 +18,7 @@ import tqdm
 from jax.sharding import NamedSharding
 
 from align_jax.data import images as images_lib
-from align_jax.data.tokenizer import WordPieceTokenizer
+from align_jax.data.tokenizer import Tokenizer
 from align_jax.hf.processor import Preprocessing
 from align_jax.run import multihost
 
@@ -134,7 +134,7 @@ def image_batches(
 
 
 def text_batches(
-    texts: Iterable[str], tokenizer: WordPieceTokenizer, *, max_tokens: int, batch_size: int
+    texts: Iterable[str], tokenizer: Tokenizer, *, max_tokens: int, batch_size: int
 ) -> Batches:
     """Yields (ids, mask), both int32 [B, L], with similar lengths together.
 

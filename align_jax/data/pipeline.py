@@ -88,7 +88,7 @@ def train_batches(
 
     Args:
       source: a sources.PairSource or a mixture.Mixture, not empty.
-      tokenizer: a tokenizer.WordPieceTokenizer.
+      tokenizer: a tokenizer.Tokenizer.
       batch_size: B, over all processes; a multiple of `process_count`.
       image_size_px: side S of the random crop.
       resize_px: side before the crop, at least `image_size_px`.

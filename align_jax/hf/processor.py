@@ -58,7 +58,7 @@ class Preprocessing:
 
 def read_processor(
     folder: str | os.PathLike,
-) -> tuple[tokenizer_lib.WordPieceTokenizer, Preprocessing]:
+) -> tuple[tokenizer_lib.Tokenizer, Preprocessing]:
     """Returns (tokenizer, preprocessing) of a Hugging Face ALIGN folder, of transformers 4 or 5.
 
     Differs from transformers: images become RGB, their EXIF orientation is honoured (hand over
@@ -95,7 +95,7 @@ def read_processor(
 
 def write_processor(
     folder: str | os.PathLike,
-    tokenizer: tokenizer_lib.WordPieceTokenizer,
+    tokenizer: tokenizer_lib.Tokenizer,
     preprocessing: Preprocessing,
 ) -> None:
     """Writes the files that `AlignProcessor.from_pretrained` reads, those of transformers 4 and 5.

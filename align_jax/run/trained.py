@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from align_jax import mesh as mesh_lib
-from align_jax.data.tokenizer import WordPieceTokenizer
+from align_jax.data.tokenizer import Tokenizer
 from align_jax.hf.processor import Preprocessing
 from align_jax.models import dual_encoder
 from align_jax.run import checkpoint, workdir
@@ -31,7 +31,7 @@ class Trained:
 
     model: dual_encoder.DualEncoder
     variables: dual_encoder.Variables
-    tokenizer: WordPieceTokenizer
+    tokenizer: Tokenizer
     preprocessing: Preprocessing
     mesh: Mesh
     step: int

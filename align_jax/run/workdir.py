@@ -40,7 +40,7 @@ FREE_KEYS = (
 
 def open_for_training(
     workdir: str | os.PathLike, config: ConfigDict, source: PairSource, *, log=print
-) -> tuple[tokenizer_lib.WordPieceTokenizer, Preprocessing]:
+) -> tuple[tokenizer_lib.Tokenizer, Preprocessing]:
     """Returns (tokenizer, preprocessing) of a new or continued run.
 
     Writes a new run's tokenizer and preprocessing; `write_config` then makes it a workdir.
@@ -101,7 +101,7 @@ def write_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
 
 def load(
     workdir: str | os.PathLike,
-) -> tuple[tokenizer_lib.WordPieceTokenizer, Preprocessing]:
+) -> tuple[tokenizer_lib.Tokenizer, Preprocessing]:
     """Returns (tokenizer, preprocessing) of an existing workdir.
 
     Raises:
@@ -127,7 +127,7 @@ def load(
 
 def read(
     workdir: str | os.PathLike,
-) -> tuple[tokenizer_lib.WordPieceTokenizer, Preprocessing]:
+) -> tuple[tokenizer_lib.Tokenizer, Preprocessing]:
     """Returns (tokenizer, preprocessing) as they lie there, of a run that may have no config yet.
 
     Raises:

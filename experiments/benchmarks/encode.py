@@ -175,7 +175,7 @@ def make_folder(folder):
             module.running_var.uniform_(0.5, 1.5)
     model.save_pretrained(folder)
     names = [f"w{n}" for n in range(TOKENS - len(tokenizer.SPECIAL_TOKENS))]
-    tokens = tokenizer.WordPieceTokenizer([*tokenizer.SPECIAL_TOKENS, *names])
+    tokens = tokenizer.wordpiece([*tokenizer.SPECIAL_TOKENS, *names])
     preprocessing = processor.Preprocessing(289, 346, "pil", 64, TOKENS, tokens.fingerprint())
     processor.write_processor(folder, tokens, preprocessing)
 
