@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizer_folders
 
 from align_jax.data.sources.scenes import Scenes
 from align_jax.data.tokenizer import (
@@ -253,14 +255,14 @@ def test_load_missing_path_lists_what_was_looked_for(tmp_path):
 @pytest.mark.parametrize(
     "name, edit, message",
     [
-        ("tokenizer.json", lambda p: p.write_text("{"), "JSONDecodeError"),
-        ("tokenizer.json", lambda p: p.write_text("[]"), "AttributeError"),
+        ("tokenizer.json", lambda p: p.write_text("{"), "Expecting prop"),
+        ("tokenizer.json", lambda p: p.write_text("[]"), "TypeError"),
         ("tokenizer.json", lambda p: p.write_text('{"model": null}'), "Error"),
         ("tokenizer.json", lambda p: p.write_bytes(b"\xff\xfe\x00"), "utf-8"),
         ("vocab.txt", lambda p: p.write_bytes(b"\xff\xfe\x00"), "UTF-8"),
-        ("vocab.txt", lambda p: p.write_text(""), "its vocabulary is empty"),
+        ("vocab.txt", lambda p: p.write_text(""), "UNK"),
         ("vocab.txt", lambda p: p.write_text("[PAD]\n[CLS]\n[SEP]\na\n"), "UNK"),
-        ("tokenizer_config.json", lambda p: p.write_text("{"), "JSONDecodeError"),
+        ("tokenizer_config.json", lambda p: p.write_text("{"), "Expecting prop"),
         ("tokenizer_config.json", lambda p: p.write_text('{"auto_map": ["a.B", null]}'), "code"),
     ],
 )
@@ -278,7 +280,7 @@ def test_load_unusable_file_names_it_and_the_problem(tmp_path, tokenizer, name, 
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"\xff\xfe\x00", "can't decode"),
+        (b"a\n\xff", "words.txt:2 is not UTF-8"),
         (b"[PAD]\n[UNK]\na\n", "lacks .CLS., .SEP., .MASK."),
         ("\n".join([*SPECIAL_TOKENS, "a", "a"]).encode(), "'a' more than once"),
     ],
@@ -295,3 +297,116 @@ def test_load_lone_vocabulary_file_is_lower_case(tmp_path, tokenizer):
     tokenizer.save(tmp_path)
     shutil.copy(tmp_path / "vocab.txt", tmp_path / "words.txt")
     assert load_tokenizer(tmp_path / "words.txt").fingerprint() == tokenizer.fingerprint()
+
+
+KINDS = "bert-fast bert-slow vocabulary-alone ours xlm-roberta llama t5 byte-bpe".split()
+# Ids before and after the text, and of the padding, by the names of tokens.
+FRAMES = {
+    "xlm-roberta": ("<s>", "</s>", "<pad>"),
+    "llama": ("<s>", None, "</s>"),  # <s> by us
+    "t5": ("</s>", "</s>", "<pad>"),  # the first one by us
+    "byte-bpe": ("<|end|>", None, "<|end|>"),  # by us
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    top = tmp_path_factory.mktemp("tokenizers")
+    return {kind: tokenizer_folders.make_folder(kind, top / kind) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokenizer_of_every_kind_gives_the_ids_of_transformers(folders, tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+    ours = load_tokenizer(folders[kind])
+    ours.save(tmp_path, max_tokens=32)
+    texts = [*TRICKY, *tokenizer_folders.MULTILINGUAL[:10], "<s> </s> <pad> <unk> <|end|>"]
+    ids, mask = ours.encode(texts, 32)
+    assert ids.max() < ours.vocab_size and mask[:, 0].all() and len(set(ids[:, 0])) == 1
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = encode_with_transformers(saved, texts, 32)
+    np.testing.assert_array_equal(ids, expected[0])
+    np.testing.assert_array_equal(mask, expected[1])
+    assert saved.model_max_length == 32 and saved.pad_token_id == ours.pad_id
+    first, last, pad = FRAMES.get(kind, ("[CLS]", "[SEP]", "[PAD]"))
+    position = {token: index for index, token in enumerate(ours.tokens)}
+    assert set(ids[:, 0]) == {position[first]} and ours.pad_id == position[pad]
+    if kind == "vocabulary-alone":  # transformers cannot tell what it belongs to
+        return
+    theirs = transformers.AutoTokenizer.from_pretrained(folders[kind])
+    for text, row in zip(texts, ours.encode(texts, 400)[0], strict=True):
+        pieces = theirs(text, add_special_tokens=False)["input_ids"]
+        pieces = pieces[: 398 if last else 399]
+        end = [position[last]] if last else []
+        found = [position[first], *pieces, *end]
+        assert row.tolist() == found + [ours.pad_id] * (400 - len(found))
+        if kind not in ("llama", "t5", "byte-bpe") and len(found) < 400:
+            assert found == theirs(text)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokenizer_of_every_kind_survives_saving_and_pickling(folders, tmp_path, kind):
+    ours = load_tokenizer(folders[kind])
+    ours.save(tmp_path)
+    for again in (load_tokenizer(tmp_path), pickle.loads(pickle.dumps(ours))):
+        assert again.fingerprint() == ours.fingerprint()
+        assert (again.vocab_size, again.pad_id) == (ours.vocab_size, ours.pad_id)
+        for left, right in zip(again.encode(TRICKY, 32), ours.encode(TRICKY, 32), strict=True):
+            np.testing.assert_array_equal(left, right)
+
+
+def test_multilingual_tokenizer_spells_every_language(folders):
+    ours = load_tokenizer(folders["xlm-roberta"])
+    unknown = ours.tokens.index("<unk>")
+    ids, mask = ours.encode(tokenizer_folders.MULTILINGUAL[:10], 64)
+    assert not (ids == unknown).any() and (mask.sum(axis=1) > 4).all()
+
+
+def test_reopening_and_unpickling_leave_transformers_alone(folders, tmp_path):
+    load_tokenizer(folders["xlm-roberta"]).save(tmp_path)
+    code = (
+        "import sys, pickle\n"
+        "from align_jax.data.tokenizer import load_tokenizer\n"
+        "found = pickle.loads(pickle.dumps(load_tokenizer(sys.argv[1])))\n"
+        "found.encode(['a cat'], 8)\n"
+        "print([m for m in ('jax', 'transformers', 'torch') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_changed_file_of_a_saved_tokenizer_is_opened_as_transformers_does(tmp_path, captions):
+    transformers = pytest.importorskip("transformers")
+    train_wordpiece(captions, 600).save(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"do_lower_case": False}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = encode_with_transformers(theirs, TRICKY, 16)[0]
+    np.testing.assert_array_equal(load_tokenizer(tmp_path).encode(TRICKY, 16)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("siglip", "SiglipTokenizer has no fast form .tokenizer.json., which is needed"),
+        ("no-special-tokens", "has no cls, bos or eos token to put there"),
+    ],
+)
+def test_tokenizer_that_no_text_tower_can_use_is_refused(tmp_path, kind, message):
+    folder = tokenizer_folders.make_folder(kind, tmp_path / kind)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_tokenizer(folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_fingerprint_of_wordpiece_is_that_of_earlier_versions():
+    # Workdirs and indexes hold it.
+    tokens = [*SPECIAL_TOKENS, "a", "cat", "##s", "!"]
+    assert wordpiece(tokens).fingerprint() == "bc80ffa0e2f8f34a"
+    content = json.dumps(
+        [{"lowercase": False, "strip_accents": False, "split_chinese": True}, tokens]
+    )
+    other = wordpiece(tokens, lowercase=False, strip_accents=False).fingerprint()
+    assert other == hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from align_jax.data import vocabulary
+from align_jax.storage import text
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -219,8 +220,8 @@ def train_wordpiece(
     normalise = _normalizer(_bert_options(lowercase, strip_accents)).normalize_str
     pre_tokenize = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
 
-    def split(text):
-        words = (word for word, _ in pre_tokenize(normalise(text)))
+    def split(caption):
+        words = (word for word, _ in pre_tokenize(normalise(caption)))
         return [word for word in words if len(word) <= _MAX_WORD_CHARS]
 
     counts = vocabulary.count_words(captions, split)
@@ -251,7 +252,8 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     found += [name for name in names if name in ("tokenizer.json", "tokenizer_config.json")]
     try:
         if path.is_file():
-            return wordpiece(_read_vocabulary(path))
+            # Not splitlines: vocabularies hold rare characters that it takes for line ends.
+            return wordpiece(text.read_text(path).rstrip("\n").split("\n"))
         if set(found) - {"tokenizer_config.json"}:
             return _open_sealed(path) or _open_with_transformers(path, names)
     except ValueError as error:
@@ -357,9 +359,9 @@ def _complete(content: str, special: dict[str, str]) -> tuple[str, dict[str, str
 
 def _frame(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """Returns the ids that the backend puts before and after the pieces of any text."""
-    for text in _PROBES[:3]:
-        pieces = backend.encode(text, add_special_tokens=False).ids
-        whole = backend.encode(text)
+    for probe in _PROBES[:3]:
+        pieces = backend.encode(probe, add_special_tokens=False).ids
+        whole = backend.encode(probe)
         if pieces:
             start = next((i for i, special in enumerate(whole.special_tokens_mask) if not special))
             first, last = whole.ids[:start], whole.ids[start + len(pieces) :]
@@ -399,11 +401,6 @@ def _bert_backend(ids: Mapping[str, int], options: Mapping[str, Any]) -> tokeniz
     return backend
 
 
-def _read_vocabulary(path: Path) -> list[str]:
-    # Not splitlines: vocabularies hold rare characters that it takes for line ends.
-    return [line.rstrip("\r") for line in path.read_text("utf-8").rstrip("\n").split("\n")]
-
-
 def _seal(content: str, config: Mapping[str, Any]) -> str:
     free = (_SEAL, "model_max_length")  # the length changes no ids: `encode` is told its own
     return _digest([content, {key: config[key] for key in sorted(config) if key not in free}])
@@ -413,5 +410,5 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
+def _write(path: Path, content: str) -> None:
+    path.write_text(content, encoding="utf-8", newline="\n")
