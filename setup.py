@@ -34,6 +34,7 @@ setup(
         "pillow>=11.0",
         "safetensors>=0.7",
         "scipy",
+        "sentencepiece>=0.2",  # transformers opens *.model files with it
         "tensorboard>=2.20",
         "tensorflow-datasets>=4.9.10,<5",
         "tokenizers>=0.22",
@@ -54,7 +55,6 @@ setup(
             "pytest>=8",
             "ruff>=0.14",
             "simplejpeg>=1.9,<2",
-            "sentencepiece>=0.2",
             "torch==2.13.0",
         ],
     },

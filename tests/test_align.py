@@ -361,7 +361,12 @@ def test_hub_id_is_downloaded_without_the_weights_of_other_frameworks(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     model = align_jax.load("kakaobrain/align-base")
     assert model.origin == align.Origin("kakaobrain/align-base")
-    assert calls == [("kakaobrain/align-base", ["*.json", "vocab.txt", "model*.safetensors"])]
+    assert calls == [
+        (
+            "kakaobrain/align-base",
+            ["*.json", "vocab.txt", "merges.txt", "*.model", "model*.safetensors"],
+        )
+    ]
 
 
 def test_hub_id_without_safetensors_gets_the_pickled_weights(monkeypatch, tmp_path):

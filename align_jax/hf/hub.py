@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 )
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_SMALL_FILES = ("*.json", "vocab.txt")
+_SMALL_FILES = ("*.json", "vocab.txt", "merges.txt", "*.model")
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first kind that is there
 
 
