@@ -8,7 +8,12 @@ from setuptools import find_packages, setup
 root = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (root / "align_jax/__init__.py").read_text())[1]
 
-CURATE = ["ahocorasick-rs>=1.0,<2", "ibis-framework[duckdb]>=12,<13", "pyarrow>=17"]
+CURATE = [
+    "ahocorasick-rs>=1.0,<2",
+    "ibis-framework[duckdb]>=12,<13",
+    "icu4py>=1.2,<2",  # words of scripts that have no spaces between them
+    "pyarrow>=17",
+]
 
 setup(
     name="align_jax",

@@ -76,7 +76,7 @@ def ingested(folder, source, chosen=None):
     present = ingest.present_columns(files, chosen or {})
     ingest.write_parts(files, chosen or {}, present, str(folder))
     rows = [row for part in sorted(folder.glob("*.parquet")) for row in read(part)]
-    derived = ("row", "words", "num_words", "num_chars")
+    derived = ("row", "words", "num_words", "num_parts", "num_chars")
     for number, row in enumerate(rows):
         assert row["row"] == number
         row["problem"] = row["problem"] is not None and ingest.PROBLEMS[row["problem"]]

@@ -38,7 +38,7 @@ PUBLISHED = {
         ("nsfw", "nsfw <= 0.5", "COYO-700M README"),
         ("language", "language en", "COYO-700M README"),
         ("num_chars", "6 to 1000 characters", "COYO-700M README"),
-        ("num_words", "3 to 256 unigrams", "COYO-700M README"),
+        ("num_words", "3 to 256 words between spaces", "COYO-700M README"),
         (
             "repeated_text",
             "text (white space collapsed) occurs <= 10 times",
@@ -68,7 +68,11 @@ PUBLISHED = {
     "datacomp-basic": [
         ("no_text", "a text that is not blank", "a pair needs a text"),
         ("language", "language en", "Gadre et al. 2023, basic filter: fastText"),
-        ("num_words", ">= 3 unigrams", "Gadre et al. 2023, basic filter: more than 2 words"),
+        (
+            "num_words",
+            ">= 3 words between spaces",
+            "Gadre et al. 2023, basic filter: more than 2 words",
+        ),
         ("num_chars", ">= 6 characters", "Gadre et al. 2023, basic filter: more than 5 char"),
         ("aspect_ratio", "aspect ratio <= 3", "Gadre et al. 2023, basic filter"),
         ("short_side", "shorter side >= 200 px", "Gadre et al. 2023, basic filter"),

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from align_jax.curate.filter import columns as columns_lib
-from align_jax.curate.filter import engines, ingest, report
+from align_jax.curate.filter import engines, ingest, report, unigrams
 from align_jax.curate.filter import rules as rules_lib
 from align_jax.curate.filter.presets import Preset, load_preset
 from align_jax.curate.filter.text_tables import PROBLEMS
@@ -108,6 +108,7 @@ def curate(
     head = {
         "preset": rules.name,
         "seed": seed,
+        "segmenter": unigrams.segmenter(),
         "input": [os.path.basename(path) for path in files],
         "columns": plan.columns,
         "not_covered": list(rules.not_covered),
@@ -122,6 +123,10 @@ def curate(
 def format_counts(made: dict) -> str:
     """Returns what each rule of a report dropped, as lines of text."""
     lines = [f"{'rows read':<20}{made['rows_read']:>12}"]
+    if made["texts_unspaced"]:
+        lines.append(
+            f"{'unspaced scripts':<20}{made['texts_unspaced']:>12}  {report.unspaced(made)}"
+        )
     lines += [f"{name:<20}{count:>12}" for name, count in made["unusable"].items() if count]
     for rule in made["rules"]:
         if "not_applied" in rule:
@@ -169,7 +174,7 @@ class _Plan:
     def _has(self, name):
         if name == "image":
             return self.has_image
-        return name in self.columns or name in ("words", "num_words", "num_chars")
+        return name in self.columns or name in ("words", *ingest.COUNTS)
 
     def applied(self):
         return [rule for rule in self.rules if rule.name not in self.missing]
@@ -311,6 +316,7 @@ def _config(files, chosen, rules, plan, metadata, seed):
         "rules": [[rule.name, rule.keeps] for rule in plan.rules],
         "metadata": None if metadata is None else _file_digest(metadata),
         "seed": seed,
+        "segmenter": unigrams.segmenter(),
     }
 
 

@@ -15,11 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from align_jax.curate.filter import columns, text_tables
+from align_jax.curate.filter import columns, text_tables, unigrams
 from align_jax.curate.filter.text_tables import PROBLEMS, as_float
 from align_jax.run.progress import show_progress
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
+COUNTS = ("num_words", "num_parts", "num_chars")
 BATCH_ROWS = 1 << 17
 _THREADS = 2
 # What str.split() splits at beside spaces, as a class of RE2 and Java: their \s is ASCII only.
@@ -73,15 +74,15 @@ def present_columns(files: Sequence[str], chosen: Mapping[str, str]) -> list[str
 def schema(present: Sequence[str]) -> pa.Schema:
     """Returns the types of the canonical parts that hold the columns `present`, and `key`.
 
-    `row` int64 counts from 0 through all files. `words` is the text in lower case, white space
-    collapsed to single spaces and removed at both ends: unigrams are its parts between spaces.
-    `num_words` and `num_chars` (code points) are counted on it. `problem` is null for a good row,
-    else an index of PROBLEMS.
+    `row` int64 counts from 0 through all files. `words` is the text in lower case with a single
+    space between its unigrams (unigrams.divide), `num_words` of them. `num_parts` and `num_chars`
+    (code points) count the parts between white space, and the text with these joined by single
+    spaces. `problem` is null for a good row, else an index of PROBLEMS.
     """
     fields = [("row", pa.int64())]
     names = [name for name in columns.COLUMNS if name in present or name == "key"]
     fields += [(name, _TYPES[columns.COLUMNS[name][0]]) for name in names]
-    fields += [("words", pa.string()), ("num_words", pa.int32()), ("num_chars", pa.int32())]
+    fields += [("words", pa.string()), *((name, pa.int32()) for name in COUNTS)]
     return pa.schema([*fields, ("problem", pa.int8())])
 
 
@@ -162,13 +163,18 @@ def _canonical(fields, problem, target, name, start, first_row):
         numbers = (rows - first_row).astype(str)
         done["key"] = pc.binary_join_element_wise(name, pa.array(numbers), ":")
     done["text"] = pc.fill_null(done["text"], "")
-    done["words"] = normalise(done["text"])
-    blank = pc.equal(done["words"], "")
-    count = pc.add(pc.count_substring(done["words"], " "), 1)
-    done["num_words"] = pc.if_else(blank, pa.scalar(0, pa.int32()), count).cast(pa.int32())
-    done["num_chars"] = pc.utf8_length(done["words"])
+    parts = normalise(done["text"])
+    done["words"] = unigrams.divide(parts)
+    done["num_words"], done["num_parts"] = _count(done["words"]), _count(parts)
+    done["num_chars"] = pc.utf8_length(parts)
     done["problem"] = pa.array(problem, pa.int8(), mask=problem < 0)
     return pa.table([done[column] for column in target.names], schema=target)
+
+
+def _count(parts):
+    blank = pc.equal(parts, "")
+    count = pc.add(pc.count_substring(parts, " "), 1)
+    return pc.if_else(blank, pa.scalar(0, pa.int32()), count).cast(pa.int32())
 
 
 def normalise(texts: pa.Array) -> pa.Array:

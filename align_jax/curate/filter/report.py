@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from align_jax.curate.filter import unigrams
+
 KEPT_FILE, DROPPED_FILE = "kept.parquet", "dropped.parquet"
 JSON_FILE, PAGE_FILE = "report.json", "report.md"
 _KEPT = 255
@@ -117,6 +119,7 @@ class _Seen:
             if name in ("unigrams", "characters") or {"width", "height"} <= set(plan.columns)
         }
         self._tokens = {"read": collections.Counter(), "kept": collections.Counter()}
+        self._unspaced = 0
         self._dropped = {reason: [] for reason in plan.reasons}
         self._kept = {rule.name: [] for rule in plan.applied()}
 
@@ -137,6 +140,7 @@ class _Seen:
             place = np.searchsorted(_EDGES[name], values[name], side="right") - 1
             for which, mask in (("read", place >= 0), ("kept", (place >= 0) & (codes == _KEPT))):
                 histogram[which] += np.bincount(place[mask], minlength=len(histogram[which]))
+        self._unspaced += pc.sum(unigrams.are_unspaced(batch["text"])).as_py() or 0
         self._count_tokens(batch, codes)
         self._sample(batch, codes)
 
@@ -188,6 +192,7 @@ class _Seen:
             for which, c in self._tokens.items()
         }
         return {
+            "texts_unspaced": self._unspaced,
             "histograms": {
                 name: {"from": _EDGES[name], **{w: c.tolist() for w, c in counts.items()}}
                 for name, counts in self._histograms.items()
@@ -234,6 +239,16 @@ def _counts(reasons, plan, seen):
     }
 
 
+def unspaced(made: dict) -> str:
+    """Returns how the words of texts in scripts without spaces were counted, in one line."""
+    if made["segmenter"]:
+        return f"texts in scripts without spaces, words by {made['segmenter']}"
+    return (
+        "texts in scripts without spaces (Chinese, Japanese, Thai, ...) count as few words, since "
+        "none are found but between white space: pip install icu4py, then take a new --out"
+    )
+
+
 def _page(made):
     lines = [
         f"# Curation by `{made['preset']}`",
@@ -242,6 +257,7 @@ def _page(made):
         f"{' …' if len(made['input']) > 3 else ''}, {made['rows_kept']} kept "
         f"({_percent(made['rows_kept'], made['rows_read'])}).",
         "",
+        *([f"{made['texts_unspaced']} {unspaced(made)}.", ""] if made["texts_unspaced"] else []),
         "| rule | keeps | in | out | dropped | source |",
         "|---|---|---:|---:|---:|---|",
     ]

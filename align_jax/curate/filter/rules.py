@@ -180,23 +180,31 @@ def language(*codes: str, source: str) -> Rule:
     )
 
 
-def num_words(at_least: int, at_most: int | None = None, *, source: str) -> Rule:
-    """Keeps texts of so many unigrams."""
-    return _count("num_words", "unigrams", at_least, at_most, source)
+def num_words(
+    at_least: int, at_most: int | None = None, *, source: str, spaced: bool = False
+) -> Rule:
+    """Keeps texts of so many unigrams (unigrams.py).
+
+    Args:
+      spaced: counts the parts between white space instead, whatever the script.
+    """
+    if spaced:
+        return _count("num_words", "num_parts", "words between spaces", at_least, at_most, source)
+    return _count("num_words", "num_words", "unigrams", at_least, at_most, source)
 
 
 def num_chars(at_least: int, at_most: int | None = None, *, source: str) -> Rule:
     """Keeps texts of so many characters (code points, white space collapsed)."""
-    return _count("num_chars", "characters", at_least, at_most, source)
+    return _count("num_chars", "num_chars", "characters", at_least, at_most, source)
 
 
-def _count(column, unit, at_least, at_most, source):
+def _count(name, column, unit, at_least, at_most, source):
     def keep(t):
         enough = t[column] >= at_least
         return enough if at_most is None else enough & (t[column] <= at_most)
 
     bound = f">= {at_least}" if at_most is None else f"{at_least} to {at_most}"
-    return Rule(column, f"{bound} {unit}", source, (column,), keep)
+    return Rule(name, f"{bound} {unit}", source, (column,), keep)
 
 
 def identify_images(t: ir.Table) -> ir.Table:

@@ -16,7 +16,7 @@ RULES = [
     rules.nsfw(at_most=0.5, source=f"{README}: OpenNSFW2 or GantMan above 0.5 goes"),
     rules.language("en", source=f"{README}: cld3"),
     rules.num_chars(6, 1000, source=f"{README}: 5 characters or less go, more than 1000 go"),
-    rules.num_words(3, 256, source=README),
+    rules.num_words(3, 256, source=f"{README}: words separated by spaces", spaced=True),
     rules.repeated_text(at_most=10, source=f"{README}, {SPACES}", collapse=True),
     rules.duplicates(
         "image_hash", "text", source=f"{README}: pHash and text, {SPACES}", collapse=True
