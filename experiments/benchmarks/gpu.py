@@ -42,10 +42,15 @@ def main():
     parser.add_argument(
         "--batch", type=int, default=0, help="pairs a step; 0: the largest that fits"
     )
+    parser.add_argument("--depthwise", choices=("native", "shifted"), default="native")
     parser.add_argument("--run", choices=SECTIONS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.run:
+        if arguments.depthwise == "shifted":  # the form that CPUs take
+            from align_jax.models import layers
+
+            layers.depthwise_conv = layers.shifted_depthwise_conv
         globals()[arguments.run](Report(arguments.out / f"{arguments.run}.json"), arguments.batch)
         return
     end = time.monotonic() + arguments.seconds
@@ -55,7 +60,7 @@ def main():
             print(f"{section}: no time left")
             continue
         command = [sys.executable, __file__, "--out", str(arguments.out), "--run", section]
-        command += ["--batch", str(arguments.batch)]
+        command += ["--batch", str(arguments.batch), "--depthwise", arguments.depthwise]
         start = time.monotonic()
         try:
             code = subprocess.run(command, timeout=limit).returncode
@@ -109,8 +114,11 @@ def step(report, batch):
         )
         state = train_step.init_state(model, optimizer, abstract, seed=0)
         arrays = mesh_lib.put_batch(make_batch(size), mesh_lib.batch_sharding(mesh))
+        report(what="state made", seconds=time.monotonic() - start)
         try:
-            compiled = step_fn.lower(state, arrays).compile()
+            lowered = step_fn.lower(state, arrays)
+            report(what="lowered", seconds=time.monotonic() - start)
+            compiled = lowered.compile()
             compile_s = time.monotonic() - start
             state, metrics = compiled(state, arrays)
             times = []
