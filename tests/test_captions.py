@@ -109,7 +109,7 @@ def test_bad_weights_are_refused_in_one_line(table, option):
 
 
 def test_unknown_columns_are_refused_with_those_that_are_there(tmp_path, table):
-    with pytest.raises(ValueError, match="has no column 'nope': it has alt, image, synthetic"):
+    with pytest.raises(ValueError, match="has no column 'nope': it has image, Alt, synthetic"):
         open_source(f"{table}&captions=alt,nope")
     folder = write_tfds(tmp_path / "web", {"image": IMAGE, "text": TEXT}, [])
     with pytest.raises(

@@ -147,9 +147,9 @@ def test_unusable_lines_are_dropped_rows_with_their_own_reasons(tmp_path):
     (tmp_path / "t.jsonl").write_text("\n".join(lines))
     preset = write_preset(tmp_path / "p.py", "num_words(2, 6)", "repeated_text(at_most=1)")
     made = curate_lib.curate(str(tmp_path / "t.jsonl"), tmp_path / "out", preset=preset)
-    assert made["unusable"] == {"malformed": 1, "not_utf8": 0, "not_downloaded": 0}
+    assert made["unusable"] == {"row_malformed": 1, "not_downloaded": 0}
     (row,) = read(tmp_path / "out" / "dropped.parquet")
-    assert (row["key"], row["reason"], row["text"]) == ("t.jsonl:1", "malformed", "broken")
+    assert (row["key"], row["reason"], row["text"]) == ("t.jsonl:1", "row_malformed", "broken")
 
 
 def test_page_escapes_what_texts_contain(tmp_path):

@@ -9,6 +9,7 @@ from curate_helpers import read
 from helpers import error_of, real_data
 
 from align_jax.curate.filter import columns, ingest
+from align_jax.curate.filter.metadata_table import PROBLEMS
 
 URL = "http://a.org/1.jpg"
 COYO = {
@@ -79,8 +80,12 @@ def ingested(folder, source, chosen=None):
     derived = ("row", "words", "num_words", "num_parts", "num_chars")
     for number, row in enumerate(rows):
         assert row["row"] == number
-        row["problem"] = row["problem"] is not None and ingest.PROBLEMS[row["problem"]]
+        row["problem"] = row["problem"] is not None and PROBLEMS[row["problem"]]
     return [{n: v for n, v in row.items() if n not in derived and v} for row in rows]
+
+
+def repaired(folder):
+    return ingest.count_repaired(sorted(map(str, folder.glob("*.parquet"))))
 
 
 @pytest.mark.parametrize(
@@ -260,15 +265,16 @@ def test_broken_lines_are_marked_and_the_others_read(tmp_path):
     found = ingested(tmp_path / "parts", tmp_path / "t.jsonl")
     assert [row.get("problem") for row in found] == [
         None,
-        "malformed",
-        "malformed",
-        "not_utf8",
-        "not_utf8",
-        "malformed",
+        "row_malformed",
+        "row_malformed",
+        None,
+        None,
+        "row_malformed",
         None,
         None,
     ]
     assert found[0]["width"] == 12 and found[3]["text"] == "caf\ufffd"
+    assert found[4]["text"] == "\ufffd half" and repaired(tmp_path / "parts") == 2
     assert [row["key"] for row in found] == [f"t.jsonl:{row}" for row in range(8)]
 
 
@@ -277,20 +283,23 @@ def test_broken_rows_of_csv_and_tsv_are_marked(tmp_path):
     (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbf" + csv_rows)
     (tmp_path / "t.tsv").write_bytes(b"url\ttext\nu1\ta\rb\nu2\nu3\tc\td\n\nu4\t\xff\n")
     found = ingested(tmp_path / "csv", tmp_path / "t.csv")
-    problems = [None, "malformed", "malformed", None, "not_utf8"]
+    problems = [None, "row_malformed", "row_malformed", None, None]
     assert [row.get("problem") for row in found] == problems
     assert [row["text"] for row in found] == ["a, b", "u2", "u3,c,d", "line\nbreak", "\ufffd"]
+    assert repaired(tmp_path / "csv") == 1
     found = ingested(tmp_path / "tsv", tmp_path / "t.tsv")
-    assert [row.get("problem") for row in found] == [None, "malformed", "malformed", "not_utf8"]
+    assert [row.get("problem") for row in found] == [None, "row_malformed", "row_malformed", None]
+    assert found[3]["text"] == "\ufffd" and repaired(tmp_path / "tsv") == 1
     assert found[0]["text"] == "a\rb"
 
 
-def test_invalid_utf8_inside_parquet_is_marked(tmp_path):
+def test_invalid_utf8_inside_parquet_is_repaired_and_counted(tmp_path):
     raw = pa.array([b"good", b"\xff\xfe", None], pa.binary())
     text = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
     pq.write_table(pa.table({"text": text, "url": ["1", "2", "3"]}), tmp_path / "t.parquet")
     found = ingested(tmp_path / "parts", tmp_path / "t.parquet")
-    assert [row.get("problem") for row in found] == [None, "not_utf8", None]
+    assert [row.get("text") for row in found] == ["good", "\ufffd\ufffd", None]
+    assert not any("problem" in row for row in found) and repaired(tmp_path / "parts") == 1
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from align_jax.curate.pack.pack import pack
-from align_jax.data.sources import tables
+from align_jax.data.sources import table_files
 from align_jax.data.sources.open_source import open_source
 
 
@@ -29,7 +29,7 @@ def images(tmp_path):
 
 @pytest.mark.parametrize("batch_rows", [1, 2, 1000])
 def test_rows_are_read_in_batches_and_merged(tmp_path, images, monkeypatch, batch_rows):
-    monkeypatch.setattr(tables, "_BATCH_ROWS", batch_rows)
+    monkeypatch.setattr(table_files, "BATCH_ROWS", batch_rows)
     table = {
         "File_Name": ["b.jpg", "a.jpg", "b.jpg", None, "c.jpg"],
         "TEXT": ["zwölf", "one", "二", "no image", None],
@@ -40,8 +40,9 @@ def test_rows_are_read_in_batches_and_merged(tmp_path, images, monkeypatch, batc
     assert [(source[i].key, source[i].captions) for i in range(len(source))] == [
         ("b.jpg", ("zwölf", "二")),
         ("a.jpg", ("one",)),
+        ("c.jpg", ()),
     ]
-    assert source.problems == {"row_malformed": 2}
+    assert source.problems == {"row_malformed": 1}
     assert source.problems.first["row_malformed"].endswith("t.parquet[3]")
 
 
@@ -73,7 +74,7 @@ def test_kept_table_of_curate_is_a_caption_table_too(tmp_path, images):
 
 def test_file_that_is_no_parquet_is_one_clear_line(tmp_path, images):
     (tmp_path / "t.parquet").write_text("image,caption\na.jpg,one\n")
-    with pytest.raises(ValueError, match="t.parquet is not a Parquet file"):
+    with pytest.raises(ValueError, match="t.parquet is not a readable Parquet file"):
         open_source(f"{tmp_path}/t.parquet?images={images}")
     pq.write_table(pa.table({"bild": ["a.jpg"], "text": ["one"]}), tmp_path / "t.parquet")
     with pytest.raises(ValueError, match="no image column: it has bild, text; recognised"):

@@ -119,7 +119,7 @@ def test_damaged_images_and_blank_captions_are_counted_and_never_fatal(inside):
     report = scan(PAIRS, "out.parquet", part_size=2)
     table = parquet.read_table("out.parquet").to_pydict()
     assert table["key"] == ["good.jpg", "turned.jpg"]
-    assert table["text"] == ["", "half ? of a pair"]
+    assert table["text"] == ["", "half \ufffd of a pair"]
     assert (table["width"], table["height"]) == ([30, 20], [20, 30])
     reasons = {"image_empty": 1, "image_not_an_image": 1, "image_truncated": 1}
     assert report["unusable"] == reasons | {"image_too_small": 1}

@@ -151,9 +151,13 @@ def test_malformed_rows_are_counted_and_left_out(tmp_path):
     assert source.problems.first["row_malformed"].endswith("t.jsonl:2")
 
 
-def test_csv_row_with_an_unquoted_comma_is_malformed_not_cut(tmp_path):
+def test_csv_row_with_an_unquoted_comma_is_whole_or_malformed_not_cut(tmp_path):
     write_zip(tmp_path / "i.zip", {"a.jpg": jpeg(1), "b.jpg": jpeg(2)})
     (tmp_path / "t.csv").write_text("image,caption\na.jpg,a dog, a cat\nb.jpg,b\n")
+    source = open_source(f"{tmp_path / 't.csv'}?images={tmp_path / 'i.zip'}")
+    assert [record.captions for record in all_records(source)] == [("a dog, a cat",), ("b",)]
+    assert source.problems == {}
+    (tmp_path / "t.csv").write_text("image,n,caption\na.jpg,0,a dog, a cat\nb.jpg,1,b\n")
     source = open_source(f"{tmp_path / 't.csv'}?images={tmp_path / 'i.zip'}")
     assert [record.captions for record in all_records(source)] == [("b",)]
     assert source.problems == {"row_malformed": 1}

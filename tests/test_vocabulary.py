@@ -16,8 +16,9 @@ from tokenizers.trainers import WordPieceTrainer
 
 from align_jax.cli import main as cli
 from align_jax.data import tokenizer, vocabulary
-from align_jax.data.sources import captions
+from align_jax.data.sources import captions, table_files
 from align_jax.data.sources.scenes import Scenes
+from align_jax.storage.problems import Problems
 
 SPECIAL = tokenizer.SPECIAL_TOKENS
 BERT = normalizers.BertNormalizer(lowercase=True)
@@ -217,6 +218,8 @@ def write_captions(path):
     suffix = path.suffix
     if suffix == ".txt":
         path.write_text("\ufeff" + "\r\n".join(CAPTIONS), "utf-8", newline="")
+    elif suffix == ".json":
+        path.write_text(json.dumps([*({"text": caption} for caption in CAPTIONS), 5]))
     elif suffix == ".jsonl":
         rows = [json.dumps({"url": "u", "TEXT": caption}) for caption in CAPTIONS]
         rows[1:1] = ["{broken", "[1]", "", json.dumps({"TEXT": None}), json.dumps({"url": 1})]
@@ -234,11 +237,14 @@ def write_captions(path):
     return path
 
 
-@pytest.mark.parametrize("suffix", captions.SUFFIXES)
+@pytest.mark.parametrize("suffix", table_files.TABLE_SUFFIXES)
 def test_read_captions_gives_all_of_each_format_and_counts_its_bytes(tmp_path, suffix):
     path = write_captions(tmp_path / f"table{suffix}")
-    batches = list(captions.read_captions(str(path)))
+    problems = Problems()
+    batches = list(captions.read_captions(str(path), problems))
     assert [caption for batch, _ in batches for caption in batch] == CAPTIONS
+    lost = {".csv": 1, ".tsv": 1, ".json": 1, ".jsonl": 2}.get(suffix, 0)
+    assert problems == ({"row_malformed": lost} if lost else {})
     size = path.stat().st_size
     assert abs(sum(num_bytes for _, num_bytes in batches) - size) < 0.02 * size + 1
 
@@ -261,13 +267,15 @@ def test_read_captions_gives_all_of_each_format_and_counts_its_bytes(tmp_path, s
 )
 def test_read_captions_of_other_layouts(tmp_path, name, content, expected):
     (tmp_path / name).write_text(content)
-    batches = captions.read_captions(str(tmp_path / name))
+    batches = captions.read_captions(str(tmp_path / name), Problems())
     assert [caption for batch, _ in batches for caption in batch if caption] == expected
 
 
 def test_read_captions_of_a_named_column(tmp_path):
     (tmp_path / "a.csv").write_text("Alt,caption\na cat,no\n", newline="")
-    assert list(captions.read_captions(str(tmp_path / "a.csv"), "alt")) == [(["a cat"], 21)]
+    assert list(captions.read_captions(str(tmp_path / "a.csv"), Problems(), "alt")) == [
+        (["a cat"], 21)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -278,7 +286,7 @@ def test_read_captions_of_a_named_column(tmp_path):
         ("a.jsonl", '{"words": 1}\n', (), "a.jsonl has no column of captions (captions, "),
         ("a.parquet", "PAR1", (), "a.parquet is not a readable Parquet file: "),
         ("a.txt", "\n \n", (), "No caption holds a word to make a vocabulary of"),
-        ("b.txt", "a", (), "a.*: no such table of captions; known: .parquet, "),
+        ("b.txt", "a", (), "a.*: no such table of captions; known: .csv, "),
     ],
 )
 def test_vocab_of_unusable_table_is_one_clear_line(

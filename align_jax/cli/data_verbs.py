@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 
 from align_jax.run.progress import num_cores, show_progress
+from align_jax.storage.problems import Problems
 
 
 def add_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -227,8 +228,9 @@ def _vocab(args, rest) -> None:
         )
     if captions.is_table(args.source):
         paths = captions.find_tables(args.source)
+        problems = Problems()
         num_bytes = sum(os.path.getsize(path) for path in paths)
-        batches = (batch for path in paths for batch in captions.read_captions(path, args.column))
+        batches = (b for p in paths for b in captions.read_captions(p, problems, args.column))
         batches = show_progress(batches, num_bytes, "count words", "byte", size=lambda b: b[1])
         texts = (text for batch, _ in batches for text in batch)
     elif args.column:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 MAX_CAPTION_CHARS = 2**17  # a caption that is longer is a page, or an unclosed quote
 MAX_LINE_BYTES = 2**24  # of bulk files, and of a file of captions beside an image
 MAX_FILE_BYTES = 2**30  # of files written by hand
-_BLOCK_BYTES = 2**23
+_BLOCK_BYTES = 2**22
 _SHOWN_CHARS = 200  # of a line that is left out
 
 _BOM = b"\xef\xbb\xbf"
@@ -147,6 +147,20 @@ def check_caption(caption: str, name: str) -> str:
             f"{name}: a caption of {len(caption):,} characters; {MAX_CAPTION_CHARS:,} are allowed.",
         )
     return clean(caption)
+
+
+def read_bulk(path: str | os.PathLike) -> tuple[str, bool]:
+    """Returns the text of a bulk file that is read whole, and whether bytes were no UTF-8.
+
+    Raises:
+      ValueError: the file is UTF-16.
+      OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        data = file.read()
+    _check_utf16(path, data)
+    content = data.removeprefix(_BOM).decode("utf-8", "replace")
+    return content, len(content.encode()) != len(data.removeprefix(_BOM))
 
 
 def read_blocks(path: str | os.PathLike) -> Iterator[Block]:

@@ -25,8 +25,8 @@ import pyarrow as pa
 from align_jax.curate.filter import columns as columns_lib
 from align_jax.curate.filter import engines, ingest, report, unigrams
 from align_jax.curate.filter import rules as rules_lib
+from align_jax.curate.filter.metadata_table import PROBLEMS
 from align_jax.curate.filter.presets import Preset, load_preset
-from align_jax.curate.filter.text_tables import PROBLEMS
 
 KEPT = 255
 _FORMAT = "2"  # of the stages; change it when a rule or a part changes its meaning
@@ -115,6 +115,7 @@ def curate(
         "config": hashlib.sha256(json.dumps(config).encode()).hexdigest(),
     }
     parts = part_files(table_dir)
+    head["text_repaired"] = ingest.count_repaired(parts)
     made = report.write_results(parts, reasons, plan, head, str(out))
     shutil.rmtree(stages)
     return made
@@ -128,6 +129,8 @@ def format_counts(made: dict) -> str:
             f"{'unspaced scripts':<20}{made['texts_unspaced']:>12}  {report.unspaced(made)}"
         )
     lines += [f"{name:<20}{count:>12}" for name, count in made["unusable"].items() if count]
+    if made["text_repaired"]:
+        lines += [f"{'text_repaired':<20}{made['text_repaired']:>12}  kept, with U+FFFD"]
     for rule in made["rules"]:
         if "not_applied" in rule:
             lines.append(f"{rule['name']:<20}{'-':>12}  not applied: {rule['not_applied']}")

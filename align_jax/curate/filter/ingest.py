@@ -5,9 +5,8 @@ decided here once: types, lower case, white space, what a broken line is. Rules 
 """
 
 import glob
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,14 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from align_jax.curate.filter import columns, text_tables, unigrams
-from align_jax.curate.filter.text_tables import PROBLEMS, as_float
+from align_jax.curate.filter import columns, unigrams
+from align_jax.curate.filter.metadata_table import Metadata, as_integer
 from align_jax.run.progress import show_progress
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 COUNTS = ("num_words", "num_parts", "num_chars")
-BATCH_ROWS = 1 << 17
 _THREADS = 2
+_REPAIRED = b"text_repaired"
 # What str.split() splits at beside spaces, as a class of RE2 and Java: their \s is ASCII only.
 WHITE_SPACE = (
     r"\t\n\v\f\r\x1c-\x1f\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}"
@@ -67,7 +66,7 @@ def present_columns(files: Sequence[str], chosen: Mapping[str, str]) -> list[str
     """
     present = set()
     for path in files:
-        present |= set(_open(path, chosen).found)
+        present |= set(Metadata(path, chosen).found)
     return [name for name in columns.COLUMNS if name in present]
 
 
@@ -81,7 +80,7 @@ def schema(present: Sequence[str]) -> pa.Schema:
     """
     fields = [("row", pa.int64())]
     names = [name for name in columns.COLUMNS if name in present or name == "key"]
-    fields += [(name, _TYPES[columns.COLUMNS[name][0]]) for name in names]
+    fields += [(name, _TYPES[columns.COLUMNS[name]]) for name in names]
     fields += [("words", pa.string()), *((name, pa.int32()) for name in COUNTS)]
     return pa.schema([*fields, ("problem", pa.int8())])
 
@@ -100,8 +99,8 @@ def write_parts(
     base = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in files])
     target, rows, jobs = schema(present), 0, []
     for number, path in enumerate(files):
-        jobs.append((_open(path, chosen), os.path.join(folder, f"part-{number:05d}.parquet")))
-    sizes = [reader.num_rows for reader, _ in jobs]
+        jobs.append((Metadata(path, chosen), os.path.join(folder, f"part-{number:05d}.parquet")))
+    sizes = [reader.table.num_rows for reader, _ in jobs]
     total = None if None in sizes else sum(sizes)
 
     def batches():
@@ -110,13 +109,18 @@ def write_parts(
             if os.path.exists(part):
                 yield pq.read_metadata(part).num_rows
             else:
-                name = os.path.relpath(os.path.abspath(reader.path), base)
+                name = os.path.relpath(os.path.abspath(reader.table.path), base)
                 yield from _write_part(reader, name, part, target, rows)
             rows += pq.read_metadata(part).num_rows
 
     for _ in show_progress(batches(), total, "curate: read", "row", size=int):
         pass
     return rows
+
+
+def count_repaired(parts: Sequence[str]) -> int:
+    """Returns in how many rows of the tables that became `parts` text was repaired."""
+    return sum(int(pq.read_metadata(part).metadata[_REPAIRED]) for part in parts)
 
 
 def _write_part(reader, name, part, target, first_row):
@@ -138,6 +142,7 @@ def _write_part(reader, name, part, target, first_row):
             yield len(problem)
         for job in waiting:
             writer.write_table(job.result())
+        writer.add_key_value_metadata({_REPAIRED: str(reader.repaired)})
     os.replace(temporary, part)
 
 
@@ -145,20 +150,14 @@ def _canonical(fields, problem, target, name, start, first_row):
     rows = np.arange(start, start + len(problem))
     done: dict[str, pa.Array] = {"row": pa.array(rows)}
     for column in target.names:
-        kind = columns.COLUMNS[column][0] if column in columns.COLUMNS else None
+        kind = columns.COLUMNS.get(column)
         raw = fields.get(column, [])
-        if kind == "string":
-            if not raw:
-                done[column] = pa.nulls(len(rows), pa.string())
-                continue
-            done[column], bad = _as_string(raw[0])
-            problem = np.where((problem < 0) & bad, PROBLEMS.index("not_utf8"), problem)
-        elif kind:
-            values = [_as_number(array) for array in raw]
-            value = pa.nulls(len(rows), pa.float64()) if not values else values[0]
-            if len(values) > 1:
-                value = pc.max_element_wise(*values)
-            done[column] = _as_integer(value) if kind == "integer" else value
+        if kind is None:
+            continue
+        value = raw[0] if raw else pa.nulls(len(rows), target.field(column).type)
+        if len(raw) > 1:
+            value = pc.max_element_wise(*raw)
+        done[column] = as_integer(value) if raw and kind == "integer" else value
     if "key" not in fields:
         numbers = (rows - first_row).astype(str)
         done["key"] = pc.binary_join_element_wise(name, pa.array(numbers), ":")
@@ -193,98 +192,3 @@ def normalise(texts: pa.Array) -> pa.Array:
     lower = pc.utf8_lower(pc.filter(texts, pc.invert(ascii_only)))
     plain = pc.ascii_lower(pc.if_else(ascii_only, texts, ""))
     return pc.replace_with_mask(plain, pc.invert(ascii_only), lower)
-
-
-def _as_string(array):
-    """Returns the strings and a mask of those that are not UTF-8, repaired with U+FFFD."""
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    if pa.types.is_floating(array.type):  # pandas makes floats of integers beside nulls
-        whole = _as_integer(array.cast(pa.float64()))
-        array = pc.coalesce(whole.cast(pa.string()), array.cast(pa.string()))
-    if pa.types.is_nested(array.type):
-        array = pa.array([None if v is None else json.dumps(v) for v in array.to_pylist()])
-    try:
-        array = array.cast(pa.string())
-        array.validate(full=True)
-        return array, False
-    except pa.ArrowInvalid:
-        raw = array.cast(pa.binary()).to_pylist()
-    text = [None if value is None else value.decode("utf-8", "replace") for value in raw]
-    bad = [t is not None and t.encode() != v for t, v in zip(text, raw, strict=True)]
-    return pa.array(text, pa.string()), np.array(bad)
-
-
-def _as_number(array):
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    if pa.types.is_null(array.type):
-        return array.cast(pa.float64())
-    if not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type)):
-        array = pa.array([as_float(value) for value in array.to_pylist()], pa.float64())
-    array = array.cast(pa.float64(), safe=False)
-    return pc.if_else(pc.is_finite(array), array, pa.scalar(None, pa.float64()))
-
-
-def _as_integer(array):
-    usable = pc.less(pc.abs(array), 2.0**62)
-    usable = pc.and_(usable, pc.equal(pc.floor(array), array))
-    return pc.if_else(usable, array, pa.scalar(None, pa.float64())).cast(pa.int64(), safe=False)
-
-
-def _open(path, chosen):
-    suffix = os.path.splitext(path)[1].lower()
-    readers = {".parquet": _Parquet, ".jsonl": text_tables.JsonLines}
-    return readers.get(suffix, text_tables.Separated)(path, chosen)
-
-
-class _Parquet:
-    """Batches of a Parquet file: ({canonical: [arrays]}, problem [rows] int8, -1 for none)."""
-
-    def __init__(self, path, chosen):
-        self.path = path
-        try:
-            with pq.ParquetFile(path) as file:
-                arrow, rows = file.schema_arrow, file.metadata.num_rows
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise ValueError(f"{path} is not a readable Parquet file: {error}") from None
-        sample = {field.name: _holds_text(field.type) for field in arrow}
-        self.found = columns.find_columns(path, sample, chosen)
-        self._status = "status" if {"status", "error_message"} <= set(sample) else None
-        self.num_rows = rows
-
-    def batches(self) -> Iterator:
-        wanted = sorted({name for names in self.found.values() for name in names})
-        wanted += [self._status] if self._status else []
-        try:
-            with pq.ParquetFile(self.path) as file:
-                for batch in file.iter_batches(BATCH_ROWS, columns=wanted):
-                    yield self._batch(batch)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{self.path} is not a readable Parquet file: {error}") from None
-        except OSError as error:  # a damaged page, not a disk that is full
-            raise ValueError(f"{self.path} cannot be read: {error}") from None
-
-    def _batch(self, batch):
-        problem = np.full(batch.num_rows, -1, np.int8)
-        if self._status:
-            done = pc.fill_null(pc.equal(batch[self._status], "success"), False)
-            problem[~done.to_numpy(zero_copy_only=False)] = PROBLEMS.index("not_downloaded")
-        text = batch[self.found["text"][0]]
-        if pa.types.is_list(text.type) or pa.types.is_large_list(text.type):
-            empty = pc.fill_null(pc.equal(pc.list_value_length(text), 0), True)
-            if pc.any(empty).as_py():
-                text = pa.array([value or [None] for value in text.to_pylist()], text.type)
-            rows, flat = pc.list_parent_indices(text), pc.list_flatten(text)
-            batch, problem = batch.take(rows), problem[rows.to_numpy()]
-            fields = {n: [batch[c] for c in names] for n, names in self.found.items()}
-            return fields | {"text": [flat]}, problem
-        return {n: [batch[c] for c in names] for n, names in self.found.items()}, problem
-
-
-def _holds_text(kind):
-    return (
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or (pa.types.is_dictionary(kind) and _holds_text(kind.value_type))
-    )

@@ -263,6 +263,9 @@ def _page(made):
     ]
     for reason, count in made["unusable"].items():
         lines.append(f"| {reason} | | | | {count} | unusable rows |")
+    if made["text_repaired"]:
+        kept = "what was no text is U+FFFD"
+        lines.append(f"| text_repaired | {kept} | | | {made['text_repaired']} rows kept | |")
     for rule in made["rules"]:
         cells = [rule["name"], rule["keeps"]]
         if "not_applied" in rule:

@@ -27,7 +27,7 @@ from align_jax.data.sources.tables import Row, parse_sidecar, read_table
 from align_jax.storage import identity
 from align_jax.storage.paths import find_paths
 from align_jax.storage.problems import Problems
-from align_jax.storage.text import read_lines
+from align_jax.storage.text import check_caption, read_caption, read_lines
 
 _CAPTION_SUFFIXES = (".txt", ".json")
 # Files that say something of a data set as a whole, in CLIP_benchmark's layout.
@@ -115,11 +115,11 @@ class FilePairs:
     ) -> tuple[tuple[str, ...], tuple[float, ...], tuple[str, ...]]:
         if isinstance(texts, Row):
             return texts.captions, texts.weights, texts.columns
-        text = read_member(texts).decode("utf-8", "replace")
+        text = read_caption(read_member(texts), texts.name)
         if texts.name.lower().endswith(".json"):
-            return parse_sidecar(text, self._weights)
-        lines = [text] if self._one_caption else text.split("\n")
-        return tuple(line.strip() for line in lines if line.strip()), (), ()
+            return parse_sidecar(text, texts.name, self._weights)
+        lines = [line.strip() for line in ([text] if self._one_caption else text.split("\n"))]
+        return tuple(check_caption(line, texts.name) for line in lines if line), (), ()
 
 
 class LabelledFiles:

@@ -17,7 +17,7 @@ from align_jax.data.sources.packed import TfdsPairs, find_tfds_folder
 from align_jax.data.sources.record import LabelledImage, Record
 from align_jax.data.sources.scenes import LabelledScenes, Scenes
 from align_jax.data.sources.shards import Archives
-from align_jax.data.sources.tables import TABLE_SUFFIXES
+from align_jax.data.sources.table_files import TABLE_SUFFIXES
 from align_jax.storage import identity
 from align_jax.storage.problems import Problems
 

@@ -9,8 +9,8 @@ import os
 import threading
 from collections.abc import Mapping
 
+from align_jax.data.sources.column_names import CAPTION_COLUMNS
 from align_jax.data.sources.record import Record, weigh_captions
-from align_jax.data.sources.tables import CAPTION_COLUMNS
 from align_jax.storage import identity
 from align_jax.storage.problems import Problems
 
@@ -39,7 +39,7 @@ class TfdsPairs:
           split: a split or a slice of one, e.g. `train[:1000]`.
           limit: number of records to keep, or None for all.
           weights: caption feature, or column that was packed, -> weight (record.weigh_captions);
-            None takes the first of tables.CAPTION_COLUMNS that the dataset has.
+            None takes the first of column_names.CAPTION_COLUMNS that the dataset has.
 
         Raises:
           ValueError: no such split, no image or caption feature, or not ArrayRecord files.
