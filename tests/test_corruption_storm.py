@@ -222,8 +222,12 @@ def test_captions_of_any_json_are_handled(tmp_path):
         (folder / f"{name}.json").write_bytes(text)
     report = pack(open_source(str(folder)), tmp_path / "out")
     found = {record.key: record.captions for record in read(tmp_path / "out")}
-    assert found == {"good": ("fine",), "list": ("one",)}
-    assert report["skipped"] == {"caption_not_utf8": 2, "caption_empty": 5}
+    assert found == {
+        "good": ("fine",),
+        "list": ("one", "\ufffd"),
+        "lone": ("half \ufffd",),
+    }
+    assert report["skipped"] == {"caption_not_utf8": 2, "caption_empty": 4}
 
 
 def test_damaged_archives_are_counted_beside_whole_ones(tmp_path):

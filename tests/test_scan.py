@@ -124,7 +124,7 @@ def test_damaged_images_and_blank_captions_are_counted_and_never_fatal(inside):
     reasons = {"image_empty": 1, "image_not_an_image": 1, "image_truncated": 1}
     assert report["unusable"] == reasons | {"image_too_small": 1}
     assert report["unusable_keys"]["image_not_an_image"] == ["page.jpg"]
-    assert report["source_problems"] == {"image_missing": 1}
+    assert report["source_problems"] == {"image_missing": 1, "text_repaired": 1}
 
 
 def test_real_crawl_failures_are_counted_by_the_reasons_of_their_list(inside):

@@ -18,6 +18,8 @@ from align_jax.data.perceptual_hash import phash
 from align_jax.data.sources import open_source as sources
 from align_jax.data.sources.record import Record
 from align_jax.run.progress import show_progress
+from align_jax.storage.problems import reason_of
+from align_jax.storage.text import clean
 
 _KEYS_LISTED = 20  # of each reason, in the report
 _METADATA = b"align_scan"
@@ -163,12 +165,10 @@ class _Reader:
         key = f"record {index}"
         try:
             record = self._source[index]
-            key = _valid(record.key)
+            key = clean(record.key)
             rgb = images.decode_image(record.image)
-        except images.BadImage as error:
-            return key, error.reason, []
-        except OSError:
-            return key, "record_unreadable", []
+        except (images.BadImage, OSError) as error:
+            return key, reason_of(error), []
         made = isinstance(record.image, np.ndarray)
         of_image = {
             "index": index,
@@ -178,12 +178,8 @@ class _Reader:
             "sha256": hashlib.sha256(rgb.tobytes() if made else record.image).hexdigest(),
             "phash": phash(rgb),
         }
-        texts = [_valid(text) for text in record.captions if text.strip()] or [""]
+        texts = [clean(text) for text in record.captions if text.strip()] or [""]
         return key, None, [{"key": key, "text": text, **of_image} for text in texts]
-
-
-def _valid(text):
-    return text.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair
 
 
 def _schema():

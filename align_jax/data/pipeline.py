@@ -21,8 +21,15 @@ import numpy as np
 from absl import flags
 
 from align_jax.data import images, mixture, read_ahead
+from align_jax.storage.problems import reason_of
 
-DROP_REASONS = (*images.BAD_IMAGE_REASONS, "caption_empty", "record_unreadable")
+DROP_REASONS = (
+    *images.BAD_IMAGE_REASONS,
+    "caption_empty",
+    "record_unreadable",
+    "caption_not_utf8",
+    "caption_too_long",
+)  # checkpoints hold their counts in this order: add new ones at the end
 _MAX_DRAWS = 100  # records tried for one row; all of them bad means the source is at fault
 _MAX_STEPS = 2**48
 
@@ -228,10 +235,8 @@ class _BatchBuilder:
                 if caption is not None:
                     return index, record, self._view(record.image, rng), caption
                 reason = "caption_empty"
-            except images.BadImage as error:
-                reason = error.reason
-            except OSError:
-                reason = "record_unreadable"
+            except (images.BadImage, OSError) as error:
+                reason = reason_of(error)
             drops.append((reason, key))
             reasons[reason] = reasons.get(reason, 0) + 1
         counts = ", ".join(f"{reason} {count}" for reason, count in reasons.items())

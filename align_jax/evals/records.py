@@ -8,6 +8,7 @@ import numpy as np
 
 from align_jax.data.images import BadImage, decode_image
 from align_jax.run import multihost
+from align_jax.storage.problems import reason_of
 
 
 def encode_records(
@@ -37,7 +38,7 @@ def encode_records(
             return decode_image(item.image)
         except (BadImage, OSError) as error:
             unreadable[row] = 1
-            reason = getattr(error, "reason", "record_unreadable")
+            reason = reason_of(error)
             raise BadImage(reason, f"{key}: {error}") from error
 
     readers: list[Callable] = [partial(read, row, index) for row, index in enumerate(indices)]

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from align_jax import config_checks
 from align_jax.data import images, mixture, pipeline, tokenizer
 from align_jax.run.progress import num_cores
+from align_jax.storage.problems import reason_of
 
 STAGES = ("read", "decode", "resize and crop", "tokenise", "assemble")
 _SAMPLE = 256  # records whose stages are timed
@@ -139,7 +140,7 @@ def _time_stages(config, source, wordpieces):
                     flip=config.data.flip,
                 )
         except (images.BadImage, OSError) as error:
-            reason = getattr(error, "reason", "record_unreadable")
+            reason = reason_of(error)
             dropped[reason] = dropped.get(reason, 0) + 1
             continue
         with timers["assemble"]:

@@ -77,15 +77,17 @@ class Checkpointer:
         Args:
           step: one of `steps()`.
           abstract: from `state.abstract_state`; the mesh may be another than the one saved on.
-          data: arrays of the shapes that were saved.
+          data: arrays like those that were saved; counts that are longer now begin at 0.
 
         Raises:
           ValueError: the checkpoint holds other tensors than the model has.
         """
+        saved = self._checkpointer.checkpointables_metadata(step).metadata.get("data") or {}
+        longer = {n: len(data[n]) - leaf.shape[0] for n, leaf in saved.items() if n in data}
         expected = {
             "weights": abstract.variables(),
             "training": {"step": abstract.step, "opt_state": abstract.opt_state},
-            "data": data,
+            "data": {n: a[: len(a) - max(0, longer.get(n, 0))] for n, a in data.items()},
         }
         self._check(step, expected)
         items = self._checkpointer.load_checkpointables(step, expected)
@@ -96,7 +98,10 @@ class Checkpointer:
             batch_stats=weights["batch_stats"],
             opt_state=training["opt_state"],
         )
-        return state, items["data"]
+        return state, {
+            name: np.pad(array, (0, len(data[name]) - len(array)))
+            for name, array in items["data"].items()
+        }
 
     def restore_weights(self, step: int, abstract: dict) -> dict:
         """Returns {"params", "batch_stats"} of a step, without reading the optimizer state.

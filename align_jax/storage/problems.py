@@ -3,6 +3,11 @@
 from collections.abc import Mapping
 
 
+def reason_of(error: Exception) -> str:
+    """Returns the reason by which to count a record that raised BadImage, BadText or OSError."""
+    return getattr(error, "reason", "record_unreadable")
+
+
 class Problems(dict[str, int]):
     """Counts by reason; `first[reason]` names the first offender."""
 

@@ -22,11 +22,13 @@ from tensorflow_datasets.core import example_serializer
 from align_jax.curate.pack.key_lists import KeyList
 from align_jax.data import images
 from align_jax.data.sources.record import hash_key
+from align_jax.storage.problems import reason_of
 
 SKIP_REASONS = (
     *images.BAD_IMAGE_REASONS,
     "caption_empty",
     "caption_not_utf8",
+    "caption_too_long",
     "record_unreadable",
     "key_duplicate",
     "not_kept",
@@ -271,29 +273,15 @@ class _Checker:
             texts = [text for text in zip(captions, columns, strict=True) if text[0].strip()]
             if not texts:
                 return key, "caption_empty", None
-            texts = [text for text in texts if _is_whole(text[0])]
-            if not texts:
-                return key, "caption_not_utf8", None
             pixels = images.decode_image(record.image)
-        except images.BadImage as error:
-            return key, error.reason, None
-        except OSError:
-            return key, "record_unreadable", None
+        except (images.BadImage, OSError) as error:
+            return key, reason_of(error), None
         image = _encoded(record.image, pixels, settings.resize_px)
         captions, columns = zip(*texts, strict=True)
         example = {"image": image, "captions": captions, "caption_columns": columns, "key": key}
         example = self._serializer.get_tf_example(self._features.encode_example(example))
         # Features are a protobuf map; its order would otherwise differ between processes.
         return key, None, example.SerializeToString(deterministic=True)
-
-
-def _is_whole(caption):
-    # Sources decode with U+FFFD for bytes that are no UTF-8; JSON can spell lone surrogates.
-    try:
-        caption.encode()
-    except UnicodeEncodeError:
-        return False
-    return "\ufffd" not in caption
 
 
 def _encoded(image, pixels, resize_px):
