@@ -58,6 +58,7 @@ setup(
             *CURATE,
             "imagehash",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.14",
             "simplejpeg>=1.9,<2",
             "torch==2.13.0",

@@ -1,6 +1,17 @@
 """Eight fake CPU devices for every test; helpers that several test files need."""
 
+import atexit
 import contextlib
+import os
+import shutil
+import tempfile
+
+# Programs that several files and workers of this session need are compiled once. JAX reads the
+# variable when it is imported; workers of pytest-xdist inherit it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="align_jax_tests_")
+    os.environ["JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest
