@@ -184,6 +184,22 @@ def test_finished_folder_is_returned_at_once_and_refused_to_others(tmp_path, mon
     assert "holds the result of other input" in error_of(capfd, *arguments)
 
 
+@pytest.mark.parametrize("place", [9, -3], ids=["head", "tail"])
+def test_folder_of_a_changed_table_of_the_same_size_is_refused(tmp_path, place):
+    table = tmp_path / "t.csv"
+    table.write_text("text,url\n" + "".join(f"text {row},{row}\n" for row in range(30_000)))
+    os.utime(table, (1, 1))
+    preset = write_preset(tmp_path / "p.py", "num_words(2)")
+    made = curate_lib.curate(str(table), tmp_path / "out", preset=preset)
+    assert curate_lib.curate(str(table), tmp_path / "out", preset=preset) == made
+    content = bytearray(table.read_bytes())
+    content[place] = ord("7")
+    table.write_bytes(content)
+    os.utime(table, (1, 1))
+    with pytest.raises(ValueError, match="holds the result of other input"):
+        curate_lib.curate(str(table), tmp_path / "out", preset=preset)
+
+
 class _Stopped(Exception):
     pass
 

@@ -12,6 +12,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from align_jax.cli import main as cli
+from align_jax.curate.near_duplicates import decontaminate as decontaminate_module
 from align_jax.curate.near_duplicates.decontaminate import decontaminate
 from align_jax.curate.scan import scan
 from align_jax.data.perceptual_hash import phash
@@ -82,6 +83,50 @@ def test_groups_inside_one_set_keep_their_first(inside):
     # a and b differ in one bit, and d is joined to b by c.
     assert rows == [("b", "a", 1), ("c", "a", 4), ("d", "a", 7), ("e", "a", 0), ("g", "a", 1)]
     assert (report["groups"], report["largest_group"], report["kept"]) == (1, 6, 2)
+
+
+def test_hashes_match_other_sets_up_to_8_bits_by_default(inside):
+    write_hashes("train.parquet", {f"{bits} bits": 2**bits - 1 for bits in range(12)})
+    write_hashes("eval.parquet", {"x": 0})
+    report = decontaminate("train.parquet", ["eval.parquet"], "out")
+    assert [row["key"] for row in read("out/drop.parquet")] == [f"{n} bits" for n in range(9)]
+    assert report["max_distance"] == 8
+    assert report["against"][0]["scores"] == {f"{bits}": 1 for bits in range(9)}
+
+
+def test_hashes_match_inside_a_set_up_to_4_bits_by_default(inside):
+    # Pairs 3, 4, 5 and 6 bits apart, and 16 bits or more from each other.
+    far = {bits: 0xFFFF << 16 * place for place, bits in enumerate((3, 4, 5, 6))}
+    hashes = {f"{bits} a": value for bits, value in far.items()}
+    hashes |= {f"{bits} b": value ^ (2**bits - 1 << 25) for bits, value in far.items()}
+    write_hashes("train.parquet", hashes)
+    report = decontaminate("train.parquet", [], "out")
+    assert [row["key"] for row in read("out/drop.parquet")] == ["3 b", "4 b"]
+    assert (report["max_distance"], report["scores"]) == (4, {"3": 1, "4": 1})
+
+
+@pytest.mark.parametrize("against", [True, False])
+def test_embeddings_match_above_a_cosine_of_0_975_by_default(inside, against):
+    cosines = np.array([0.974, 0.976], np.float32)
+    z = np.zeros((4, 6), np.float32)
+    z[0, 0] = z[1, 2] = 1
+    z[2, :2] = cosines[0], np.sqrt(1 - cosines[0] ** 2)
+    z[3, 2:4] = cosines[1], np.sqrt(1 - cosines[1] ** 2)
+    write_embeddings(inside / "eval", list("xy"), z[:2])
+    write_embeddings(inside / "train", list("ab"), z[2:])
+    write_embeddings(inside / "both", list("xyab"), z)
+    report = decontaminate(*(("train", ["eval"]) if against else ("both", [])), "out")
+    assert [row["key"] for row in read("out/drop.parquet")] == ["b"]
+    assert report["min_cosine"] == 0.975
+
+
+def test_a_sheet_has_24_pairs_of_all_distances():
+    scores = np.repeat(np.array([0, 3, 8], np.uint8), (40, 30, 2))
+    rows = np.arange(len(scores))
+    matches = decontaminate_module._Matches(rows, np.ones_like(rows), rows, scores)
+    shown = decontaminate_module._spread(matches)
+    assert np.unique(shown.scores, return_counts=True)[1].tolist() == [11, 11, 2]
+    assert shown.rows.tolist() == [*range(11), *range(40, 51), 70, 71]
 
 
 def test_ten_thousand_blank_pictures_are_one_group(inside):

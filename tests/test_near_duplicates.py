@@ -1,6 +1,7 @@
 """perceptual_hash.py and near_duplicates/search.py: exact and bucketed search, groups."""
 
 import io
+import math
 import zipfile
 
 import imagehash
@@ -205,3 +206,103 @@ def test_first_of_groups_follows_chains():
     assert first.tolist() == [0, 1, 2, 1, 4, 1, 2]
     none = np.zeros(0, np.int64)
     assert near_duplicates.first_of_groups(3, none, none).tolist() == [0, 1, 2]
+
+
+def test_the_papers_scheme_of_buckets():
+    # Jia et al. 2021, appendix A: "4K" clusters, the 10 nearest of each image, buckets of triples
+    # ("choose 10 by 3": 120), near-duplicates above a cosine of 0.975.
+    assert near_duplicates.MIN_COSINE == 0.975
+    assert math.comb(near_duplicates.NUM_NEAREST, near_duplicates.NUM_SHARED) == 120
+    z = clustered_embeddings(300, 16, seed=4)
+    centroids = clustered_embeddings(40, 16, seed=5)
+    nearest = near_duplicates.nearest_clusters(z, centroids)
+    expected = np.argsort(-(z.astype(np.float64) @ centroids.T), axis=1)[:, :10]
+    np.testing.assert_array_equal(nearest, np.sort(expected, axis=1))
+
+
+@pytest.mark.parametrize(
+    ("num_left", "num_right", "clusters"),
+    [
+        (141_421, None, None),  # 2e10 comparisons at most: exact
+        (141_422, None, 565),
+        (4_000_000, 5_000, None),
+        (4_000_001, 5_000, 4096),
+        (1_000_000, None, 4000),  # one for each 250 images
+        (1_023_999, None, 4095),
+        (1_024_000, None, 4096),
+        (50_000_000, 1_000, 4096),
+        (600_000, 200_000, 2400),  # of the larger set
+        (200_000, 600_000, 2400),
+    ],
+)
+def test_search_is_exact_up_to_2e10_comparisons_then_in_buckets(
+    monkeypatch, num_left, num_right, clusters
+):
+    calls = []
+    monkeypatch.setattr(near_duplicates, "all_pairs", lambda *a: calls.append((a[2], None)))
+    monkeypatch.setattr(near_duplicates, "bucket_pairs", lambda *a: calls.append(a[2:4]))
+    left = np.broadcast_to(np.float32(1), (num_left, 1))
+    right = None if num_right is None else np.broadcast_to(np.float32(1), (num_right, 1))
+    near_duplicates.embedding_pairs(left, right)
+    assert calls == [(0.975, clusters)]
+
+
+def test_embedding_pairs_exclude_the_threshold():
+    z = np.eye(2, dtype=np.float32)
+    cosines = np.array([0.9751, 0.975, 0.9749], np.float32)
+    other = np.stack([cosines, np.sqrt(1 - cosines**2)], axis=1)
+    i, j, found = near_duplicates.embedding_pairs(z[:1], other)
+    assert (i.tolist(), j.tolist(), found.tolist()) == ([0], [0], [cosines[0]])
+    i, j, _ = near_duplicates.embedding_pairs(other, z[:1], float(cosines[2]))
+    assert i.tolist() == [0, 1] and j.tolist() == [0, 0]
+    with pytest.raises(ValueError, match="^--min-cosine 1.0 must lie between 0 and 1, e.g. 0.975"):
+        near_duplicates.embedding_pairs(z, None, 1.0)
+
+
+def slow_kmeans(z, num_clusters, seed, passes):
+    """Lloyd's algorithm on cosines, one embedding after another, in float64."""
+    rng = np.random.default_rng(seed)
+    size = min(len(z), 64 * num_clusters)
+    z = z[np.sort(rng.choice(len(z), size, replace=False))].astype(np.float64)
+    centroids = z[np.sort(rng.choice(size, num_clusters, replace=False))].copy()
+    for _ in range(passes):
+        members = [[] for _ in range(num_clusters)]
+        for row in z:
+            members[int(np.argmax(centroids @ row))].append(row)
+        for cluster, rows in enumerate(members):
+            if rows:
+                total = np.sum(rows, axis=0)
+                centroids[cluster] = total / np.linalg.norm(total)
+    return centroids
+
+
+def test_kmeans_makes_eight_passes_over_64_embeddings_a_cluster():
+    z = clustered_embeddings(2000, 8, seed=6, num_topics=300)
+    made = near_duplicates.kmeans(z, 20, seed=3)
+    np.testing.assert_allclose(made, slow_kmeans(z, 20, 3, passes=8), atol=1e-6)
+    for passes in (7, 9):  # it has not converged, so that the number is seen
+        assert np.abs(made - slow_kmeans(z, 20, 3, passes)).max() > 1e-3
+
+
+def test_kmeans_leaves_an_empty_cluster_where_it_was():
+    z = np.repeat(np.eye(3, dtype=np.float32), 4, axis=0)
+    made = near_duplicates.kmeans(z, 8, seed=0)
+    np.testing.assert_allclose(np.linalg.norm(made, axis=1), 1, rtol=1e-6)
+    assert set(map(tuple, made.tolist())) <= set(map(tuple, np.eye(3).tolist()))
+
+
+def test_pairs_are_counted_once_before_they_are_too_many(monkeypatch):
+    monkeypatch.setattr(near_duplicates, "MAX_PAIRS", 100)
+    found = near_duplicates._Found(0.9)
+    row = np.arange(50)
+    for _ in range(5):  # each pair again and again
+        found.add(row, row + 1, np.ones(50, np.float32))
+    i, j, cosine = found.in_order()
+    assert i.tolist() == row.tolist() and j.tolist() == (row + 1).tolist() and len(cosine) == 50
+    with pytest.raises(ValueError, match="^More than 50 pairs of images have a cosine above 0.9;"):
+        found.add(np.arange(51), np.arange(51) + 7, np.ones(51, np.float32))
+
+
+def test_limits_of_the_search():
+    assert phash_module.MAX_DISTANCE == 16
+    assert phash_module.MAX_PAIRS == near_duplicates.MAX_PAIRS == 20_000_000
