@@ -119,17 +119,19 @@ def test_an_image_is_the_first_of_hash_url_and_key_that_the_row_has(tmp_path):
         ("", "", "k5"),  # an empty string is no value
         (None, None, "k5"),  # that of the key above
         (None, None, "k6"),
+        (None, None, None),  # two that nothing tells apart are two
+        (None, None, ""),
     ]
     hashes, urls, keys = zip(*rows, strict=True)
     table = {"phash": hashes, "url": urls, "key": keys, "text": ["x"] * len(rows)}
-    for at_most, kept in ((3, 0), (4, len(rows))):  # h, u3, k5, k6
+    for at_most, kept in ((5, 0), (6, len(rows))):  # h, u3, k5, k6, and two
         made, _ = curate_table(
             tmp_path / f"{at_most}", table, f"images_per_text(at_most={at_most})"
         )
         assert made["rows_kept"] == kept
     table["text"] = [f"text {row}" for row in range(len(rows))]
     made, _ = curate_table(tmp_path / "texts", table, "texts_per_image(at_most=1)")
-    assert made["rows_kept"] == 1  # that of k6
+    assert made["rows_kept"] == 3  # k6 and the last two
 
 
 @pytest.mark.parametrize("own", ["url", "key", None])

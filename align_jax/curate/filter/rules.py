@@ -210,11 +210,11 @@ def _count(name, column, unit, at_least, at_most, source):
 def identify_images(t: ir.Table) -> ir.Table:
     """Returns the table with `image`: the first of image_hash, url and key that the row has.
 
-    An empty string is no value. Every row has a key, so a row without the others counts as an image
-    of its own, or as the image of its key's other rows.
+    An empty string is no value; a row without any is an image of its own.
     """
     names = [name for name in ("image_hash", "url", "key") if name in t.columns]
-    return t.mutate(image=ibis.coalesce(*(t[name].nullif("") for name in names)))
+    values = [t[name].nullif("") for name in names]
+    return t.mutate(image=ibis.coalesce(*values, ibis.literal("row ").concat(t.row.cast("string"))))
 
 
 def _collapse(t):
