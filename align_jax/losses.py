@@ -4,19 +4,17 @@ softmax (Jia et al. 2021, eq. 1-2) is the *sum*, not the mean, of image-to-text 
 cross-entropy with label smoothing. Smoothed cross-entropy is
 `logsumexp - (1 - eps) * positive - eps * mean`, so no B x B target exists in any form. sigmoid is
 SigLIP's (Zhai et al. 2023). Everything is float32 at full precision, on every platform. The third
-form, which needs neither [B, B] nor gathered embeddings, is in `ring_loss`.
+form, which needs neither [B, B] nor gathered embeddings, is in `ring_loss` and builds on this file.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-
-from align_jax import ring_loss
-
-HIGHEST = jax.lax.Precision.HIGHEST
+from ml_collections import ConfigDict
 
 FORMS = ("dense", "sharded", "ring")
 # loss.kind -> names of the two parts whose sum is the loss
@@ -35,46 +33,49 @@ DUPLICATES = {
 # loss.negatives -> number of halvings that leave this share of the batch as negatives
 NEGATIVES = {1.0: 0, 0.5: 1, 0.25: 2}
 
-LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+Parts = dict[str, jax.Array]
+LossFn = Callable[..., tuple[jax.Array, Parts]]
+Gather = Callable[[jax.Array], jax.Array]
 
 
-def make_loss(
-    form: str,
-    mesh: Mesh,
-    *,
-    kind: str = "softmax",
-    label_smoothing: float = 0.0,
-    tile_size: int = 1024,
-) -> LossFn:
-    """Returns `loss(z_image, z_text, temperature, hashes=(), bias=0.0) -> (loss, parts)`.
+def make_loss(config: ConfigDict, mesh: Mesh) -> LossFn:
+    """Returns `loss(z_image, z_text, params, batch, keys=None) -> (loss [], {part: []})`.
 
-    All forms take the arguments of `dense_loss` and return its numbers.
+    All forms return the numbers of `dense_loss`, which says what the embeddings must be. `params`
+    holds the scalars `temperature` and, for the sigmoid loss, `bias`; `batch` the hashes that
+    `mask_duplicates` names; `keys`, one per example [B], draw the negatives if not all take part.
 
     Args:
-      form: one of `FORMS`.
+      config: group `loss`.
       mesh: over all of whose axes the batch is sharded in the "sharded" and "ring" forms.
-      kind: key of `PARTS`.
-      label_smoothing: in [0, 1); the sigmoid loss has none.
-      tile_size: of the "ring" form, whose memory beyond the embeddings is a few [tile, tile].
     """
-    options = {"kind": kind, "label_smoothing": label_smoothing}
-    if form == "dense":
-        return partial(dense_loss, **options)
-    if form == "sharded":
-        return partial(sharded_loss, mesh=mesh, **options)
-    return partial(_ring_loss, mesh=mesh, tile_size=tile_size, **options)
+    form = _make_form(config, mesh)
+
+    def loss_fn(
+        z_image: jax.Array,
+        z_text: jax.Array,
+        params: dict[str, jax.Array],
+        batch: dict[str, jax.Array],
+        keys: jax.Array | None = None,
+    ) -> tuple[jax.Array, Parts]:
+        hashes = tuple(batch[name] for name in DUPLICATES[config.mask_duplicates])
+        if NEGATIVES[config.negatives]:
+            hashes += subset_hashes(keys, config.negatives)
+        return form(z_image, z_text, params["temperature"], hashes, params.get("bias", 0.0))
+
+    return loss_fn
 
 
 def dense_loss(
     z_image: jax.Array,
     z_text: jax.Array,
     temperature: jax.Array,
-    hashes: tuple[jax.Array, ...] = (),
+    hashes: Sequence[jax.Array] = (),
     bias: jax.Array | float = 0.0,
     *,
     kind: str = "softmax",
     label_smoothing: float = 0.0,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[jax.Array, Parts]:
     """Returns (loss [], {part: []}) from the B x B logits; names of the parts in `PARTS`.
 
     The sigmoid loss is the sum over pairs of -log sigmoid(l * (cosine / temperature + bias)) over
@@ -93,69 +94,55 @@ def dense_loss(
     Raises:
       ValueError: the two batches differ in size.
     """
-    z_image, z_text = _checked(z_image, z_text)
-    if kind == "sigmoid":
-        losses = _sigmoid_losses(z_image, z_text, temperature, bias, hashes, hashes, 0)
-        return _total(kind, [loss.mean() for loss in losses])
-    parts = [
-        _row_losses(rows, columns, columns, temperature, hashes, hashes, 0, label_smoothing).mean()
-        for rows, columns in ((z_image, z_text), (z_text, z_image))
-    ]
-    return _total(kind, parts)
+    check_sizes(z_image, z_text)
+    losses = _row_losses(
+        (z_image, z_text, temperature, hashes, bias),
+        kind=kind,
+        label_smoothing=label_smoothing,
+        first_row=0,
+        gather=lambda x: x,
+    )
+    return total(kind, [loss.mean() for loss in losses])
 
 
 def sharded_loss(
     z_image: jax.Array,
     z_text: jax.Array,
     temperature: jax.Array,
-    hashes: tuple[jax.Array, ...] = (),
+    hashes: Sequence[jax.Array] = (),
     bias: jax.Array | float = 0.0,
     *,
     mesh: Mesh,
     kind: str = "softmax",
     label_smoothing: float = 0.0,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[jax.Array, Parts]:
     """Returns what `dense_loss` does; each device holds only its [B / devices, B] rows.
 
     The columns' embeddings are all-gathered over the mesh; their gradients come back through a
     reduce-scatter, so negatives on other devices receive gradient (unlike per-device losses).
     Arguments as in `dense_loss`, plus the mesh over all of whose axes the batch is sharded.
     """
-    z_image, z_text = _checked(z_image, z_text)
+    check_sizes(z_image, z_text)
     axes = mesh.axis_names
-    rows_spec, replicated = PartitionSpec(axes), PartitionSpec()
+    rows, replicated = PartitionSpec(axes), PartitionSpec()
 
-    def local_loss(z_image, z_text, temperature, bias, hashes):
-        gather = partial(jax.lax.all_gather, axis_name=axes, tiled=True)
-        all_hashes = tuple(gather(h) for h in hashes)
-        first_row = jax.lax.axis_index(axes) * z_image.shape[0]
-        if kind == "sigmoid":
-            losses = _sigmoid_losses(
-                z_image, gather(z_text), temperature, bias, hashes, all_hashes, first_row
-            )
-        else:
-            losses = [
-                _row_losses(
-                    rows,
-                    columns,
-                    gather(columns),
-                    temperature,
-                    hashes,
-                    all_hashes,
-                    first_row,
-                    label_smoothing,
-                )
-                for rows, columns in ((z_image, z_text), (z_text, z_image))
-            ]
+    def local_parts(*local: Any) -> tuple[jax.Array, jax.Array]:
+        losses = _row_losses(
+            local,
+            kind=kind,
+            label_smoothing=label_smoothing,
+            first_row=jax.lax.axis_index(axes) * len(local[0]),
+            gather=partial(jax.lax.all_gather, axis_name=axes, tiled=True),
+        )
         return tuple(jax.lax.pmean(loss.mean(), axes) for loss in losses)
 
     parts = jax.shard_map(
-        local_loss,
+        local_parts,
         mesh=mesh,
-        in_specs=(rows_spec, rows_spec, replicated, replicated, rows_spec),
+        in_specs=(rows, rows, replicated, rows, replicated),
         out_specs=replicated,
-    )(z_image, z_text, temperature, jnp.asarray(bias, jnp.float32), tuple(hashes))
-    return _total(kind, parts)
+    )(z_image, z_text, temperature, tuple(hashes), jnp.asarray(bias, jnp.float32))
+    return total(kind, parts)
 
 
 def subset_hashes(keys: jax.Array, negatives: float) -> tuple[jax.Array, ...]:
@@ -166,70 +153,91 @@ def subset_hashes(keys: jax.Array, negatives: float) -> tuple[jax.Array, ...]:
     i. The paper does not say how its subsets are drawn.
 
     Args:
-      keys: one per pair [B], of which the coins depend alone.
+      keys: one per pair [B], on which alone the coins depend.
       negatives: key of `NEGATIVES`.
     """
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 2**16)  # dropout draws from the key itself
     coins = jax.vmap(partial(jax.random.bits, shape=(NEGATIVES[negatives],)))(keys) & 1
     return tuple(jnp.stack([coin, coin], 1) for coin in coins.T)
 
 
-def _ring_loss(z_image, z_text, temperature, hashes=(), bias=0.0, *, kind, **options):
-    _check_sizes(z_image, z_text)
-    parts = ring_loss.ring_parts(z_image, z_text, temperature, hashes, bias, kind=kind, **options)
-    return _total(kind, parts)
+def dot(subscripts: str, *operands: jax.Array) -> jax.Array:
+    """Returns the einsum of the operands in float32, at full precision on every platform."""
+    operands = (operand.astype(jnp.float32) for operand in operands)
+    return jnp.einsum(subscripts, *operands, precision=jax.lax.Precision.HIGHEST)
 
 
-def _row_losses(
-    z_rows, z_positives, z_columns, temperature, row_hashes, column_hashes, first_row, smoothing
-):
-    """Cross-entropy [b] of rows [b, D], each against its positive [b, D] and columns [B, D]."""
-    logits = jnp.einsum("bD,BD->bB", z_rows, z_columns, precision=HIGHEST) / temperature
-    positive = jnp.einsum("bD,bD->b", z_rows, z_positives, precision=HIGHEST) / temperature
-    if row_hashes:
-        excluded = _duplicates(row_hashes, column_hashes) & ~_positives(logits.shape, first_row)
-        lse = jax.nn.logsumexp(logits, axis=1, where=~excluded)
-        mean = jnp.mean(logits, axis=1, where=~excluded)
-    else:
-        lse = jax.nn.logsumexp(logits, axis=1)
-        mean = logits.mean(1)
-    return lse - (1.0 - smoothing) * positive - smoothing * mean
-
-
-def _sigmoid_losses(z_rows, z_columns, temperature, bias, row_hashes, column_hashes, first_row):
-    """Losses [b] of the positive and [b] of the negative pairs of rows [b, D], columns [B, D]."""
-    logits = jnp.einsum("bD,BD->bB", z_rows, z_columns, precision=HIGHEST) / temperature + bias
-    positives = _positives(logits.shape, first_row)
-    negatives = ~positives
-    if row_hashes:
-        negatives &= ~_duplicates(row_hashes, column_hashes)
-    losses = jax.nn.softplus(jnp.where(positives, -logits, logits))
-    return tuple(jnp.sum(losses, 1, where=pairs) for pairs in (positives, negatives))
-
-
-def _positives(shape, first_row):
-    return first_row + jnp.arange(shape[0])[:, None] == jnp.arange(shape[1])
-
-
-def _duplicates(row_hashes, column_hashes):
-    """Whether row and column agree in any of the hashes: bool [b, B]."""
+def are_duplicates(
+    row_hashes: Sequence[jax.Array], column_hashes: Sequence[jax.Array]
+) -> jax.Array:
+    """Returns whether row and column agree in any of the hashes, uint32 [r, 2] and [c, 2]."""
     equal = [
         (rows[:, None, :] == columns[None, :, :]).all(-1)
         for rows, columns in zip(row_hashes, column_hashes, strict=True)
     ]
-    return jnp.stack(equal).any(0)
+    return jnp.stack(equal).any(0)  # [r, c]
 
 
-def _total(kind, parts):
+def sigmoid_losses(logits: jax.Array, positive: jax.Array) -> jax.Array:
+    """Returns -log sigmoid(l * logit) [r, c], where l is 1 if the pair is positive, else -1."""
+    return jax.nn.softplus(jnp.where(positive, -logits, logits))
+
+
+def total(kind: str, parts: Sequence[jax.Array]) -> tuple[jax.Array, Parts]:
+    """Returns (their sum, the two parts by name)."""
     return sum(parts), dict(zip(PARTS[kind], parts, strict=True))
 
 
-def _checked(z_image, z_text):
-    _check_sizes(z_image, z_text)
-    return z_image.astype(jnp.float32), z_text.astype(jnp.float32)
-
-
-def _check_sizes(z_image, z_text):
+def check_sizes(z_image: jax.Array, z_text: jax.Array) -> None:
+    """Raises ValueError if the two sides are not equally many vectors of equal length."""
     if z_image.shape != z_text.shape:
         raise ValueError(
             f"z_image has shape {z_image.shape} and z_text {z_text.shape}; they must be equal."
         )
+
+
+def _make_form(config: ConfigDict, mesh: Mesh) -> LossFn:
+    """Returns a function of the arguments of `dense_loss` without its options."""
+    options = {"kind": config.kind, "label_smoothing": config.label_smoothing}
+    if config.form == "dense":
+        return partial(dense_loss, **options)
+    if config.form == "sharded":
+        return partial(sharded_loss, mesh=mesh, **options)
+    from align_jax import ring_loss  # it imports this file, whose definitions it computes
+
+    return partial(ring_loss.ring_loss, mesh=mesh, tile_size=config.tile_size, **options)
+
+
+def _row_losses(
+    inputs: tuple, *, kind: str, label_smoothing: float, first_row: jax.Array | int, gather: Gather
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the two parts of the loss of each row, [b] and [b], from its logits [b, B].
+
+    Args:
+      inputs: the arguments of `dense_loss`: b of the B rows of all that has rows.
+      kind, label_smoothing: as there.
+      first_row: of them, in the batch.
+      gather: b rows [b, ...] -> the whole batch [B, ...].
+    """
+    z_image, z_text, temperature, hashes, bias = inputs
+    z_image, z_text = z_image.astype(jnp.float32), z_text.astype(jnp.float32)
+    all_texts = gather(z_text)  # [B, D]
+    logits = dot("bD,BD->bB", z_image, all_texts) / temperature
+    positive = first_row + jnp.arange(len(logits))[:, None] == jnp.arange(len(all_texts))  # [b, B]
+    allowed = None  # all
+    if hashes:
+        allowed = positive | ~are_duplicates(hashes, [gather(h) for h in hashes])
+    if kind == "sigmoid":
+        losses = sigmoid_losses(logits + bias, positive)
+        negative = ~positive if allowed is None else allowed & ~positive
+        return jnp.sum(losses, 1, where=positive), jnp.sum(losses, 1, where=negative)
+
+    target = dot("bD,bD->b", z_image, z_text) / temperature
+
+    def cross_entropy(logits: jax.Array) -> jax.Array:
+        spread = jnp.mean(logits, 1, where=allowed)
+        lse = jax.nn.logsumexp(logits, 1, where=allowed)
+        return lse - (1.0 - label_smoothing) * target - label_smoothing * spread
+
+    of_texts = dot("bD,BD->bB", z_text, gather(z_image)) / temperature
+    return cross_entropy(logits), cross_entropy(of_texts)

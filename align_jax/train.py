@@ -55,17 +55,14 @@ def train_and_evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str,
     config_checks.validate(
         config, num_devices=jax.device_count(), num_processes=jax.process_count()
     )
-    mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp)
-    source = mixture.open_sources(config.data.source, config.data.mixture.to_dict())
+    mesh = mesh_lib.make_mesh(**config.mesh)
+    source = mixture.open_sources(config.data)
     with _naming("config.eval.evaluators"):
         evaluators = evals_lib.make_evaluators(config.eval.evaluators.to_dict())
     if config.init_from and config.init_towers != "image":
         with _naming("config.init_from"):
             config = init_from.with_tokenizer(config)
-    opened = []
-    multihost.lead_first(
-        lambda: opened.extend(workdir.open_for_training(path, config, source, log=_log))
-    )
+    opened = multihost.lead_first(lambda: workdir.open_for_training(path, config, source, log=_log))
     tokenizer, preprocessing = opened or workdir.read(path)
 
     model, optimizer, abstract, step_fn = make_program(
@@ -96,9 +93,18 @@ def train_and_evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str,
         else:
             writer = metrics.NoWriter()
         stop = stack.enter_context(_stop_signals())
-        batches = stack.enter_context(
-            contextlib.closing(_open_batches(config, source, tokenizer, int(state.step)))
+        batches = pipeline.train_batches(
+            source,
+            tokenizer,
+            config.data,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            hash_pairs=config.loss.mask_duplicates != "none",
+            start_step=int(state.step),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
+        stack.callback(batches.close)
         encoder = align.Align(
             model,
             state.variables(),
@@ -123,38 +129,13 @@ def make_program(
       mesh: of real devices, or of a topology's.
       vocab_size: of the tokenizer.
     """
-    model = dual_encoder.make_model(
-        config.model,
-        vocab_size=vocab_size,
-        temperature_init=config.loss.temperature_init,
-        bias_init=config.loss.bias_init if config.loss.kind == "sigmoid" else None,
-    )
+    model = dual_encoder.make_model(config.model, config.loss, vocab_size=vocab_size)
     schedule = optim.make_schedule(config.optim, config.train.steps)
     optimizer = optim.make_optimizer(config.optim, schedule)
     abstract = state_lib.abstract_state(model, optimizer, mesh)
-    step_fn = train_step.compile_train_step(
-        train_step.make_train_step(
-            model,
-            optimizer,
-            schedule,
-            losses.make_loss(
-                config.loss.form,
-                mesh,
-                kind=config.loss.kind,
-                label_smoothing=config.loss.label_smoothing,
-                tile_size=config.loss.tile_size,
-            ),
-            mesh,
-            seed=config.train.seed,
-            bn_decay=config.model.bn_decay,
-            mask_duplicates=config.loss.mask_duplicates,
-            negatives=config.loss.negatives,
-            microbatches=config.train.microbatches,
-        ),
-        abstract,
-        mesh,
-    )
-    return model, optimizer, abstract, step_fn
+    loss_fn = losses.make_loss(config.loss, mesh)
+    step_fn = train_step.make_train_step(model, optimizer, schedule, loss_fn, mesh, config.train)
+    return model, optimizer, abstract, train_step.compile_train_step(step_fn, abstract, mesh)
 
 
 class _Run:
@@ -360,27 +341,6 @@ class _stop_signals:
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-def _open_batches(config, source, tokenizer, start_step) -> pipeline.BatchIterator:
-    return pipeline.train_batches(
-        source,
-        tokenizer,
-        batch_size=config.train.batch_size,
-        image_size_px=config.data.image_size,
-        resize_px=config.data.resize_size,
-        resize=config.data.resize,
-        decode=config.data.decode,
-        flip=config.data.flip,
-        max_tokens=config.data.max_tokens,
-        seed=config.train.seed,
-        start_step=start_step,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        num_threads=config.data.num_threads,
-        num_workers=config.data.num_workers,
-        hash_pairs=config.loss.mask_duplicates != "none",
-    )
 
 
 def _welcome(config, path, mesh, source, abstract, resume_step) -> None:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from align_jax import losses, state
 from align_jax import mesh as mesh_lib
@@ -28,12 +29,7 @@ def make_train_step(
     schedule: optax.Schedule,
     loss_fn: losses.LossFn,
     mesh: Mesh,
-    *,
-    seed: int,
-    bn_decay: float,
-    mask_duplicates: str = "none",
-    negatives: float = 1.0,
-    microbatches: int = 1,
+    config: ConfigDict,
 ) -> TrainStep:
     """Returns `train_step(state, batch) -> (state, metrics)`, pure and not yet jitted.
 
@@ -46,46 +42,34 @@ def make_train_step(
       schedule: step -> learning rate, to report it.
       loss_fn: from `losses.make_loss`.
       mesh: over which the batch is split: `image` uint8 [B, H, W, 3], `ids` and `mask` int32
-        [B, L], `index` int32 [B], and the hashes uint32 [B, 2] that `mask_duplicates` needs.
-      seed: of dropout and stochastic depth.
-      bn_decay: weight of the old BatchNorm statistics.
-      mask_duplicates: key of `losses.DUPLICATES`.
-      negatives: key of `losses.NEGATIVES`.
-      microbatches: parts in which the towers see the batch. Each must hold whole BatchNorm groups
-        and a multiple of the devices; loss, gradients and statistics stay those of one pass.
+        [B, L], `index` int32 [B], and the hashes uint32 [B, 2] that the loss needs.
+      config: group `train`: `seed` of dropout, stochastic depth and the choice of negatives, and
+        `microbatches`, parts in which the towers see the batch. Each must hold whole BatchNorm
+        groups and a multiple of the devices; loss, gradients and statistics stay those of one pass.
     """
-    update_stats = partial(dual_encoder.update_batch_stats, decay=bn_decay)
-    encode = _make_encode(model, mesh, seed, microbatches)
+    encode = _make_encode(model, mesh, config.microbatches)
 
     def train_step(s: state.TrainState, batch: dict) -> tuple[state.TrainState, dict]:
-        hashes = tuple(batch[name] for name in losses.DUPLICATES[mask_duplicates])
-        if negatives < 1:
-            keys = dual_encoder.example_keys(seed, s.step, batch["index"])
-            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 2**16)  # not those of dropout
-            hashes += losses.subset_hashes(keys, negatives)
+        keys = dual_encoder.example_keys(config.seed, s.step, batch["index"])
 
-        def loss_of(params):
+        def loss_of(params: dict) -> tuple[jax.Array, tuple[losses.Parts, dict]]:
             variables = {"params": params, "batch_stats": s.batch_stats}
-            z_image, z_text, temperature, moments = encode(variables, s.step, batch)
-            loss, parts = loss_fn(z_image, z_text, temperature, hashes, params.get("bias", 0.0))
-            return loss, (parts, temperature, moments)
+            z_image, z_text, moments = encode(variables, batch | {"keys": keys})
+            loss, parts = loss_fn(z_image, z_text, params, batch, keys)
+            return loss, (parts, moments)
 
-        (loss, (parts, temperature, moments)), gradients = jax.value_and_grad(
-            loss_of, has_aux=True
-        )(s.params)
+        (loss, (parts, moments)), gradients = jax.value_and_grad(loss_of, has_aux=True)(s.params)
         updates, opt_state = optimizer.update(gradients, s.opt_state, s.params)
-        frozen = model.image.bn_mode == "frozen"
         new_state = state.TrainState(
             step=s.step + 1,
             params=optax.apply_updates(s.params, updates),
-            batch_stats=s.batch_stats if frozen else update_stats(s.batch_stats, moments),
+            batch_stats=dual_encoder.update_batch_stats(model, s.batch_stats, moments),
             opt_state=opt_state,
         )
         metrics = {
             "loss": loss,
             **parts,
-            "temperature": temperature,
-            **({"bias": s.params["bias"]} if "bias" in s.params else {}),
+            **{name: s.params[name] for name in ("temperature", "bias") if name in s.params},
             "learning_rate": schedule(s.step),
             "grad_norm": optax.tree.norm(gradients),
         }
@@ -94,51 +78,50 @@ def make_train_step(
     return train_step
 
 
-def _make_encode(model, mesh, seed, microbatches):
-    """Returns `encode(variables, step, batch)` -> what `apply_towers` returns in train mode."""
+def _make_encode(model: dual_encoder.DualEncoder, mesh: Mesh, microbatches: int) -> Callable:
+    """Returns `encode(variables, batch) -> (z_image [B, D], z_text [B, D], BatchNorm moments)`.
+
+    The batch holds what `apply_towers` needs in train mode, and `keys`, one for each example.
+    """
     rows = mesh_lib.batch_sharding(mesh)
 
-    def encode_part(variables, step, part):
-        part = jax.lax.with_sharding_constraint(part, rows)
-        z_image, z_text, temperature, moments = dual_encoder.apply_towers(
-            model,
-            variables,
-            part,
-            train=True,
-            keys=dual_encoder.example_keys(seed, step, part["index"]),
-            constrain=lambda x: jax.lax.with_sharding_constraint(x, rows),
+    def pin(x: Any) -> Any:
+        return jax.lax.with_sharding_constraint(x, rows)
+
+    def encode_part(variables: dual_encoder.Variables, part: dict) -> tuple:
+        part = pin(part)
+        z_image, z_text, _, moments = dual_encoder.apply_towers(
+            model, variables, part, train=True, keys=part["keys"], constrain=pin
         )
-        z_image, z_text = jax.lax.with_sharding_constraint((z_image, z_text), rows)
-        return z_image, z_text, temperature, moments
+        return *pin((z_image, z_text)), moments
 
     if microbatches == 1:
         return encode_part
 
     group = model.image.bn_group_size if model.image.bn_mode == "grouped" else 1
 
-    def encode(variables, step, batch):
+    def encode(variables: dual_encoder.Variables, batch: dict) -> tuple:
         size = batch["index"].shape[0]
         # Every device contributes to every part with its own rows, where its share of the batch
         # holds enough BatchNorm groups for that; else rows travel.
         shares = math.gcd(mesh.size, size // group // microbatches)
 
-        def split(x):  # [B, ...] -> [parts, B / parts, ...]
+        def split(x: jax.Array) -> jax.Array:  # [B, ...] -> [parts, B / parts, ...]
             x = x.reshape(shares, microbatches, -1, *x.shape[1:]).swapaxes(0, 1)
             return x.reshape(microbatches, -1, *x.shape[3:])
 
-        def merge(x):
+        def merge(x: jax.Array) -> jax.Array:  # [parts, B / parts, ...] -> [B, ...]
             x = x.reshape(microbatches, shares, -1, *x.shape[2:]).swapaxes(0, 1)
-            return jax.lax.with_sharding_constraint(x.reshape(size, *x.shape[3:]), rows)
+            return pin(x.reshape(size, *x.shape[3:]))
 
         # prevent_cse guards against a merge of both passes, which a scan already rules out.
         @partial(jax.checkpoint, prevent_cse=False)
-        def body(_, part):
-            return None, encode_part(variables, step, part)
+        def body(_: None, part: dict) -> tuple[None, tuple]:
+            return None, encode_part(variables, part)
 
-        inputs = {name: split(batch[name]) for name in ("image", "ids", "mask", "index")}
-        _, (z_image, z_text, temperature, moments) = jax.lax.scan(body, None, inputs)
-        moments = jax.tree.map(lambda m: m.mean(0), moments)
-        return merge(z_image), merge(z_text), temperature[0], moments
+        inputs = {name: split(batch[name]) for name in ("image", "ids", "mask", "keys")}
+        _, (z_image, z_text, moments) = jax.lax.scan(body, None, inputs)
+        return merge(z_image), merge(z_text), jax.tree.map(lambda m: m.mean(0), moments)
 
     return encode
 

@@ -230,7 +230,7 @@ class StubStep:
         """Makes `align train` in this process use the stub, on one device; returns the stub."""
         # With a copy on each of eight devices, Orbax compiles slices of every tensor.
         mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
-        monkeypatch.setattr(train.mesh_lib, "make_mesh", lambda *args: mesh)
+        monkeypatch.setattr(train.mesh_lib, "make_mesh", lambda **kwargs: mesh)
         monkeypatch.setattr(train.train_step, "compile_train_step", lambda *args: self)
         return self
 

@@ -154,19 +154,16 @@ def test_missing_libtpu_names_the_extra(experiment, monkeypatch, capsys):
 def test_abstract_batch_is_what_the_pipeline_delivers(tmp_path):
     make_pairs(tmp_path)
     c = config.default_config()
-    c.data.image_size, c.data.max_tokens, c.loss.mask_duplicates = 32, 12, "both"
+    c.data.image_size, c.data.resize_size, c.data.resize, c.data.max_tokens = 32, 40, "pil", 12
+    c.loss.mask_duplicates = "both"
     mesh = aot.mesh_lib.make_mesh()
     abstract = aot._abstract_batch(c, mesh, 8)
     source = sources.open_source(f"{tmp_path}/captions.jsonl?images={tmp_path}/images")
     batches = pipeline.train_batches(
         source,
         tokenizer.train_wordpiece(["a red square"] * 9, vocab_size=100),
+        c.data,
         batch_size=8,
-        image_size_px=32,
-        resize_px=40,
-        resize="pil",
-        flip=True,
-        max_tokens=12,
         seed=0,
         hash_pairs=True,
     )

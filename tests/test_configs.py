@@ -46,7 +46,7 @@ def test_config_holds_the_published_recipe(name):
     assert (c.loss.label_smoothing, c.loss.temperature_init) == (0.1, 1.0)
     assert (c.data.image_size, c.data.resize_size, c.data.max_tokens) == (289, 346, 64)
     assert c.model.bn_group_size == 16
-    model = dual_encoder.make_model(c.model, vocab_size=vocab_size)
+    model = dual_encoder.make_model(c.model, c.loss, vocab_size=vocab_size)
     params = dual_encoder.abstract_variables(model)["params"]
     sides = {
         side: trees.count({k: v for k, v in params.items() if k.startswith(side)})

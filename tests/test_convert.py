@@ -25,11 +25,12 @@ def small():
 
 
 def our_model(**changes):
-    c = config.default_config().model
+    base = config.default_config()
+    c, base.loss.temperature_init = base.model, 0.3
     c.image.variant, c.text.variant, c.text.max_positions = "pico", "tiny", 16
     c.embed_dim, c.dtype = 80, "float32"
     c.update_from_flattened_dict(changes)
-    return dual_encoder.make_model(c, vocab_size=hf.VOCAB, temperature_init=0.3)
+    return dual_encoder.make_model(c, base.loss, vocab_size=hf.VOCAB)
 
 
 def random_variables(model, seed=0):

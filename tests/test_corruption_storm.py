@@ -16,6 +16,7 @@ import pytest
 from helpers import CONFIG, environment, read_lines, real_data, run_align, snapshot
 from PIL import Image
 
+from align_jax import config
 from align_jax.curate.pack.pack import pack
 from align_jax.data import images, pipeline, tokenizer
 from align_jax.data.sources import archives
@@ -116,17 +117,9 @@ def test_training_batches_of_a_packed_storm_drop_nothing(tmp_path, storm):
     pack(open_source(str(tmp_path / "in")), tmp_path / "out")
     source = open_source(str(tmp_path / "out"))
     words = tokenizer.train_wordpiece((r.captions[0] for r in read(tmp_path / "out")), 200)
-    batches = pipeline.train_batches(
-        source,
-        words,
-        batch_size=16,
-        image_size_px=24,
-        resize_px=32,
-        resize="pil",
-        flip=True,
-        max_tokens=8,
-        seed=0,
-    )
+    data = config.default_config().data
+    data.image_size, data.resize_size, data.resize, data.max_tokens = 24, 32, "pil", 8
+    batches = pipeline.train_batches(source, words, data, batch_size=16, seed=0)
     for _ in range(2 * len(source) // 16):
         batch = next(batches)
         assert batch.dropped == {} and batch.arrays["image"].shape == (16, 24, 24, 3)

@@ -16,7 +16,7 @@ def make_model(image="pico", text="tiny", **changes):
     c = config.default_config()
     c.model.image.variant, c.model.text.variant, c.model.embed_dim = image, text, 64
     c.model.update(changes)
-    return dual_encoder.make_model(c.model, vocab_size=50)
+    return dual_encoder.make_model(c.model, c.loss, vocab_size=50)
 
 
 def towers(model):

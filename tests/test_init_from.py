@@ -30,7 +30,7 @@ def tiny_model(**changes):
     c.model.image.variant, c.model.text.variant = "pico", "tiny"
     c.model.embed_dim, c.model.dtype = 80, "float32"  # pico's own width: no image projection
     c.model.update(changes)
-    return dual_encoder.make_model(c.model, vocab_size=len(TOKENS.tokens))
+    return dual_encoder.make_model(c.model, c.loss, vocab_size=len(TOKENS.tokens))
 
 
 TOKENS = tokenizer.train_wordpiece(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from align_jax import mesh
+from align_jax import config, mesh
 from align_jax.models import dual_encoder, init, layers
 
 
@@ -97,9 +97,14 @@ def test_batch_norm_group_that_does_not_divide_the_batch_is_an_error():
         apply_norm(jnp.ones((8, 2, 2, 2)), group_size=3)
 
 
-def test_update_batch_stats_weighs_the_old_value_by_the_decay():
-    new = dual_encoder.update_batch_stats({"mean": jnp.ones(2)}, {"mean": jnp.full(2, 3.0)}, 0.75)
-    np.testing.assert_array_equal(new["mean"], np.full(2, 1.5))
+@pytest.mark.parametrize("mode, expected", [("grouped", 1.5), ("global", 1.5), ("frozen", 1.0)])
+def test_update_batch_stats_weighs_the_old_value_by_the_decay(mode, expected):
+    c = config.default_config()
+    c.model.bn_decay, c.model.bn_mode = 0.75, mode
+    model = dual_encoder.make_model(c.model, c.loss, vocab_size=9)
+    old, moments = {"mean": jnp.ones(2)}, {"mean": jnp.full(2, 3.0)}
+    new = dual_encoder.update_batch_stats(model, old, moments)
+    np.testing.assert_array_equal(new["mean"], np.full(2, expected))
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5])

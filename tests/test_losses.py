@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from align_jax import losses, mesh
+from align_jax import config, losses, mesh
 
 BATCH, DIM = 88, 32  # 11 pairs on each of 8 devices
 TEMPERATURES = (1.0, 1 / 64)
 BIAS = -3.0
+HASHES = ("caption_hash", "image_hash")
 # Tiles of the ring: a device's whole share, 3 of 4 rows (one of them padding), 2 of 6, 11 of 1.
 FORMS = (("dense", 0), ("sharded", 0), ("ring", 1024), ("ring", 5), ("ring", 7), ("ring", 1))
 NEEDED = (("softmax", 0.0), ("softmax", 0.1), ("sigmoid", 0.0))
@@ -79,16 +80,26 @@ def make_hashes():
     return caption_hash, image_hash
 
 
+def loss_config(**changes):
+    c = config.default_config().loss
+    c.update(changes)
+    return c
+
+
 @functools.cache
 def compiled(form, tile_size, shape, kind, smoothing, num_hashes=0):
     """(jitted value and gradients of the loss, sharding of its rows)."""
     m = mesh.make_mesh(*shape)
     rows, everywhere = mesh.batch_sharding(m), mesh.replicated(m)
-    options = {"tile_size": tile_size} if form == "ring" else {}
-    loss_fn = losses.make_loss(form, m, kind=kind, label_smoothing=smoothing, **options)
+    names = HASHES[:num_hashes]
+    c = loss_config(form=form, kind=kind, label_smoothing=smoothing, tile_size=max(1, tile_size))
+    c.mask_duplicates = next(key for key, value in losses.DUPLICATES.items() if value == names)
+    loss_fn = losses.make_loss(c, m)
 
     def weighted(z_image, z_text, temperature, bias, hashes, weights):
-        loss, parts = loss_fn(z_image, z_text, temperature, hashes, bias)
+        params = {"temperature": temperature, "bias": bias}
+        batch = dict(zip(names, hashes, strict=True))
+        loss, parts = loss_fn(z_image, z_text, params, batch)
         values = [parts[name] for name in losses.PARTS[kind]]
         return weights @ jnp.stack(values), (loss, values)
 
@@ -278,10 +289,12 @@ def test_ring_memory_at_65536_pairs_is_a_few_shares_of_the_embeddings(kind):
 
 def test_ring_under_remat_and_scan_keeps_its_gradient():
     m = mesh.make_mesh(8, 1)
-    loss_fn = losses.make_loss("ring", m, label_smoothing=0.1, tile_size=5)
+    c = loss_config(form="ring", tile_size=5, mask_duplicates="both")
+    loss_fn = losses.make_loss(c, m)
+    batch = dict(zip(HASHES, make_hashes(), strict=True))
 
     def value(z_image, z_text):
-        return loss_fn(z_image, z_text, 0.1, make_hashes())[0]
+        return loss_fn(z_image, z_text, {"temperature": 0.1}, batch)[0]
 
     def twice(z_image, z_text):
         def body(total, _):
@@ -297,6 +310,6 @@ def test_ring_under_remat_and_scan_keeps_its_gradient():
 
 @pytest.mark.parametrize("form", losses.FORMS)
 def test_loss_of_unequal_batches_names_both_shapes(form):
-    loss_fn = losses.make_loss(form, mesh.make_mesh(8, 1))
+    loss_fn = losses.make_loss(loss_config(form=form), mesh.make_mesh(8, 1))
     with pytest.raises(ValueError, match=r"\(4, 8\).*\(5, 8\)"):
-        loss_fn(jnp.ones((4, 8)), jnp.ones((5, 8)), 1.0)
+        loss_fn(jnp.ones((4, 8)), jnp.ones((5, 8)), {"temperature": 1.0}, {})

@@ -51,9 +51,12 @@ def test_subset_depends_on_the_example_not_on_its_row():
 def test_loss_with_a_quarter_of_the_negatives_equals_the_masked_oracle(form):
     size, temperature, smoothing = 64, 0.1, 0.1
     z_image, z_text = pairs(size)
-    hashes = losses.subset_hashes(keys_of(range(size)), 0.25)
-    loss_fn = losses.make_loss(form, mesh.make_mesh(), label_smoothing=smoothing, tile_size=5)
-    loss, _ = jax.jit(loss_fn)(z_image, z_text, temperature, hashes)
+    c = config.default_config().loss
+    c.form, c.label_smoothing, c.tile_size, c.negatives = form, smoothing, 5, 0.25
+    loss_fn = losses.make_loss(c, mesh.make_mesh())
+    keys = keys_of(range(size))
+    loss, _ = jax.jit(loss_fn)(z_image, z_text, {"temperature": temperature}, {}, keys)
+    hashes = losses.subset_hashes(keys, 0.25)
     logits, expected = z_image.astype(np.float64) @ z_text.T / temperature, 0.0
     kept = kept_of(hashes, size)
     for side in (logits, logits.T):
@@ -69,13 +72,14 @@ def test_train_step_hands_the_config_s_share_to_the_loss(monkeypatch):
     c.model.image.variant, c.model.text.variant = "pico", "tiny"
     c.data.image_size, c.data.max_tokens = 32, 8
     c.train.batch_size, c.loss.mask_duplicates = 16, "caption"
+    c.loss.form = "dense"
     given = []
 
-    def loss_fn(z_image, z_text, temperature, hashes, bias):
+    def dense_loss(z_image, z_text, temperature, hashes, bias, **options):
         given.append([h.shape for h in hashes])
         return (z_image * z_text).sum(), {}
 
-    monkeypatch.setattr(losses, "make_loss", lambda *args, **options: loss_fn)
+    monkeypatch.setattr(losses, "dense_loss", dense_loss)
     for c.loss.negatives in losses.NEGATIVES:
         grid = mesh.make_mesh()
         _, _, abstract, step_fn = train.make_program(c, grid, vocab_size=99)

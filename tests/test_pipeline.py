@@ -7,12 +7,13 @@ import textwrap
 import numpy as np
 import pytest
 
+from align_jax import config
 from align_jax.data import images, mixture, pipeline
 from align_jax.data.sources.open_source import InMemory
 from align_jax.data.sources.record import Record
 
 SEED = 11
-SETTINGS = dict(image_size_px=6, resize_px=8, resize="pil", flip=True, max_tokens=12)
+DATA = dict(image_size=6, resize_size=8, resize="pil", max_tokens=12, num_threads=4)
 
 
 class LetterTokenizer:
@@ -43,10 +44,18 @@ def make_source(size=23, num_captions=3):
     return InMemory([make_record(index, num_captions) for index in range(size)])
 
 
-def take(num_batches, source, batch_size=5, seed=SEED, **options):
-    batches = pipeline.train_batches(
-        source, LetterTokenizer(), batch_size=batch_size, seed=seed, **(SETTINGS | options)
+def open_batches(source, batch_size=2, seed=0, **options):
+    """The iterator; options are keys of the config's group `data` or arguments."""
+    data = config.default_config().data
+    given = DATA | options
+    data.update({name: given.pop(name) for name in list(given) if name in data})
+    return pipeline.train_batches(
+        source, LetterTokenizer(), data, batch_size=batch_size, seed=seed, **given
     )
+
+
+def take(num_batches, source, batch_size=5, seed=SEED, **options):
+    batches = open_batches(source, batch_size, seed, **options)
     taken = [next(batches) for _ in range(num_batches)]
     batches.close()
     return taken
@@ -264,9 +273,7 @@ def test_impossible_settings_are_refused_in_one_line(options, words):
 
 
 def test_closed_iterator_is_exhausted():
-    batches = pipeline.train_batches(
-        make_source(), LetterTokenizer(), batch_size=4, seed=0, **SETTINGS
-    )
+    batches = open_batches(make_source(), batch_size=4)
     next(batches)
     batches.close()
     batches.close()
@@ -279,11 +286,9 @@ def test_program_that_never_closes_the_iterator_ends_silently(tmp_path, num_work
     script.write_text(
         textwrap.dedent(f"""
         import test_pipeline
-        from align_jax.data import pipeline
         if __name__ == "__main__":
-            batches = pipeline.train_batches(
-                test_pipeline.make_source(), test_pipeline.LetterTokenizer(), batch_size=4, seed=0,
-                num_workers={num_workers}, **test_pipeline.SETTINGS,
+            batches = test_pipeline.open_batches(
+                test_pipeline.make_source(), batch_size=4, num_workers={num_workers}
             )
             print(next(batches).arrays["index"].shape)
         """)

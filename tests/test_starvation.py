@@ -12,10 +12,10 @@ import time
 
 import numpy as np
 import pytest
-from test_pipeline import SETTINGS, LetterTokenizer, assert_same_batches, make_source, take
+from test_pipeline import assert_same_batches, make_source, open_batches, take
 
 from align_jax.curate.pack.pack import pack
-from align_jax.data import mixture, pipeline, read_ahead
+from align_jax.data import mixture, read_ahead
 from align_jax.data.sources.open_source import InMemory, open_source
 
 
@@ -52,12 +52,6 @@ def write_stuck_folder(folder):
     (folder / "3.bmp").unlink()
     os.mkfifo(folder / "3.bmp")
     return folder / "3.bmp"
-
-
-def open_batches(source, batch_size=2, **options):
-    return pipeline.train_batches(
-        source, LetterTokenizer(), batch_size=batch_size, seed=0, **(SETTINGS | options)
-    )
 
 
 def failure_of(batches, num_batches=8):
@@ -150,7 +144,8 @@ def test_program_with_a_stuck_thread_ends_by_itself(tmp_path, end):
         textwrap.dedent("""
         import sys
         import test_starvation
-        from align_jax.data import read_ahead, sources
+        from align_jax.data import read_ahead
+        from align_jax.data.sources import open_source as sources
         read_ahead.STUCK_S = 1.0
         batches = test_starvation.open_batches(sources.open_source(sys.argv[1]), num_threads=3)
         next(batches)  # the pipe is in the third

@@ -35,11 +35,12 @@ VOCAB = 50
 
 
 def small_model(**changes):
-    c = config.default_config().model
+    base = config.default_config()
+    c, base.loss.temperature_init = base.model, 0.5
     c.image.variant, c.text.variant = "pico", "tiny"
     c.embed_dim, c.dtype, c.bn_group_size = 80, "float32", 4
     c.update_from_flattened_dict(changes)
-    return dual_encoder.make_model(c, vocab_size=VOCAB, temperature_init=0.5)
+    return dual_encoder.make_model(c, base.loss, vocab_size=VOCAB)
 
 
 def random_variables(model, seed=0):

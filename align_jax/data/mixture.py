@@ -15,6 +15,7 @@ from fractions import Fraction
 
 import grain
 import numpy as np
+from ml_collections import ConfigDict
 
 from align_jax.data.sources import open_source as sources_lib
 from align_jax.data.sources.record import Record
@@ -24,20 +25,20 @@ from align_jax.storage.problems import Problems
 _MAX_PAIRS = 2**31  # an index goes to the device as int32
 
 
-def open_sources(source: str, entries: Mapping[str, Mapping]) -> sources_lib.PairSource:
-    """Returns the pairs of config.data.source or, where that is empty, of config.data.mixture.
+def open_sources(config: ConfigDict) -> sources_lib.PairSource:
+    """Returns the pairs of `source` or, where that is empty, of `mixture`.
 
     Args:
-      source: what sources.open_source takes, or "".
-      entries: name -> {"source": ..., "weight": ...}; the weight is 1 where it is missing.
+      config: group `data`.
 
     Raises:
-      ValueError: see sources.open_source; names the config path.
+      ValueError: see open_source; names the config path.
     """
-    if source:
-        return _open("source", source)
-    opened = {name: _open(f"mixture.{name}.source", e["source"]) for name, e in entries.items()}
-    return Mixture(opened, {name: e.get("weight", 1.0) for name, e in entries.items()})
+    if config.source:
+        return _open("source", config.source)
+    entries = config.mixture.items()
+    opened = {name: _open(f"mixture.{name}.source", entry.source) for name, entry in entries}
+    return Mixture(opened, {name: entry.get("weight", 1.0) for name, entry in entries})
 
 
 class Mixture:

@@ -14,13 +14,18 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import grain
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from align_jax.data import images, mixture, read_ahead
+from align_jax.data.sources.open_source import PairSource
+from align_jax.data.sources.record import Record
 from align_jax.storage.problems import reason_of
 
 DROP_REASONS = (
@@ -32,6 +37,14 @@ DROP_REASONS = (
 )  # checkpoints hold their counts in this order: add new ones at the end
 _MAX_DRAWS = 100  # records tried for one row; all of them bad means the source is at fault
 _MAX_STEPS = 2**48
+
+
+class Tokenizer(Protocol):
+    """What turns captions into ids."""
+
+    def encode(self, texts: Sequence[str], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (ids, mask), both int32 [N, L], L = `max_tokens`."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +65,41 @@ class Batch:
     dropped_keys: dict[str, str]
 
 
+@dataclasses.dataclass(frozen=True)
+class BatchSpec:
+    """All that the bytes of a process's batches depend on, next to the source and the tokenizer.
+
+    Attributes:
+      batch_size: B, over all processes; a multiple of `process_count`.
+      seed: in [0, 2**32).
+      image_size: side S of the random crop, in pixels.
+      resize_size: side before the crop, at least `image_size`.
+      resize, decode: see images.train_view.
+      flip: whether half of the images are mirrored.
+      max_tokens: L, including [CLS] and [SEP].
+      hash_pairs: adds `caption_hash` and `image_hash`.
+      process_index: p; the batches hold the p-th of P equal blocks of rows.
+      process_count: P.
+    """
+
+    batch_size: int
+    seed: int
+    image_size: int
+    resize_size: int
+    resize: str
+    decode: str
+    flip: bool
+    max_tokens: int
+    hash_pairs: bool = False
+    process_index: int = 0
+    process_count: int = 1
+
+    @property
+    def local_rows(self) -> int:
+        """Rows of a process's batch."""
+        return self.batch_size // self.process_count
+
+
 class BatchIterator(Iterator[Batch]):
     """Batches read ahead by threads or processes, which `close` (or the program's end) stops."""
 
@@ -67,23 +115,16 @@ class BatchIterator(Iterator[Batch]):
 
 
 def train_batches(
-    source,
-    tokenizer,
+    source: PairSource,
+    tokenizer: Tokenizer,
+    config: ConfigDict,
     *,
     batch_size: int,
-    image_size_px: int,
-    resize_px: int,
-    resize: str,
-    flip: bool,
-    max_tokens: int,
     seed: int,
-    decode: str = "full",
+    hash_pairs: bool = False,
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-    num_threads: int = 4,
-    num_workers: int = 0,
-    hash_pairs: bool = False,
 ) -> BatchIterator:
     """Returns an endless iterator of training batches, from `start_step` on.
 
@@ -94,23 +135,12 @@ def train_batches(
     `close` the iterator when it is no longer needed.
 
     Args:
-      source: a sources.PairSource or a mixture.Mixture, not empty.
-      tokenizer: a tokenizer.Tokenizer.
-      batch_size: B, over all processes; a multiple of `process_count`.
-      image_size_px: side S of the random crop.
-      resize_px: side before the crop, at least `image_size_px`.
-      resize: method, see images.train_view.
-      flip: whether half of the images are mirrored.
-      max_tokens: L, including [CLS] and [SEP].
-      seed: in [0, 2**32).
-      decode: see images.train_view.
+      source: a PairSource or a mixture.Mixture, not empty.
+      tokenizer: of the model.
+      config: group `data`, of which `num_threads` batches are built at the same time in each of
+        `num_workers` processes (0: in this one); that many and two more wait in memory.
+      batch_size, seed, hash_pairs, process_index, process_count: see `BatchSpec`.
       start_step: first step.
-      process_index: p.
-      process_count: P.
-      num_threads: batches built at the same time in each process (or worker); that many and two
-        more wait in memory.
-      num_workers: processes that build batches; 0 builds them in this process's threads.
-      hash_pairs: adds `caption_hash` and `image_hash`.
 
     Raises:
       ValueError: an empty source, a batch size that P does not divide, a seed out of range, a
@@ -126,26 +156,20 @@ def train_batches(
         )
     if not 0 <= seed < 2**32:
         raise ValueError(f"config.train.seed={seed} must lie in [0, 2**32).")
-    images.check_decode(decode, resize)
-    # More than can be in the making or waiting: Grain buffers 2 in a worker and 2 of each here.
-    board = read_ahead.Board(max(1, num_workers) * (num_threads + 16), num_workers)
-    build = _BatchBuilder(
-        source=source,
-        tokenizer=tokenizer,
-        order=mixture.Order(source, seed),
-        board=board,
-        global_rows=batch_size,
-        local_rows=batch_size // process_count,
-        first_row=process_index * (batch_size // process_count),
-        image_size_px=image_size_px,
-        resize_px=resize_px,
-        resize=resize,
-        decode=decode,
-        flip=flip,
-        max_tokens=max_tokens,
+    images.check_decode(config.decode, config.resize)
+    names = {field.name for field in dataclasses.fields(BatchSpec)}
+    spec = BatchSpec(
+        batch_size=batch_size,
         seed=seed,
         hash_pairs=hash_pairs,
+        process_index=process_index,
+        process_count=process_count,
+        **{name: value for name, value in config.items() if name in names},
     )
+    num_threads, num_workers = config.num_threads, config.num_workers
+    # More than can be in the making or waiting: Grain buffers 2 in a worker and 2 of each here.
+    board = read_ahead.Board(max(1, num_workers) * (num_threads + 16), num_workers)
+    build = _BatchBuilder(source, tokenizer, mixture.Order(source, seed), board, spec)
     # One element is one batch, so threads and workers can only change who builds it.
     dataset = grain.MapDataset.range(start_step, _MAX_STEPS).map(build)
     dataset = dataset.to_iter_dataset(
@@ -174,53 +198,49 @@ def train_batches(
 class _BatchBuilder:
     """Callable step -> (arrays, dropped, dropped_keys); sent to the workers by pickle."""
 
-    source: object
-    tokenizer: object
+    source: PairSource
+    tokenizer: Tokenizer
     order: mixture.Order
     board: read_ahead.Board
-    global_rows: int
-    local_rows: int
-    first_row: int
-    image_size_px: int
-    resize_px: int
-    resize: str
-    decode: str
-    flip: bool
-    max_tokens: int
-    seed: int
-    hash_pairs: bool
+    spec: BatchSpec
 
-    def __call__(self, step: int):
-        size = self.image_size_px
+    def __call__(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, str]]:
+        spec, num_rows = self.spec, self.spec.local_rows
         arrays = {
-            "image": np.empty((self.local_rows, size, size, 3), np.uint8),
-            "index": np.empty(self.local_rows, np.int32),
+            "image": np.empty((num_rows, spec.image_size, spec.image_size, 3), np.uint8),
+            "index": np.empty(num_rows, np.int32),
         }
-        if self.hash_pairs:
-            arrays["caption_hash"] = np.empty((self.local_rows, 2), np.uint32)
-            arrays["image_hash"] = np.empty((self.local_rows, 2), np.uint32)
+        if spec.hash_pairs:
+            arrays["caption_hash"] = np.empty((num_rows, 2), np.uint32)
+            arrays["image_hash"] = np.empty((num_rows, 2), np.uint32)
         captions, drops = [], []
-        first_position = step * self.global_rows + self.first_row
-        for row in range(self.local_rows):
+        first_position = step * spec.batch_size + spec.process_index * num_rows
+        for row in range(num_rows):
             index, record, image, caption = self._draw(step, row, first_position + row, drops)
             arrays["index"][row] = index
             arrays["image"][row] = image
             captions.append(caption)
-            if self.hash_pairs:
+            if spec.hash_pairs:
                 arrays["caption_hash"][row] = _hash(caption.strip().lower().encode())
                 arrays["image_hash"][row] = _hash(_image_bytes(record.image))
-        arrays["ids"], arrays["mask"] = self.tokenizer.encode(captions, self.max_tokens)
+        arrays["ids"], arrays["mask"] = self.tokenizer.encode(captions, spec.max_tokens)
         dropped, dropped_keys = {}, {}
         for reason, key in drops:
             dropped[reason] = dropped.get(reason, 0) + 1
             dropped_keys.setdefault(reason, key)
-        self.board.delivered(step, self.local_rows)
+        self.board.delivered(step, num_rows)
         return arrays, dropped, dropped_keys
 
-    def _draw(self, step, row, position, drops):
-        reasons = {}
+    def _draw(
+        self, step: int, row: int, position: int, drops: list[tuple[str, str]]
+    ) -> tuple[int, Record, np.ndarray, str]:
+        """Returns (index, record, image uint8 [S, S, 3], caption) of a row.
+
+        Appends (reason, key) of each record that could not be used to `drops`.
+        """
+        reasons = Counter()
         for attempt in range(_MAX_DRAWS):
-            rng = np.random.Generator(np.random.Philox([self.seed, position, attempt]))
+            rng = np.random.Generator(np.random.Philox([self.spec.seed, position, attempt]))
             if attempt == 0:
                 index = self.order[position]
                 peers = self.order.peers(index)
@@ -238,26 +258,27 @@ class _BatchBuilder:
             except (images.BadImage, OSError) as error:
                 reason = reason_of(error)
             drops.append((reason, key))
-            reasons[reason] = reasons.get(reason, 0) + 1
+            reasons[reason] += 1
         counts = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
         raise RuntimeError(
             f"{self.source.describe()}: {_MAX_DRAWS} records drawn for one row are all unusable "
             f"({counts}), the last is {key!r}, {self.source.where(index)}; check config.data."
         )
 
-    def _view(self, image, rng):
+    def _view(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return images.train_view(
             image,
-            resize_px=self.resize_px,
-            crop_px=self.image_size_px,
-            method=self.resize,
-            decode=self.decode,
+            resize_px=self.spec.resize_size,
+            crop_px=self.spec.image_size,
+            method=self.spec.resize,
+            decode=self.spec.decode,
             rng=rng,
-            flip=self.flip,
+            flip=self.spec.flip,
         )
 
 
-def _choose_caption(record, rng):
+def _choose_caption(record: Record, rng: np.random.Generator) -> str | None:
+    """Returns one of the captions that are not blank, by their weights; None if all are."""
     usable = [i for i, caption in enumerate(record.captions) if caption.strip()]
     if not usable:
         return None
@@ -268,17 +289,18 @@ def _choose_caption(record, rng):
     return record.captions[usable[min(number, len(usable) - 1)]]
 
 
-def _hash(data):
+def _hash(data: bytes) -> np.ndarray:
+    """Returns uint32 [2]."""
     return np.frombuffer(hashlib.blake2b(data, digest_size=8).digest(), np.uint32)
 
 
-def _image_bytes(image):
+def _image_bytes(image: bytes | np.ndarray) -> bytes:
     if isinstance(image, np.ndarray):
         return repr(image.shape).encode() + image.tobytes()
     return image
 
 
-def _init_worker(board, worker_index, worker_count):
+def _init_worker(board: read_ahead.Board, worker_index: int, worker_count: int) -> None:
     board.enter(worker_index)
     # The parent decides what Ctrl-C and SIGTERM mean (it saves first), then stops the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -286,7 +308,7 @@ def _init_worker(board, worker_index, worker_count):
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _exit_with_parent():
+def _exit_with_parent() -> None:
     # A parent killed by SIGKILL cannot stop its workers.
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from align_jax import trees
 from align_jax.models import bert, efficientnet, init, layers
@@ -29,6 +30,7 @@ class DualEncoder(nn.Module):
       image_width: C, width of the trunk's pooled feature.
       temperature_init: starting value of the scalar that divides the cosine.
       bias_init: starting value of the sigmoid loss's bias; None: there is none.
+      bn_decay: weight of the old BatchNorm statistics in `update_batch_stats`.
     """
 
     image: efficientnet.EfficientNet
@@ -37,6 +39,7 @@ class DualEncoder(nn.Module):
     image_width: int
     temperature_init: float = 1.0
     bias_init: float | None = None
+    bn_decay: float = 0.99
 
     def setup(self):
         # Projections, norms and loss stay float32 in every compute dtype.
@@ -68,16 +71,13 @@ class DualEncoder(nn.Module):
         return self.text_projection(states[:, 0].astype(jnp.float32))
 
 
-def make_model(
-    config, *, vocab_size: int, temperature_init: float = 1.0, bias_init: float | None = None
-) -> DualEncoder:
-    """Returns the dual encoder that the config group `model` describes.
+def make_model(config: ConfigDict, loss: ConfigDict, *, vocab_size: int) -> DualEncoder:
+    """Returns the dual encoder that two groups of a validated config describe.
 
     Args:
-      config: group `model` of a config (`align_jax.config`), already validated.
+      config: group `model`.
+      loss: group `loss`, whose learned scalars are kept with the towers.
       vocab_size: of the tokenizer.
-      temperature_init: > 0.
-      bias_init: see `DualEncoder`.
     """
     width, depth = efficientnet.VARIANTS[config.image.variant]
     size = bert.VARIANTS[config.text.variant]
@@ -106,8 +106,9 @@ def make_model(
         ),
         embed_dim=config.embed_dim,
         image_width=efficientnet.output_width(config.image.variant),
-        temperature_init=temperature_init,
-        bias_init=bias_init,
+        temperature_init=loss.temperature_init,
+        bias_init=loss.bias_init if loss.kind == "sigmoid" else None,
+        bn_decay=config.bn_decay,
     )
 
 
@@ -207,13 +208,16 @@ def embed_text(
     return unit_norm(z)
 
 
-def update_batch_stats(running: dict, moments: dict, decay: float) -> dict:
-    """Returns `decay * running + (1 - decay) * moments`, leaf by leaf.
+def update_batch_stats(model: DualEncoder, running: dict, moments: dict) -> dict:
+    """Returns `bn_decay * running + (1 - bn_decay) * moments`, leaf by leaf.
 
-    With frozen BatchNorm the moments *are* the running statistics, which this leaves bitwise
-    unchanged only because it is then not called (`train_step`).
+    Frozen statistics stay bitwise as they are: their moments are the running ones, of which the
+    weighted sum would be off by rounding.
     """
-    return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, running, moments)
+    if model.image.bn_mode == "frozen":
+        return running
+    new_share = 1.0 - model.bn_decay
+    return jax.tree.map(lambda old, new: model.bn_decay * old + new_share * new, running, moments)
 
 
 def unit_norm(z: jax.Array) -> jax.Array:

@@ -61,7 +61,7 @@ def measure_input(
             f"{config.train.batch_size}."
         )
     config_checks.validate(config, num_devices=1)
-    source = mixture.open_sources(config.data.source, config.data.mixture.to_dict())
+    source = mixture.open_sources(config.data)
     log(f"reading {source.describe()}")
     wordpieces = _open_tokenizer(config.data, source, log)
     stages, dropped = _time_stages(config, source, wordpieces)
@@ -185,16 +185,9 @@ def _time_pipeline(config, source, wordpieces):
     batches = pipeline.train_batches(
         source,
         wordpieces,
+        data,
         batch_size=rows,
-        image_size_px=data.image_size,
-        resize_px=data.resize_size,
-        resize=data.resize,
-        decode=data.decode,
-        flip=data.flip,
-        max_tokens=data.max_tokens,
         seed=config.train.seed,
-        num_threads=data.num_threads,
-        num_workers=data.num_workers,
         hash_pairs=config.loss.mask_duplicates != "none",
     )
     try:

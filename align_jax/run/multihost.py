@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +21,8 @@ from jax.experimental import multihost_utils
 
 # A process that has been silent for so long is dead: JAX then ends all others and names it.
 HEARTBEAT_S = 20
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -72,12 +75,12 @@ def is_lead() -> bool:
     return jax.process_index() == 0
 
 
-def lead_first(prepare: Callable[[], None]) -> None:
-    """Calls `prepare` on process 0; returns in the other processes once it is done."""
-    if is_lead():
-        prepare()
+def lead_first(prepare: Callable[[], T]) -> T | None:
+    """Returns what `prepare` does, on process 0; None in the others, once that is done."""
+    prepared = prepare() if is_lead() else None
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"align_jax.{prepare.__qualname__}")
+    return prepared
 
 
 def agree(value: int) -> int:

@@ -57,11 +57,7 @@ def load_trained(
     if dtype is not None:
         config.model.dtype = dtype
     mesh = mesh_lib.make_mesh()
-    model = dual_encoder.make_model(
-        config.model,
-        vocab_size=tokenizer.vocab_size,
-        bias_init=config.loss.bias_init if config.loss.kind == "sigmoid" else None,
-    )
+    model = dual_encoder.make_model(config.model, config.loss, vocab_size=tokenizer.vocab_size)
     shapes = dual_encoder.abstract_variables(model)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from align_jax import config
 from align_jax.curate.pack.pack import pack
 from align_jax.data import pipeline, tokenizer
 from align_jax.data.sources.open_source import open_source
@@ -196,17 +197,9 @@ def _stopwatch(seconds):
 
 def _read_batches(source, words, seconds):
     len(source)  # indexed before the clock starts
-    batches = pipeline.train_batches(
-        source,
-        words,
-        batch_size=_BATCH_SIZE,
-        image_size_px=96,
-        resize_px=112,
-        resize="pil",
-        flip=True,
-        max_tokens=32,
-        seed=0,
-    )
+    data = config.default_config().data
+    data.image_size, data.resize_size, data.resize, data.max_tokens = 96, 112, "pil", 32
+    batches = pipeline.train_batches(source, words, data, batch_size=_BATCH_SIZE, seed=0)
     next(batches)
     with _stopwatch(seconds):
         for _ in range(_STEPS):

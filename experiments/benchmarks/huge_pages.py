@@ -38,21 +38,12 @@ def child():
     import jax
     import numpy as np
 
-    from align_jax import losses, mesh, optim, state, train_step
-    from align_jax.models import dual_encoder
+    from align_jax import mesh, train, train_step
     from configs import quickstart
 
     c = quickstart.get_config()
     m = mesh.make_mesh()
-    model = dual_encoder.make_model(c.model, vocab_size=c.data.vocab_size)
-    schedule = optim.make_schedule(c.optim, c.train.steps)
-    optimizer = optim.make_optimizer(c.optim, schedule)
-    abstract = state.abstract_state(model, optimizer, m)
-    loss_fn = losses.make_loss(c.loss.form, m, label_smoothing=0.1)
-    pure = train_step.make_train_step(
-        model, optimizer, schedule, loss_fn, m, seed=0, bn_decay=c.model.bn_decay
-    )
-    step = train_step.compile_train_step(pure, abstract, m)
+    model, optimizer, abstract, step = train.make_program(c, m, vocab_size=c.data.vocab_size)
     s = train_step.init_state(model, optimizer, abstract, seed=0)
     rng = np.random.default_rng(0)
     size, batch, length = c.data.image_size, c.train.batch_size, c.data.max_tokens

@@ -174,6 +174,7 @@ def mosaics(photos):
 
 def ours(method, num_threads, num_workers, folder):
     sys.path.insert(0, str(Path(__file__).parents[2]))
+    from align_jax import config
     from align_jax.data import pipeline, tokenizer
     from align_jax.data.sources import open_source as sources
 
@@ -183,19 +184,10 @@ def ours(method, num_threads, num_workers, folder):
     )
 
     def batches():
-        found = pipeline.train_batches(
-            source,
-            wordpieces,
-            batch_size=BATCH,
-            image_size_px=CROP_PX,
-            resize_px=RESIZE_PX,
-            resize=method,
-            flip=True,
-            max_tokens=64,
-            seed=0,
-            num_threads=num_threads,
-            num_workers=num_workers,
-        )
+        data = config.default_config().data
+        data.image_size, data.resize_size, data.resize = CROP_PX, RESIZE_PX, method
+        data.num_threads, data.num_workers = num_threads, num_workers
+        found = pipeline.train_batches(source, wordpieces, data, batch_size=BATCH, seed=0)
         try:
             for batch in found:
                 yield batch.arrays["image"]

@@ -45,20 +45,21 @@ def main():
 
 def temporary_bytes(form, batch, tile_size):
     """Returns the bytes of temporaries per device of the compiled value and gradient."""
-    from align_jax import losses, mesh
+    from align_jax import config, losses, mesh
 
     m = mesh.make_mesh()
-    options = {} if tile_size is None else {"tile_size": tile_size}
-    loss_fn = losses.make_loss(form, m, label_smoothing=0.1, **options)
+    c = config.default_config().loss
+    c.form, c.tile_size, c.mask_duplicates = form, tile_size or 1024, "caption"
+    loss_fn = losses.make_loss(c, m)
     rows, everywhere = mesh.batch_sharding(m), mesh.replicated(m)
     z = jax.ShapeDtypeStruct((batch, DIM), jnp.float32, sharding=rows)
     temperature = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
-    hashes = (jax.ShapeDtypeStruct((batch, 2), jnp.uint32, sharding=rows),)
+    hashes = {"caption_hash": jax.ShapeDtypeStruct((batch, 2), jnp.uint32, sharding=rows)}
     step = jax.jit(
         jax.value_and_grad(lambda *args: loss_fn(*args)[0], argnums=(0, 1, 2)),
-        out_shardings=(everywhere, (rows, rows, everywhere)),
+        out_shardings=(everywhere, (rows, rows, {"temperature": everywhere})),
     )
-    analysis = step.lower(z, z, temperature, hashes).compile().memory_analysis()
+    analysis = step.lower(z, z, {"temperature": temperature}, hashes).compile().memory_analysis()
     return analysis.temp_size_in_bytes
 
 
