@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from align_jax import __version__, encode, train_step, trees
+from align_jax import __version__, encode, trees
 from align_jax import mesh as mesh_lib
 from align_jax.data.tokenizer import Tokenizer
 from align_jax.evals import templates as templates_lib
@@ -81,7 +81,7 @@ class Align:
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
         self._show_progress = show_progress
         shardings = jax.tree.map(lambda leaf: leaf.sharding, variables)
-        self._embed_image, self._embed_text = train_step.compile_embed(model, shardings, mesh)
+        self._embed_image, self._embed_text = encode.compile_embed(model, shardings, mesh)
 
     @property
     def temperature(self) -> float:

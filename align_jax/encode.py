@@ -2,7 +2,7 @@
 
 Threads decode images while the device computes; of several processes, each decodes the rows that
 its devices compute. Texts are sorted by length, since a batch costs as much as its longest text.
-What an embedding is, is the models' business.
+What an embedding is stands in `models/dual_encoder.py`; here it is compiled.
 """
 
 import contextlib
@@ -10,16 +10,20 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import tqdm
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
+from align_jax import mesh as mesh_lib
 from align_jax.data import images as images_lib
 from align_jax.data.tokenizer import Tokenizer
 from align_jax.hf.processor import Preprocessing
+from align_jax.models import dual_encoder
 from align_jax.run import multihost
 
 ON_ERROR = ("raise", "skip")
@@ -32,7 +36,32 @@ _PROGRESS_AFTER_S = 2.0
 # (arrays of the compiled function, row of each example, rows that have no embedding)
 Batches = Generator[tuple[tuple[np.ndarray, ...], np.ndarray, list[int]], None, None]
 
+T = TypeVar("T")
+
 _logger = logging.getLogger(__name__)
+
+
+def compile_embed(
+    model: dual_encoder.DualEncoder, variable_shardings: Any, mesh: Mesh
+) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+    """Returns (embed_image(variables, images), embed_text(variables, ids, mask)), jitted.
+
+    Images are uint8 [B, H, W, 3], ids and mask int32 [B, L], with B divisible by the devices;
+    results are replicated float32 [B, D], unit norm, eval mode.
+    """
+    rows, everywhere = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
+    return (
+        jax.jit(
+            partial(dual_encoder.embed_image, model),
+            in_shardings=(variable_shardings, rows),
+            out_shardings=everywhere,
+        ),
+        jax.jit(
+            partial(dual_encoder.embed_text, model),
+            in_shardings=(variable_shardings, rows, rows),
+            out_shardings=everywhere,
+        ),
+    )
 
 
 def encode(
@@ -104,7 +133,8 @@ def image_batches(
     size = preprocessing.image_size
     pool = ThreadPoolExecutor(os.cpu_count() or 1)
 
-    def settle(start, count, futures):
+    def settle(start: int, count: int, futures: dict[int, Future]) -> tuple:
+        """Returns an item of `Batches`; futures are of the rows that this process decodes."""
         views, bad = np.zeros((count, size, size, 3), np.uint8), []
         for row, future in futures.items():
             try:
@@ -173,7 +203,8 @@ def progress_bar(inputs: Iterable, unit: str, *, enabled: bool) -> tqdm.tqdm:
     )
 
 
-def _view(index, image, preprocessing):
+def _view(index: int, image: Any, preprocessing: Preprocessing) -> np.ndarray:
+    """Returns uint8 [S, S, 3]."""
     try:
         rgb = images_lib.decode_image(image() if callable(image) else image)
     except images_lib.BadImage as error:
@@ -189,7 +220,8 @@ def _view(index, image, preprocessing):
     )
 
 
-def _windows(items, size):
+def _windows(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yields lists of `size` items; the last may be shorter."""
     window = []
     for item in items:
         window.append(item)
@@ -200,14 +232,14 @@ def _windows(items, size):
         yield window
 
 
-def _padded_size(count, num_devices, batch_size):
+def _padded_size(count: int, num_devices: int, batch_size: int) -> int:
     size = num_devices
     while size < count:
         size *= 2
     return min(size, batch_size)
 
 
-def _own_rows(count, sharding, batch_size) -> Iterator[int]:
+def _own_rows(count: int, sharding: NamedSharding, batch_size: int) -> Iterator[int]:
     """Yields the rows of a batch of `count` that devices of this process compute."""
     size = _padded_size(count, sharding.num_devices, batch_size)
     slices = sharding.addressable_devices_indices_map((size,)).values()
@@ -216,11 +248,12 @@ def _own_rows(count, sharding, batch_size) -> Iterator[int]:
         yield from range(first, min(last, count))
 
 
-def _to_device(rows, size, sharding):
+def _to_device(rows: np.ndarray, size: int, sharding: NamedSharding) -> jax.Array:
+    """Returns [size, ...], the last row repeated."""
     rows = np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
     # Only the rows of this process's devices are asked for.
     return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
 
 
-def _fetch(z, count):
+def _fetch(z: jax.Array, count: int) -> np.ndarray:
     return np.asarray(z)[:count]

@@ -1,4 +1,4 @@
-"""The training and embedding steps: pure functions, and the one place where anything is jitted.
+"""The train step: a pure function, and the one place where what trains is jitted.
 
 With `microbatches` the towers see a part of the batch at a time and are run again for their
 gradient, while one loss sees the embeddings of the whole global batch: the numbers are those of the
@@ -135,7 +135,7 @@ def compile_train_step(train_step: TrainStep, abstract: state.TrainState, mesh: 
       mesh: from `mesh.make_mesh`.
     """
     shardings = state.shardings_of(abstract)
-    return _jit(
+    return jax.jit(
         train_step,
         in_shardings=(shardings, mesh_lib.batch_sharding(mesh)),
         out_shardings=(shardings, mesh_lib.replicated(mesh)),
@@ -153,47 +153,10 @@ def init_state(
     """Returns the state at step 0, every tensor born in the sharding that `abstract` gives it."""
     shardings = state.shardings_of(abstract)
     variables = dual_encoder.init_variables(model, seed=seed, shardings=shardings.variables())
+    init_optimizer = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
     return state.TrainState(
         step=jax.device_put(jnp.zeros((), jnp.int32), shardings.step),
         params=variables["params"],
         batch_stats=variables["batch_stats"],
-        opt_state=_jit(optimizer.init, out_shardings=shardings.opt_state)(variables["params"]),
+        opt_state=init_optimizer(variables["params"]),
     )
-
-
-def compile_embed(
-    model: dual_encoder.DualEncoder, variable_shardings: Any, mesh: Mesh
-) -> tuple[Callable, Callable]:
-    """Returns (embed_image(variables, images), embed_text(variables, ids, mask)), jitted.
-
-    Images are uint8 [B, H, W, 3], ids and mask int32 [B, L], with B divisible by the devices;
-    results are replicated float32 [B, D], unit norm, eval mode.
-    """
-    rows, everywhere = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
-    return (
-        _jit(
-            partial(dual_encoder.embed_image, model),
-            in_shardings=(variable_shardings, rows),
-            out_shardings=everywhere,
-        ),
-        _jit(
-            partial(dual_encoder.embed_text, model),
-            in_shardings=(variable_shardings, rows, rows),
-            out_shardings=everywhere,
-        ),
-    )
-
-
-def compile_ranking(count: Callable, mesh: Mesh) -> Callable:
-    """Returns jitted `count(owners, members)`: rows over the mesh in, results replicated out.
-
-    Args:
-      count: from `evals.ranking`, a `shard_map`.
-      mesh: of that.
-    """
-    rows = mesh_lib.batch_sharding(mesh)
-    return _jit(count, in_shardings=(rows, rows), out_shardings=mesh_lib.replicated(mesh))
-
-
-def _jit(fn: Callable, **shardings) -> Callable:
-    return jax.jit(fn, **shardings)

@@ -66,7 +66,7 @@ def replace_train_step(monkeypatch):
 
     def replace(fake):
         monkeypatch.setattr(train, "make_program", lambda *a, **k: (*real(*a, **k)[:3], fake))
-        monkeypatch.setattr(aot.train_step, "compile_embed", lambda *a: (Fake(), Fake()))
+        monkeypatch.setattr(aot.encode, "compile_embed", lambda *a: (Fake(), Fake()))
 
     return replace
 

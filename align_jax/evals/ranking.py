@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from align_jax import encode, train_step
+from align_jax import encode
 from align_jax import mesh as mesh_lib
 from align_jax.run import multihost
 
@@ -141,7 +141,8 @@ def compile_counts(mesh: Mesh, tile: int) -> Callable[[Rows, Rows], tuple[jax.Ar
         in_specs=(rows, rows),
         out_specs=(rows, PartitionSpec()),
     )
-    return train_step.compile_ranking(counts, mesh)
+    sharded = mesh_lib.batch_sharding(mesh)
+    return jax.jit(counts, in_shardings=(sharded, sharded), out_shardings=mesh_lib.replicated(mesh))
 
 
 def _local_counts(owners, members, *, tile, axes):

@@ -46,6 +46,7 @@ class Settings:
     dropout_rate: float
     attention_dropout_rate: float
     dtype: jnp.dtype
+    constrain: layers.Constrain
 
 
 class Bert(nn.Module):
@@ -82,7 +83,13 @@ class Bert(nn.Module):
     scan_layers: bool = False
 
     @nn.compact
-    def __call__(self, ids: jax.Array, mask: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        ids: jax.Array,
+        mask: jax.Array,
+        keys: jax.Array | None = None,
+        constrain: layers.Constrain = layers.unconstrained,
+    ) -> jax.Array:
         length = ids.shape[1]
         if length > self.max_positions:
             raise ValueError(
@@ -127,6 +134,7 @@ class Bert(nn.Module):
             self.dropout_rate,
             self.attention_dropout_rate,
             self.dtype,
+            constrain,
         )
         args = (self.num_layers, settings, self.remat)
         return encoder(*args, name="encoder")(x, bias, tuple(layer_keys))
@@ -138,18 +146,21 @@ class BertLayer(nn.Module):
     settings: Settings
 
     @nn.compact
-    def __call__(self, x: jax.Array, bias: jax.Array, keys: jax.Array | None):
+    def __call__(
+        self, x: jax.Array, bias: jax.Array, keys: jax.Array | None
+    ) -> tuple[jax.Array, None]:
         settings = self.settings
+        x = settings.constrain(x)
         batch, length, hidden_dim = x.shape
         head_dim = hidden_dim // settings.num_heads
         dtype, precision = settings.dtype, layers.matmul_precision(settings.dtype)
 
-        def dense(features, name):
+        def dense(features: int, name: str) -> nn.Dense:
             return nn.Dense(
                 features, dtype=dtype, precision=precision, kernel_init=init.zeros, name=name
             )
 
-        def heads(name):
+        def heads(name: str) -> jax.Array:  # [B, L, N, K]
             return dense(hidden_dim, name)(x).reshape(batch, length, settings.num_heads, head_dim)
 
         weight_keys, attended_keys, output_keys = layers.split_keys(keys, 3)
@@ -166,7 +177,8 @@ class BertLayer(nn.Module):
         y = dense(settings.feed_forward_dim, "feed_forward")(x)
         y = dense(hidden_dim, "feed_forward_out")(layers.ACTIVATIONS[settings.activation](y))
         y = layers.dropout(y, settings.dropout_rate, output_keys)
-        return _layer_norm(self, "feed_forward_norm", settings.norm_eps)(x + y).astype(dtype), None
+        x = _layer_norm(self, "feed_forward_norm", settings.norm_eps)(x + y).astype(dtype)
+        return settings.constrain(x), None
 
 
 class _Encoder(nn.Module):

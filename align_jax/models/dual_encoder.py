@@ -6,9 +6,6 @@ the sigmoid loss only, the scalar `bias`, which no tower uses.
 Source: Jia et al. 2021, section 4.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -41,9 +38,9 @@ class DualEncoder(nn.Module):
     bias_init: float | None = None
     bn_decay: float = 0.99
 
-    def setup(self):
+    def setup(self) -> None:
         # Projections, norms and loss stay float32 in every compute dtype.
-        def dense():
+        def dense() -> nn.Dense:
             return nn.Dense(
                 self.embed_dim,
                 precision=jax.lax.Precision.HIGHEST,
@@ -57,17 +54,41 @@ class DualEncoder(nn.Module):
         if self.bias_init is not None:
             self.bias = self.param("bias", init.zeros, (), jnp.float32)
 
-    def __call__(self, images, ids, mask, train, image_keys=None, text_keys=None):
-        z_image = self.encode_image(images, train, image_keys)
-        return z_image, self.encode_text(ids, mask, text_keys), self.temperature
+    def __call__(
+        self,
+        images: jax.Array,
+        ids: jax.Array,
+        mask: jax.Array,
+        train: bool,
+        image_keys: jax.Array | None = None,
+        text_keys: jax.Array | None = None,
+        constrain: layers.Constrain = layers.unconstrained,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns (z_image [B, D], z_text [B, D], temperature []), not unit norm."""
+        z_image = self.encode_image(images, train, image_keys, constrain)
+        return z_image, self.encode_text(ids, mask, text_keys, constrain), self.temperature
 
-    def encode_image(self, images: jax.Array, train: bool, keys: jax.Array | None) -> jax.Array:
+    def encode_image(
+        self,
+        images: jax.Array,
+        train: bool,
+        keys: jax.Array | None = None,
+        constrain: layers.Constrain = layers.unconstrained,
+    ) -> jax.Array:
+        """Returns [B, D] float32 of uint8 images [B, H, W, 3]."""
         # f32: uint8 -> [-1, 1] would lose a bit in bf16.
-        x = self.image(images.astype(jnp.float32) / 127.5 - 1.0, train, keys)
+        x = self.image(images.astype(jnp.float32) / 127.5 - 1.0, train, keys, constrain)
         return self.image_projection(x) if self.image_width != self.embed_dim else x
 
-    def encode_text(self, ids: jax.Array, mask: jax.Array, keys: jax.Array | None) -> jax.Array:
-        states = self.text(ids, mask, keys)
+    def encode_text(
+        self,
+        ids: jax.Array,
+        mask: jax.Array,
+        keys: jax.Array | None = None,
+        constrain: layers.Constrain = layers.unconstrained,
+    ) -> jax.Array:
+        """Returns [B, D] float32 of int32 ids and mask [B, L]."""
+        states = self.text(ids, mask, keys, constrain)
         return self.text_projection(states[:, 0].astype(jnp.float32))
 
 
@@ -130,7 +151,7 @@ def init_variables(model: DualEncoder, *, seed: int, shardings: Variables) -> Va
       shardings: tree of `jax.sharding.Sharding` like `abstract_variables(model)`.
     """
 
-    def make(path, leaf, sharding):
+    def make(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
         name = trees.path_name(path)
         if name == "params/temperature":
             value = np.float32(model.temperature_init)
@@ -150,7 +171,7 @@ def apply_towers(
     *,
     train: bool,
     keys: jax.Array | None = None,
-    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+    constrain: layers.Constrain = layers.unconstrained,
 ) -> tuple[jax.Array, jax.Array, jax.Array, dict]:
     """Returns (z_image [B, D], z_text [B, D], temperature [], batch_stats).
 
@@ -163,8 +184,7 @@ def apply_towers(
       batch: `image` uint8 [B, H, W, 3], `ids` int32 [B, L], `mask` int32 [B, L].
       train: batch statistics and dropout, or running statistics and none.
       keys: one key per example [B]; needed in train mode (`example_keys`).
-      constrain: pins the sharding of activations [B, ...] between blocks. Without it XLA splits
-        the work of a scanned block like its parameters, and gathers activations instead.
+      constrain: pins the sharding of activations between blocks, see `layers.Constrain`.
 
     Raises:
       ValueError: train mode without keys, or B not divisible by the BatchNorm group.
@@ -172,31 +192,23 @@ def apply_towers(
     if train and keys is None:
         raise ValueError("apply_towers(train=True) needs one PRNG key per example.")
     image_keys, text_keys = layers.split_keys(keys if train else None, 2)
-    with nn.intercept_methods(partial(_pin_blocks, constrain)):
-        (z_image, z_text, temperature), updated = model.apply(
-            variables,
-            batch["image"],
-            batch["ids"],
-            batch["mask"],
-            train,
-            image_keys,
-            text_keys,
-            mutable=["batch_stats"],
-        )
+    (z_image, z_text, temperature), updated = model.apply(
+        variables,
+        batch["image"],
+        batch["ids"],
+        batch["mask"],
+        train,
+        image_keys,
+        text_keys,
+        constrain,
+        mutable=["batch_stats"],
+    )
     return unit_norm(z_image), unit_norm(z_text), temperature, updated["batch_stats"]
-
-
-def _pin_blocks(constrain, block, args, kwargs, context):
-    is_block = isinstance(context.module, efficientnet.MBConv | bert.BertLayer)
-    if not is_block or context.method_name != "__call__":
-        return block(*args, **kwargs)
-    x, carried = block(constrain(args[0]), *args[1:], **kwargs)
-    return constrain(x), carried
 
 
 def embed_image(model: DualEncoder, variables: Variables, images: jax.Array) -> jax.Array:
     """Returns z_image [B, D] float32, unit norm, in eval mode, of uint8 images [B, H, W, 3]."""
-    z = model.apply(variables, images, False, None, method=DualEncoder.encode_image)
+    z = model.apply(variables, images, False, method=DualEncoder.encode_image)
     return unit_norm(z)
 
 
@@ -204,7 +216,7 @@ def embed_text(
     model: DualEncoder, variables: Variables, ids: jax.Array, mask: jax.Array
 ) -> jax.Array:
     """Returns z_text [B, D] float32, unit norm, in eval mode, of int32 ids and mask [B, L]."""
-    z = model.apply(variables, ids, mask, None, method=DualEncoder.encode_text)
+    z = model.apply(variables, ids, mask, method=DualEncoder.encode_text)
     return unit_norm(z)
 
 

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from align_jax.models import init, layers
 
+Keys = jax.Array | tuple[None, ...]  # [blocks, B], or a None for each block
+
 
 @dataclasses.dataclass(frozen=True)
 class StageSpec:
@@ -97,6 +99,7 @@ class Settings:
     bn_eps: float
     dtype: jnp.dtype
     train: bool
+    constrain: layers.Constrain
 
     def conv_kwargs(self) -> dict:
         return {
@@ -151,7 +154,13 @@ class EfficientNet(nn.Module):
     scan_blocks: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, keys: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        train: bool,
+        keys: jax.Array | None = None,
+        constrain: layers.Constrain = layers.unconstrained,
+    ) -> jax.Array:
         settings = Settings(
             self.padding,
             self.activation,
@@ -161,6 +170,7 @@ class EfficientNet(nn.Module):
             self.bn_eps,
             self.dtype,
             train,
+            constrain,
         )
         activate = layers.ACTIVATIONS[self.activation]
         stages = scale_stages(self.stages, self.width, self.depth, self.depth_divisor)
@@ -215,9 +225,12 @@ class MBConv(nn.Module):
     settings: Settings
 
     @nn.compact
-    def __call__(self, x: jax.Array, rate_and_keys) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: jax.Array, rate_and_keys: tuple[float | jax.Array, jax.Array | None]
+    ) -> tuple[jax.Array, None]:
         drop_rate, keys = rate_and_keys
         stage, settings = self.stage, self.settings
+        x = settings.constrain(x)
         activate = layers.ACTIVATIONS[settings.activation]
         in_channels = x.shape[-1]
         stride = stage.stride if self.is_first else 1
@@ -241,7 +254,7 @@ class MBConv(nn.Module):
         x = settings.norm("project_bn")(x)
         if not self.is_first:
             x = layers.drop_path(x, drop_rate, keys) + residual
-        return x, None
+        return settings.constrain(x), None
 
 
 class _SqueezeExcite(nn.Module):
@@ -267,7 +280,7 @@ class _Stage(nn.Module):
     remat: str
 
     @nn.compact
-    def __call__(self, x: jax.Array, keys) -> jax.Array:
+    def __call__(self, x: jax.Array, keys: Keys) -> jax.Array:
         block = layers.remat(MBConv, self.remat)
         for i, rate in enumerate(self.drop_rates):
             x, _ = block(self.stage, self.symmetric, i == 0, self.settings, name=f"block{i}")(
@@ -278,7 +291,7 @@ class _Stage(nn.Module):
 
 class _ScannedStage(_Stage):
     @nn.compact
-    def __call__(self, x: jax.Array, keys) -> jax.Array:
+    def __call__(self, x: jax.Array, keys: Keys) -> jax.Array:
         block = layers.remat(MBConv, self.remat)
         x, _ = block(self.stage, self.symmetric, True, self.settings, name="block0")(
             x, (self.drop_rates[0], keys[0])

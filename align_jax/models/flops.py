@@ -92,7 +92,8 @@ def _trunk(trunk: efficientnet.EfficientNet, size: int) -> tuple[int, int]:
     return stem, blocks
 
 
-def _out_size(padding, kernel_size, stride, size):
+def _out_size(padding: str, kernel_size: int, stride: int, size: int) -> int:
+    """Side of the output, in pixels."""
     low, high = layers.conv_padding(padding, kernel_size, stride, (size, size))[0]
     return (size + low + high - kernel_size) // stride + 1
 

@@ -10,11 +10,12 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 _TRUNCATED_STD = 0.87962566103423978  # of a standard normal truncated to [-2, 2]
 
 
-def zeros(_key, shape, dtype):
+def zeros(_key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     """Initialiser that the modules declare; `draw` replaces what it makes."""
     return jax.numpy.zeros(shape, dtype)
 
@@ -44,16 +45,19 @@ def draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return np.asarray(rule(rng, shape), np.float32)
 
 
-def _fan_out(rng, shape):
+def _fan_out(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     fan_out = int(np.prod(shape[:-2])) * shape[-1]
     return _truncated_normal(rng, shape, np.sqrt(2.0 / fan_out) / _TRUNCATED_STD)
 
 
-def _depthwise(rng, shape):
+def _depthwise(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return _truncated_normal(rng, shape, np.sqrt(2.0 / (shape[0] * shape[1])) / _TRUNCATED_STD)
 
 
-def _truncated_normal(rng, shape, deviation):
+def _truncated_normal(
+    rng: np.random.Generator, shape: tuple[int, ...], deviation: float
+) -> np.ndarray:
+    """Returns normal values of which those beyond two deviations are drawn again."""
     values = rng.standard_normal(shape, np.float32)
     outside = np.abs(values) > 2.0
     while outside.any():
@@ -62,16 +66,16 @@ def _truncated_normal(rng, shape, deviation):
     return values * np.float32(deviation)
 
 
-def _xavier(rng, shape):
+def _xavier(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     limit = np.sqrt(6.0 / (shape[0] + shape[1]))
     return rng.uniform(-limit, limit, shape)
 
 
-def _bert(rng, shape):
+def _bert(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return rng.standard_normal(shape, np.float32) * np.float32(0.02)
 
 
-def _constant(value) -> Callable:
+def _constant(value: float) -> Callable[..., np.ndarray]:
     return lambda rng, shape: np.full(shape, value, np.float32)
 
 

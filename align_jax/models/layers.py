@@ -5,7 +5,7 @@ number of devices, processes and microbatches. Nothing here knows about meshes.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import flax.linen as nn
@@ -14,6 +14,8 @@ import jax.numpy as jnp
 
 from align_jax.models import init
 
+Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right)) zeros
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swish": nn.silu,
     "silu": nn.silu,
@@ -21,6 +23,16 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": lambda x: nn.gelu(x, approximate=True),
     "relu": nn.relu,
 }
+
+# Pins the sharding of activations [B, ...] between blocks. Without it XLA splits the work of a
+# scanned block like its parameters, and gathers activations instead.
+Constrain = Callable[[jax.Array], jax.Array]
+
+
+def unconstrained(x: jax.Array) -> jax.Array:
+    """Returns x: what to pass where one device holds the batch."""
+    return x
+
 
 REMAT = ("none", "dots", "block")
 BN_MODES = ("grouped", "global", "frozen")
@@ -97,7 +109,7 @@ class DepthwiseConv(nn.Module):
 
     kernel_size: int
     stride: int
-    padding: tuple[tuple[int, int], tuple[int, int]]
+    padding: Padding
     dtype: jnp.dtype
 
     @nn.compact
@@ -107,9 +119,7 @@ class DepthwiseConv(nn.Module):
         return depthwise_conv(x, kernel, self.stride, self.padding)
 
 
-def depthwise_conv(
-    x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[tuple[int, int], tuple[int, int]]
-) -> jax.Array:
+def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
     """Returns the depthwise convolution of x [B, H, W, C] with kernel [k, k, 1, C].
 
     The platform is chosen when the program is lowered, not by the host's default device: on CPU a
@@ -126,7 +136,9 @@ def depthwise_conv(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def shifted_depthwise_conv(x, kernel, stride, padding):
+def shifted_depthwise_conv(
+    x: jax.Array, kernel: jax.Array, stride: int, padding: Padding
+) -> jax.Array:
     """As `depthwise_conv`, as k*k shifted multiply-adds.
 
     Its gradient by x is again such a sum, over the dilated gradient: what autodiff makes of the
@@ -141,23 +153,32 @@ def shifted_depthwise_conv(x, kernel, stride, padding):
     return y
 
 
-def _windows(x, size, stride, padding, out_size):
-    """Yields ((row, column), the pixels of x that this tap of the kernel meets)."""
+def _windows(
+    x: jax.Array, size: int, stride: int, padding: Padding, out_size: tuple[int, int]
+) -> Iterator[tuple[tuple[int, int], jax.Array]]:
+    """Yields ((row, column), the pixels [B, H', W', C] that this tap of the kernel meets)."""
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     rows, columns = (stride * (n - 1) + 1 for n in out_size)
     for row, column in itertools.product(range(size), repeat=2):
         yield (row, column), x[:, row : row + rows : stride, column : column + columns : stride]
 
 
-def _shifted_forward(x, kernel, stride, padding):
+def _shifted_forward(
+    x: jax.Array, kernel: jax.Array, stride: int, padding: Padding
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return shifted_depthwise_conv(x, kernel, stride, padding), (x, kernel)
 
 
-def _shifted_backward(stride, padding, residuals, dy):
+def _shifted_backward(
+    stride: int, padding: Padding, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the gradients of x [B, H, W, C] and kernel [k, k, 1, C]; dy is [B, H', W', C]."""
     x, kernel = residuals
     size = kernel.shape[0]
 
-    def adjoint(axis):  # (low, high, interior) zeros that make dy's windows those of dx
+    def adjoint(
+        axis: int,
+    ) -> tuple[int, int, int]:  # (low, high, interior) zeros that make dy's windows those of dx
         low = size - 1 - padding[axis - 1][0]
         dilated = (dy.shape[axis] - 1) * stride + 1
         return low, x.shape[axis] + size - 1 - low - dilated, stride - 1
@@ -173,7 +194,9 @@ def _shifted_backward(stride, padding, residuals, dy):
 shifted_depthwise_conv.defvjp(_shifted_forward, _shifted_backward)
 
 
-def native_depthwise_conv(x, kernel, stride, padding):
+def native_depthwise_conv(
+    x: jax.Array, kernel: jax.Array, stride: int, padding: Padding
+) -> jax.Array:
     """As `depthwise_conv`, by XLA's grouped convolution."""
     return jax.lax.conv_general_dilated(
         x,
@@ -186,9 +209,7 @@ def native_depthwise_conv(x, kernel, stride, padding):
     )
 
 
-def conv_padding(
-    padding: str, kernel_size: int, stride: int, size_px: tuple[int, int]
-) -> tuple[tuple[int, int], tuple[int, int]]:
+def conv_padding(padding: str, kernel_size: int, stride: int, size_px: tuple[int, int]) -> Padding:
     """Returns ((top, bottom), (left, right)) zeros of a strided convolution.
 
     Args:
@@ -244,7 +265,10 @@ def drop_path(x: jax.Array, rate: float | jax.Array, keys: jax.Array | None) -> 
     return _drop(x, rate, keys, (1,) * (x.ndim - 1))
 
 
-def _drop(x, rate, keys, shape):
+def _drop(
+    x: jax.Array, rate: float | jax.Array, keys: jax.Array | None, shape: tuple[int, ...]
+) -> jax.Array:
+    """Returns x [B, ...] with what one draw of this shape per example decides."""
     if keys is None or (isinstance(rate, float) and rate == 0.0):
         return x
     keep_rate = jnp.float32(1.0) - rate
@@ -275,26 +299,24 @@ def stack_blocks(names: tuple[str, ...], stacked: str) -> tuple[Callable, Callab
     conversion, masks and LAMB's per-tensor norms see the same tree with and without scanning.
     """
 
-    def stack(collections):
-        def one(tree):
-            rest = {name: child for name, child in tree.items() if name not in names}
-            blocks = [tree[name] for name in names if name in tree]
-            return (
-                {**rest, stacked: jax.tree.map(lambda *leaf: jnp.stack(leaf), *blocks)}
-                if blocks
-                else rest
-            )
+    def stack(collections: dict) -> dict:
+        return {name: gather(tree) for name, tree in collections.items()}
 
-        return {name: one(tree) for name, tree in collections.items()}
+    def gather(tree: dict) -> dict:
+        rest = {name: child for name, child in tree.items() if name not in names}
+        blocks = [tree[name] for name in names if name in tree]
+        if blocks:
+            rest[stacked] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+        return rest
 
-    def unstack(collections):
-        def one(tree):
-            rest = {name: child for name, child in tree.items() if name != stacked}
-            if stacked in tree:
-                for i, name in enumerate(names):
-                    rest[name] = jax.tree.map(lambda leaf, i=i: leaf[i], tree[stacked])
-            return rest
+    def unstack(collections: dict) -> dict:
+        return {name: scatter(tree) for name, tree in collections.items()}
 
-        return {name: one(tree) for name, tree in collections.items()}
+    def scatter(tree: dict) -> dict:
+        rest = {name: child for name, child in tree.items() if name != stacked}
+        if stacked in tree:
+            for i, name in enumerate(names):
+                rest[name] = jax.tree.map(lambda leaf, i=i: leaf[i], tree[stacked])
+        return rest
 
     return stack, unstack

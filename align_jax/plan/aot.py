@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from align_jax import __version__, config_checks, losses, state, train, train_step, trees
+from align_jax import __version__, config_checks, encode, losses, state, train, trees
 from align_jax import mesh as mesh_lib
 from align_jax.data import tokenizer as tokenizer_lib
 from align_jax.models import flops
@@ -110,7 +110,7 @@ def compile_report(config: ConfigDict, devices: list[jax.Device]) -> dict[str, A
     chip = chips.find_chip(devices[0].device_kind)
 
     variables = abstract.variables()
-    embed_image, embed_text = train_step.compile_embed(model, state.shardings_of(variables), mesh)
+    embed_image, embed_text = encode.compile_embed(model, state.shardings_of(variables), mesh)
     batch = _abstract_batch(config, mesh, config.train.batch_size)
     rows = -(-config.eval.batch_size // mesh.size) * mesh.size
     embedded = _abstract_batch(config, mesh, rows)
