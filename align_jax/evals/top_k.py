@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from align_jax import encode, train_step
+from align_jax import encode
 from align_jax import mesh as mesh_lib
 from align_jax.run import multihost
 
@@ -140,7 +140,8 @@ def _compile_find(mesh: Mesh, num_kept: int) -> Any:
         in_specs=(rows, rows),
         out_specs=(across, across),
     )
-    return train_step.compile_ranking(find, mesh)
+    sharded = mesh_lib.batch_sharding(mesh)
+    return jax.jit(find, in_shardings=(sharded, sharded), out_shardings=mesh_lib.replicated(mesh))
 
 
 def _find(

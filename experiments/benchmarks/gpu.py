@@ -237,7 +237,7 @@ def encode(report, batch):
 
     mesh = mesh_lib.make_mesh()
     config = base_config(256, "none")
-    model = dual_encoder.make_model(config.model, vocab_size=VOCABULARY)
+    model = dual_encoder.make_model(config.model, config.loss, vocab_size=VOCABULARY)
     shapes = dual_encoder.abstract_variables(model)
     shardings = mesh_lib.infer_shardings(shapes, mesh)
     variables = dual_encoder.init_variables(model, seed=0, shardings=shardings)
@@ -259,20 +259,23 @@ def loss(report, batch, sizes=(16_384, 131_072), tiles=(1024, 8192), repeats=3):
     from align_jax import mesh as mesh_lib
 
     mesh = mesh_lib.make_mesh()
+    config = base_config(256, "none").loss
+    config.form = "ring"
+    scalars = {"temperature": np.float32(0.05)}
     for size in sizes:
         keys = jax.random.split(jax.random.key(0))
         z = [jax.random.normal(key, (size, WIDTH)) for key in keys]
         z = [row / np.sqrt(WIDTH) for row in z]
-        for tile in tiles:
-            loss_fn = losses.make_loss("ring", mesh, label_smoothing=0.1, tile_size=tile)
-            value = jax.value_and_grad(lambda *args, f=loss_fn: f(*args)[0], (0, 1, 2))
-            compiled = jax.jit(value).lower(*z, np.float32(0.05)).compile()
-            seconds = median_s(compiled, *z, np.float32(0.05), repeats=repeats, warm=repeats > 1)
+        for config.tile_size in tiles:
+            loss_fn = losses.make_loss(config, mesh)
+            value = jax.value_and_grad(lambda *args, f=loss_fn: f(*args, {})[0], (0, 1, 2))
+            compiled = jax.jit(value).lower(*z, scalars).compile()
+            seconds = median_s(compiled, *z, scalars, repeats=repeats, warm=repeats > 1)
             products = 2 * size**2 * WIDTH * 3  # one forward, two backward, nothing twice
             report(
                 what="ring loss and gradients",
                 pairs=size,
-                tile=tile,
+                tile=config.tile_size,
                 ms=1e3 * seconds,
                 temporaries_mib=compiled.memory_analysis().temp_size_in_bytes / 2**20,
                 model_tflops=products / seconds / 1e12,
