@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -105,6 +105,13 @@ class Align:
           images.BadImage: (a ValueError) one of them cannot be decoded; the message names it.
           OSError: one of them cannot be read.
           ValueError: nothing to encode, or one image instead of a list of them.
+
+        Example:
+          >>> z_image = model.encode_image(["red.png", "blue.png"])
+          >>> z_image.shape, z_image.dtype.name
+          ((2, 80), 'float32')
+          >>> np.linalg.norm(z_image, axis=1).round(3).tolist()
+          [1.0, 1.0]
         """
         if on_error not in encode.ON_ERROR:
             raise ValueError(f"on_error={on_error!r} is unknown; use 'raise' or 'skip'.")
@@ -126,6 +133,10 @@ class Align:
 
         Raises:
           ValueError: nothing to encode, one text instead of a list of them, or no strings.
+
+        Example:
+          >>> model.encode_text(["a red square", "a blue one"]).shape
+          (2, 80)
         """
         if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
             raise ValueError(f"texts is one {type(texts).__name__}; put it in a list.")
@@ -143,6 +154,12 @@ class Align:
         Args:
           z_image: [N_image, D], unit norm.
           z_text: [N_text, D], unit norm.
+
+        Example:
+          >>> z_image = model.encode_image(["red.png"])
+          >>> logits = model.similarity(z_image, model.encode_text(["red", "blue", "green"]))
+          >>> logits.shape, bool(abs(logits).max() <= 1 / model.temperature)
+          ((1, 3), True)
         """
         return z_image @ z_text.T / np.float32(self.temperature)
 
@@ -164,6 +181,11 @@ class Align:
 
         Raises:
           ValueError: no label, a template without `{}`, or see `encode_image`.
+
+        Example:
+          >>> probs = model.classify(["red.png", "blue.png"], ["red", "blue", "green"])
+          >>> probs.shape, probs.sum(axis=1).round(3).tolist()
+          ((2, 3), [1.0, 1.0])
         """
         if isinstance(labels, str):
             raise ValueError("labels is one str; put it in a list.")
@@ -182,6 +204,11 @@ class Align:
         Raises:
           ValueError: the folder is a file or a workdir, or the model has an image projection,
             which the format has no place for, that cannot be folded into the layer before.
+
+        Example:
+          >>> model.save("copy")
+          >>> align_jax.load("copy").fingerprint() == model.fingerprint()
+          True
         """
         folder = Path(folder)
         if folder.exists() and not folder.is_dir():
@@ -216,7 +243,13 @@ class Align:
             digest.update(np.ascontiguousarray(leaf))
         return digest.hexdigest()[:16]
 
-    def _encode(self, embed, batches, inputs, unit):
+    def _encode(
+        self,
+        embed: Callable[..., jax.Array],
+        batches: encode.Batches,
+        inputs: Iterable,
+        unit: str,
+    ) -> np.ndarray:
         return encode.encode(
             partial(embed, self.variables),
             batches,
@@ -247,6 +280,11 @@ def load(
     Raises:
       ValueError: nothing of that name, files that are missing, damaged or do not belong together,
         or no network to download from.
+
+    Example:
+      >>> model = align_jax.load("tiny", batch_size=8)
+      >>> model.temperature
+      0.5
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r} is unknown; use 'float32' or 'bfloat16'.")
@@ -285,7 +323,9 @@ def load(
     )
 
 
-def _load_workdir(path: Path, name: str, dtype, batch_size, step) -> Align:
+def _load_workdir(
+    path: Path, name: str, dtype: str | None, batch_size: int | None, step: int | None
+) -> Align:
     found = trained.load_trained(path, dtype=dtype, step=step)
     return Align(
         found.model,

@@ -160,7 +160,7 @@ def from_json(text: str) -> ConfigDict:
       ValueError: not JSON, or other keys than a config has.
     """
 
-    def tuples(value):
+    def tuples(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: tuples(item) for key, item in value.items()}
         return tuple(tuples(item) for item in value) if isinstance(value, list) else value
@@ -202,7 +202,8 @@ def check_keys(config: ConfigDict, known: ConfigDict, path: str) -> None:
         raise ValueError(f"{path} lacks {', '.join(missing)}; start from default_config().")
 
 
-def _complete(config, defaults):
+def _complete(config: ConfigDict, defaults: ConfigDict) -> None:
+    """Gives keys that are missing their defaults."""
     for key, default in defaults.items():
         if key not in config:
             config[key] = default
@@ -210,7 +211,7 @@ def _complete(config, defaults):
             _complete(config[key], default)
 
 
-def _complete_mixture(config):
+def _complete_mixture(config: ConfigDict) -> None:
     # A weight may be left out or be an integer; an override needs a number to replace. What is
     # wrong otherwise stays as it is, for `validate` to refuse.
     data = config.get("data")
@@ -221,7 +222,8 @@ def _complete_mixture(config):
                 entry.weight = float(entry.get("weight", 1))
 
 
-def _run_file(path, arguments):
+def _run_file(path: str, arguments: Sequence[str]) -> ConfigDict:
+    """Returns what `get_config` of the file does."""
     try:
         with open(path, encoding="utf-8") as file:
             code = compile(file.read(), path, "exec")
@@ -247,7 +249,8 @@ def _run_file(path, arguments):
     return config
 
 
-def _where(path, error):
+def _where(path: str, error: Exception) -> str:
+    """Returns the path, with the line of the error where that is in the file."""
     if isinstance(error, SyntaxError) and error.filename == path:
         return f"{path}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
@@ -255,7 +258,7 @@ def _where(path, error):
     return f"{path}:{lines[-1]}" if lines else path
 
 
-def _override(config, keys, text):
+def _override(config: ConfigDict, keys: Sequence[str], text: str) -> None:
     path = "config"
     for key in keys[:-1]:
         _check_known(key, config, path)
@@ -269,7 +272,8 @@ def _override(config, keys, text):
     config[keys[-1]] = _parse(path, text, default)
 
 
-def _parse(path, text, default):
+def _parse(path: str, text: str, default: Any) -> Any:
+    """Returns the text as a value of the type that the default has."""
     if isinstance(default, str):
         return text
     try:
@@ -305,7 +309,7 @@ def _wrong_type(path: str, value: Any, default: Any) -> str:
     return f"{path}={value!r} must be {wanted.get(type(default), type(default).__name__)}."
 
 
-def _check_entry(entry, path):
+def _check_entry(entry: ConfigDict, path: str) -> None:
     known = {"source": "", "weight": 1.0}
     for key, value in entry.items():
         _check_known(key, known, path)

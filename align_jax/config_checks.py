@@ -3,6 +3,8 @@
 import difflib
 import math
 import re
+from collections.abc import Iterable
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -110,7 +112,7 @@ _NOT_NEGATIVE = (
 )
 
 
-def _choices() -> dict[str, tuple[str, ...]]:
+def _choices() -> dict[str, tuple[Any, ...]]:
     return {
         "init_towers": ("both", "image", "text"),
         "model.image.variant": tuple(efficientnet.VARIANTS),
@@ -132,7 +134,7 @@ def _choices() -> dict[str, tuple[str, ...]]:
     }
 
 
-def _check_sources(data):
+def _check_sources(data: ConfigDict) -> None:
     if bool(data.source) == bool(data.mixture):
         raise ValueError(
             f"config.data.source={data.source!r} and config.data.mixture of {len(data.mixture)} "
@@ -148,7 +150,7 @@ def _check_sources(data):
             raise ValueError(f"{path}.weight={entry.weight} must be positive and finite.")
 
 
-def _check_batch(config, num_devices, num_processes):
+def _check_batch(config: ConfigDict, num_devices: int, num_processes: int) -> None:
     batch, group = config.train.batch_size, config.model.bn_group_size
     if batch % num_devices:
         below = batch // num_devices * num_devices
@@ -188,7 +190,7 @@ def _check_batch(config, num_devices, num_processes):
         )
 
 
-def _check_patterns(patterns, path):
+def _check_patterns(patterns: Iterable[str], path: str) -> None:
     for pattern in patterns:
         try:
             re.compile(pattern)
@@ -198,7 +200,7 @@ def _check_patterns(patterns, path):
             ) from error
 
 
-def _check_choice(config, path, allowed):
+def _check_choice(config: ConfigDict, path: str, allowed: Iterable[Any]) -> None:
     value = _get(config, path)
     if value in allowed:
         return
@@ -208,7 +210,7 @@ def _check_choice(config, path, allowed):
     raise ValueError(f"config.{path}={value!r} is unknown.{hint} Known: {', '.join(names)}.")
 
 
-def _get(config, path):
+def _get(config: ConfigDict, path: str) -> Any:
     for key in path.split("."):
         config = config[key]
     return config

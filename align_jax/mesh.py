@@ -66,7 +66,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def infer_shardings(tree: Any, mesh: Mesh, rules=PARAMETER_RULES) -> Any:
+def infer_shardings(
+    tree: Any, mesh: Mesh, rules: Sequence[tuple[str, str]] = PARAMETER_RULES
+) -> Any:
     """Returns a tree of NamedSharding, by the first rule that matches each leaf's path.
 
     "fsdp" splits the largest dimension that the axis divides, if the tensor has at least
@@ -80,7 +82,7 @@ def infer_shardings(tree: Any, mesh: Mesh, rules=PARAMETER_RULES) -> Any:
     """
     size = mesh.shape[FSDP]
 
-    def sharding(name, leaf):
+    def sharding(name: str, leaf: jax.ShapeDtypeStruct | jax.Array) -> NamedSharding:
         tactic = next(tactic for pattern, tactic in rules if re.search(pattern, name))
         elements = int(np.prod(leaf.shape, dtype=np.int64))
         divisible = [axis for axis, n in enumerate(leaf.shape) if n % size == 0]

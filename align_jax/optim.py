@@ -3,14 +3,18 @@
 The temperature is a scalar and has its own rule: see `optim.temperature` in `config.py`.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 from align_jax import trees
 
 
-def make_schedule(config, steps: int) -> optax.Schedule:
+def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     """Returns step -> learning rate: linear warm-up from 0 to the peak, then decay to 0 at `steps`.
 
     Args:
@@ -27,7 +31,7 @@ def make_schedule(config, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
 
 
-def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Returns the optimizer of a dual encoder's `params`.
 
     Args:
@@ -56,7 +60,7 @@ def in_log_space(inner: optax.GradientTransformation) -> optax.GradientTransform
     p stays positive and moves by the same factor at every magnitude.
     """
 
-    def update(gradients, state, params=None):
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         log_gradients = jax.tree.map(lambda g, p: g * p, gradients, params)
         steps, state = inner.update(log_gradients, state, jax.tree.map(jnp.log, params))
         return jax.tree.map(lambda u, p: p * jnp.expm1(u), steps, params), state
@@ -64,13 +68,16 @@ def in_log_space(inner: optax.GradientTransformation) -> optax.GradientTransform
     return optax.GradientTransformation(inner.init, update)
 
 
-def _label(name, _):
+def _label(name: str, _: jax.Array) -> str:
+    """Returns the rule that a parameter learns by."""
     if name == "bias":  # of the sigmoid loss: learns as any tensor of the text side does
         return "text"
     return "temperature" if name == "temperature" else name.split("/")[0].split("_")[0]
 
 
-def _rule(config, schedule, multiplier):
+def _rule(
+    config: ConfigDict, schedule: optax.Schedule, multiplier: float
+) -> optax.GradientTransformation:
     if multiplier == 0:
         return optax.set_to_zero()
     dtype = config.momentum_dtype
@@ -89,7 +96,7 @@ def _rule(config, schedule, multiplier):
     return optax.chain(*parts)
 
 
-def _temperature_rule(config, schedule):
+def _temperature_rule(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
     if config.temperature == "fixed":
         return optax.set_to_zero()
     multiplier = config.temperature_lr_multiplier
@@ -99,11 +106,12 @@ def _temperature_rule(config, schedule):
     return in_log_space(optax.chain(adam, _scale_by_rate(schedule, multiplier)))
 
 
-def _scale_by_rate(schedule, multiplier):
+def _scale_by_rate(schedule: optax.Schedule, multiplier: float) -> optax.GradientTransformation:
     return optax.scale_by_learning_rate(lambda step: multiplier * schedule(step))
 
 
-def _unless(patterns):
+def _unless(patterns: Sequence[str]) -> Callable[[Any], Any]:
+    """Returns a mask: params -> tree of False where a pattern is found in the name."""
     return lambda params: trees.map_named(
         lambda name, _: not trees.match_any(patterns, name), params
     )

@@ -10,14 +10,14 @@ import bisect
 import itertools
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 
 import grain
 import numpy as np
 from ml_collections import ConfigDict
 
-from align_jax.data.sources import open_source as sources_lib
+from align_jax.data.sources.open_source import PairSource, open_source
 from align_jax.data.sources.record import Record
 from align_jax.storage import identity
 from align_jax.storage.problems import Problems
@@ -25,7 +25,7 @@ from align_jax.storage.problems import Problems
 _MAX_PAIRS = 2**31  # an index goes to the device as int32
 
 
-def open_sources(config: ConfigDict) -> sources_lib.PairSource:
+def open_sources(config: ConfigDict) -> PairSource:
     """Returns the pairs of `source` or, where that is empty, of `mixture`.
 
     Args:
@@ -50,7 +50,7 @@ class Mixture:
       problems: those of all sources, the examples with the source's name in front.
     """
 
-    def __init__(self, sources: Mapping[str, sources_lib.PairSource], weights: Mapping[str, float]):
+    def __init__(self, sources: Mapping[str, PairSource], weights: Mapping[str, float]):
         """Keeps the sources.
 
         Raises:
@@ -104,7 +104,8 @@ class Mixture:
             for name, source in self.sources.items()
         )
 
-    def _find(self, index):
+    def _find(self, index: int) -> tuple[str, PairSource, int]:
+        """Returns (name, source, index in it)."""
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} pairs.")
         number = bisect.bisect_right(self._ends, index)
@@ -121,7 +122,7 @@ class Order:
     a source's rows is within the number of sources of its exact share of k, for every k.
     """
 
-    def __init__(self, source, seed: int):
+    def __init__(self, source: PairSource, seed: int):
         """Makes the order of a PairSource, of a Mixture with its weights.
 
         Raises:
@@ -160,7 +161,7 @@ def epoch_order(num_records: int, seed: int) -> grain.MapDataset:
     return grain.MapDataset.range(num_records).seed(seed).shuffle().repeat()
 
 
-def epochs(source, num_rows: int) -> dict[str, float]:
+def epochs(source: PairSource, num_rows: int) -> dict[str, float]:
     """Returns how many passes over each source the first rows of the stream make.
 
     Args:
@@ -194,19 +195,20 @@ def share(weights: Sequence[int], num_positions: int) -> list[int]:
     return counts
 
 
-def _open(path, spec):
+def _open(path: str, spec: str) -> PairSource:
     try:
-        return sources_lib.open_source(spec)
+        return open_source(spec)
     except ValueError as error:
         raise ValueError(f"config.data.{path}: {error}") from error
 
 
-def _exact(weights):
+def _exact(weights: Iterable[float]) -> list[int]:
+    """Returns integers of the same proportions."""
     # 0.7 means seven tenths, not the float next to it.
     fractions = [Fraction(repr(float(weight))) for weight in weights]
     unit = math.lcm(*(fraction.denominator for fraction in fractions))
     return [int(fraction * unit) for fraction in fractions]
 
 
-def _seed(seed, name):
+def _seed(seed: int, name: str) -> int:
     return int(np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0])

@@ -17,6 +17,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import thread as futures_thread
+from typing import Any
 
 import grain
 import numpy as np
@@ -78,14 +79,14 @@ class Board:
         with contextlib.suppress(FileNotFoundError):
             os.remove(self._path)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {n: self.__dict__[n] for n in ("_num_builders", "_num_workers", "_path")}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._map()
 
-    def _map(self):
+    def _map(self) -> None:
         self.threads = set()
         with open(self._path, "r+b") as file:
             content = np.frombuffer(mmap.mmap(file.fileno(), 0), np.int64)
@@ -147,7 +148,8 @@ class ReadAhead(Iterator[tuple]):
         """Stops the threads and processes; the iterator is then exhausted."""
         self._close()
 
-    def _wait(self):
+    def _wait(self) -> tuple[tuple | None, Exception | None]:
+        """Returns the next (element, None), or (None, why there is none)."""
         start_s = progress_s = time.monotonic()
         late_s, seen = LATE_S, None
         while True:
@@ -172,13 +174,13 @@ class ReadAhead(Iterator[tuple]):
                     flush=True,
                 )
 
-    def _who(self):
+    def _who(self) -> str:
         if not self._num_workers:
             return f"a data thread of pid {os.getpid()}"
         worker = (self._step - self._first_step) % self._num_workers
         return f"data worker {worker} (pid {self._board.pids()[worker] or 'unknown'})"
 
-    def _at(self, note):
+    def _at(self, note: tuple[int, int, int] | None) -> str:
         if note is None:
             return "which has not begun it"
         _, row, index = note
@@ -186,7 +188,7 @@ class ReadAhead(Iterator[tuple]):
             return "which has built it but not handed it over"
         return f"which is at row {row}, record {index} of {self._where(index)}"
 
-    def _explain(self, error):
+    def _explain(self, error: Exception | None) -> Exception | None:
         # Grain's words for a worker that is gone.
         died = re.match(r"Worker process was terminated .* exit code (-?\d+)", str(error))
         if not died:
@@ -201,7 +203,10 @@ class ReadAhead(Iterator[tuple]):
         )
 
 
-def _feed(elements_in, elements_out, stopped):
+def _feed(
+    elements_in: Iterator[tuple], elements_out: queue.Queue, stopped: threading.Event
+) -> None:
+    """Puts (element, None) for each, then (None, error), until it is stopped."""
     while not stopped.is_set():
         try:
             element, error = _own(next(elements_in)), None
@@ -212,14 +217,20 @@ def _feed(elements_in, elements_out, stopped):
             return
 
 
-def _own(element):
+def _own(element: tuple) -> tuple:
     # Arrays from workers lie in shared memory, which must not outlive the iterator.
     arrays, *others = element
     owned = {n: a if type(a) is np.ndarray else np.array(a) for n, a in arrays.items()}
     return owned, *others
 
 
-def _close(iterators, feeder, elements, stopped, board):
+def _close(
+    iterators: list[Iterator],
+    feeder: threading.Thread,
+    elements: queue.Queue,
+    stopped: threading.Event,
+    board: Board,
+) -> None:
     stopped.set()
     with contextlib.suppress(queue.Empty):  # a feeder that waits for room goes on and stops
         elements.get_nowait()

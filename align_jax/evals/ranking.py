@@ -7,7 +7,7 @@ up to retrieval.py and zeroshot.py. Source: the splitting, Ozaki et al. 2012 (er
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -70,7 +70,7 @@ def pair_ranks(
     owner_ranks = np.zeros(len(z_owner), np.int64)
     member_ranks = np.zeros(len(z_member), np.int64)
 
-    def add(first_owner, first_member, counts):
+    def add(first_owner: int, first_member: int, counts: tuple[jax.Array, jax.Array]) -> None:
         owner_counts, member_counts = map(np.asarray, counts)
         here = owner_ranks[first_owner : first_owner + owner_rows]
         here += owner_counts[: len(here)]
@@ -116,7 +116,7 @@ def block_shapes(
     """Returns shapes and shardings of what each call of `compile_counts` gets in `pair_ranks`."""
     rows = mesh_lib.batch_sharding(mesh)
 
-    def shapes(size):
+    def shapes(size: int) -> Rows:
         words = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows)
         return Rows(jax.ShapeDtypeStruct((size, dim), jnp.float32, sharding=rows), *[words] * 3)
 
@@ -145,17 +145,20 @@ def compile_counts(mesh: Mesh, tile: int) -> Callable[[Rows, Rows], tuple[jax.Ar
     return jax.jit(counts, in_shardings=(sharded, sharded), out_shardings=mesh_lib.replicated(mesh))
 
 
-def _local_counts(owners, members, *, tile, axes):
+def _local_counts(
+    owners: Rows, members: Rows, *, tile: int, axes: tuple[str, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Returns counts of this device's owners [o] and of all members [m]."""
     gather = partial(jax.lax.all_gather, axis_name=axes, tiled=True)
     members = jax.tree.map(gather, members)
     member_digits = jnp.concatenate(_digits(members.z, jnp)[::-1], axis=1)  # [m, 4 D]
 
-    def meet(part):
+    def meet(part: Rows) -> tuple[jax.Array, jax.Array]:
         high, low = _words(jnp.concatenate(_digits(part.z, jnp), axis=1), member_digits)
         first, second = part.owner[:, None], members.owner
         is_wrong = (first != second) & (jnp.minimum(first, second) >= 0)  # [tile, m]
 
-        def reaches(bound_high, bound_low):
+        def reaches(bound_high: jax.Array, bound_low: jax.Array) -> jax.Array:
             return (high > bound_high) | ((high == bound_high) & (low >= bound_low))
 
         reaches_best = is_wrong & reaches(part.high[:, None], part.low[:, None])
@@ -167,7 +170,7 @@ def _local_counts(owners, members, *, tile, axes):
     return owner_counts.reshape(-1), jax.lax.psum(member_counts.sum(0), axes)
 
 
-def _words(left, right):
+def _words(left: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns scores [t, m] as high * 2**24 + low, of digits side by side: [t, 4 D], [m, 4 D].
 
     Those on the right are in reverse order, so that one product of parts holds all pairs of digits
@@ -186,7 +189,8 @@ def _words(left, right):
     return levels[0] + carry, low
 
 
-def _exact_dot(left, right):
+def _exact_dot(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Returns int32 [t, m], the products of digits [t, K] and [m, K]."""
     total = 0
     for start in range(0, left.shape[1], _EXACT_COLUMNS):
         columns = slice(start, start + _EXACT_COLUMNS)
@@ -198,7 +202,7 @@ def _exact_dot(left, right):
     return total
 
 
-def _digits(x, xp):
+def _digits(x: Any, xp: Any) -> list:
     """Returns the digits of x, most significant first; every step but the last rint is exact."""
     digits = []
     for _ in range(_DIGITS):
@@ -207,13 +211,20 @@ def _digits(x, xp):
     return digits
 
 
-def _scale(z):
+def _scale(z: np.ndarray) -> np.float32:
     """Returns the power of two, float32, that brings the components of z to within -128 and 128."""
     _, exponent = np.frexp(max(z.max(), -z.min()))
     return np.float32(2.0 ** (7 - int(exponent)))
 
 
-def _pair_scores(z_owner, z_member, owner, owner_scale, member_scale, chunk=4096):
+def _pair_scores(
+    z_owner: np.ndarray,
+    z_member: np.ndarray,
+    owner: np.ndarray,
+    owner_scale: np.float32,
+    member_scale: np.float32,
+    chunk: int = 4096,
+) -> np.ndarray:
     """Returns [M] float64: each member's score with its owner, the whole number of `_words`."""
     scores = np.zeros(len(owner))
     for start in range(0, len(owner), chunk):
@@ -228,15 +239,22 @@ def _pair_scores(z_owner, z_member, owner, owner_scale, member_scale, chunk=4096
     return scores
 
 
-def _scaled(z, scale):
+def _scaled(z: np.ndarray, scale: np.float32) -> np.ndarray:
     return np.asarray(z, np.float32) * scale
 
 
-def _blocks(z, scale, owner, scores, size, mesh):
+def _blocks(
+    z: np.ndarray,
+    scale: np.float32,
+    owner: np.ndarray,
+    scores: np.ndarray,
+    size: int,
+    mesh: Mesh,
+) -> Iterator[tuple[int, Rows]]:
     """Yields (first row, `Rows` of `size` rows); the last ones are padded."""
     sharding = mesh_lib.batch_sharding(mesh)
 
-    def to_devices(x):
+    def to_devices(x: np.ndarray) -> jax.Array:
         x = np.pad(x, [(0, size - len(x)), *[(0, 0)] * (x.ndim - 1)], constant_values=-1)
         # Every process holds the whole block here, so each takes its devices' rows of it.
         return jax.make_array_from_callback(x.shape, sharding, lambda rows: x[rows])
@@ -249,7 +267,7 @@ def _blocks(z, scale, owner, scores, size, mesh):
         yield first, Rows(*map(to_devices, arrays))
 
 
-def _block_sizes(num_owners, num_members, mesh, tile):
+def _block_sizes(num_owners: int, num_members: int, mesh: Mesh, tile: int) -> tuple[int, int, int]:
     """Returns (tile, owners a call, members a call), no larger than the inputs need."""
     most_members = max(_MEMBER_TILES * tile, mesh.size)
     tile = min(tile, -(-num_owners // mesh.size))
@@ -257,6 +275,7 @@ def _block_sizes(num_owners, num_members, mesh, tile):
     return tile, owner_rows, _even_block(num_members, most_members, mesh.size)
 
 
-def _even_block(count, most, multiple):
+def _even_block(count: int, most: int, multiple: int) -> int:
+    """Returns the size of equal blocks of at most `most` rows, a multiple, that hold them all."""
     num_blocks = -(-count // most)
     return -(-count // (num_blocks * multiple)) * multiple

@@ -13,6 +13,7 @@ import os
 import re
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from align_jax import __version__, config_checks, encode, losses, state, train, 
 from align_jax import mesh as mesh_lib
 from align_jax.data import tokenizer as tokenizer_lib
 from align_jax.models import flops
+from align_jax.models.dual_encoder import DualEncoder
 from align_jax.plan import chips, hlo
 
 GIB = 2**30
@@ -177,7 +179,7 @@ def write_report(path: str | os.PathLike, report: dict[str, Any]) -> None:
     path.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def _step_report(fn, arguments, *, square) -> dict[str, Any]:
+def _step_report(fn: Callable, arguments: tuple, *, square: int) -> dict[str, Any]:
     lowered = fn.lower(*arguments)
     start_s, start_cpu_s = time.monotonic(), time.process_time()
     compiled, error = None, None
@@ -228,7 +230,7 @@ def _needed_bytes(message: str) -> int | None:
     return int(float(sizes[1]) * 1024 ** (1 + "KMGT".index(sizes[2]))) if sizes else None
 
 
-def _grouped(collectives) -> list[dict[str, Any]]:
+def _grouped(collectives: Iterable[hlo.Collective]) -> list[dict[str, Any]]:
     """Collectives of one kind, size of group, type and place, as one entry, largest first."""
     groups = defaultdict(list)
     for found in collectives:
@@ -262,7 +264,7 @@ def _place(op_name: str) -> str:
     return f"{place} backward" if "transpose(" in op_name else f"{place} forward"
 
 
-def _step_lines(step, chip) -> list[str]:
+def _step_lines(step: dict[str, Any], chip: dict[str, Any]) -> list[str]:
     memory = step["memory"]
     limit = f" of {chip['hbm_gib']:g} GiB" if "hbm_gib" in chip else ""
     if "error" in step:
@@ -290,7 +292,9 @@ def _metric(value: float) -> str:
     return f"{value / 1000**power:.1f} {' kMGTP'[power]}".rstrip()
 
 
-def _flops_report(config, model, num_chips, chip) -> dict[str, float]:
+def _flops_report(
+    config: ConfigDict, model: DualEncoder, num_chips: int, chip: chips.Chip | None
+) -> dict[str, float]:
     pair = flops.pair_flops(
         model,
         image_size_px=config.data.image_size,
@@ -313,7 +317,7 @@ def _flops_report(config, model, num_chips, chip) -> dict[str, float]:
     return report
 
 
-def _square_size(config, abstract) -> int:
+def _square_size(config: ConfigDict, abstract: state.TrainState) -> int:
     """The global batch; 0 where the model itself is as wide, so that nothing would follow."""
     widths = [
         max(leaf.shape, default=0)
@@ -324,13 +328,15 @@ def _square_size(config, abstract) -> int:
     return config.train.batch_size if config.train.batch_size > widest else 0
 
 
-def _vocab_size(config) -> int:
+def _vocab_size(config: ConfigDict) -> int:
     if config.data.tokenizer and os.path.exists(config.data.tokenizer):
         return tokenizer_lib.load_tokenizer(config.data.tokenizer).vocab_size
     return config.data.vocab_size
 
 
-def _abstract_batch(config, mesh, batch_size) -> dict[str, jax.ShapeDtypeStruct]:
+def _abstract_batch(
+    config: ConfigDict, mesh: jax.sharding.Mesh, batch_size: int
+) -> dict[str, jax.ShapeDtypeStruct]:
     size, length = config.data.image_size, config.data.max_tokens
     shapes = {
         "image": ((size, size, 3), jnp.uint8),

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from align_jax import config_checks
 from align_jax.data import images, mixture, pipeline, tokenizer
+from align_jax.data.sources.open_source import PairSource
 from align_jax.run.progress import num_cores
 from align_jax.storage.problems import reason_of
 
@@ -104,7 +105,9 @@ def format_input(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _open_tokenizer(data, source, log):
+def _open_tokenizer(
+    data: ConfigDict, source: PairSource, log: Callable[[str], None]
+) -> pipeline.Tokenizer:
     if data.tokenizer:
         return tokenizer.load_tokenizer(data.tokenizer)
     pairs, vocab_size = _STAND_IN
@@ -114,7 +117,10 @@ def _open_tokenizer(data, source, log):
     return tokenizer.train_wordpiece((text for texts in found for text in texts), vocab_size)
 
 
-def _time_stages(config, source, wordpieces):
+def _time_stages(
+    config: ConfigDict, source: PairSource, wordpieces: pipeline.Tokenizer
+) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+    """Returns `stages` and `dropped` of the report."""
     order = mixture.Order(source, config.train.seed)
     timers = {name: _Timer() for name in STAGES}
     rng = np.random.default_rng(config.train.seed)
@@ -165,14 +171,14 @@ class _Timer:
     def __init__(self):
         self.cpu_s = self.wall_s = 0.0
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self._start = time.thread_time(), time.perf_counter()
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.cpu_s += time.thread_time() - self._start[0]
         self.wall_s += time.perf_counter() - self._start[1]
 
-    def each(self, count):
+    def each(self, count: int) -> dict[str, float]:
         return {
             "cpu_ms": 1000 * self.cpu_s / count,
             "wait_ms": 1000 * max(0.0, self.wall_s - self.cpu_s) / count,
@@ -180,7 +186,9 @@ class _Timer:
         }
 
 
-def _time_pipeline(config, source, wordpieces):
+def _time_pipeline(
+    config: ConfigDict, source: PairSource, wordpieces: pipeline.Tokenizer
+) -> dict[str, float]:
     data, rows = config.data, min(config.train.batch_size, _MAX_ROWS)
     batches = pipeline.train_batches(
         source,
@@ -203,7 +211,9 @@ def _time_pipeline(config, source, wordpieces):
     return {"pairs_per_s": count * rows / took_s, "pairs": count * rows}
 
 
-def _judge_step(report, step_time_s, batch_size):
+def _judge_step(
+    report: dict[str, Any], step_time_s: float, batch_size: int
+) -> dict[str, float | int | bool]:
     needed, found = batch_size / step_time_s, report["pipeline"]["pairs_per_s"]
     busy = min(report["cores"], report["num_threads"] * max(1, report["num_workers"]))
     return {

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterable
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -103,13 +104,17 @@ class _Operation:
         return names
 
 
+# Of one computation: name -> operation; of a program: name -> computation.
+_Operations = dict[str, _Operation]
+_Computations = dict[str, _Operations]
+
 _HEADER = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
 _OPERATION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (.*)$")
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\](\{[^}]*\})?")
 _BITS = {"pred": 8, "token": 0}
 
 
-def _computations(text: str) -> tuple[dict[str, dict[str, _Operation]], str | None]:
+def _computations(text: str) -> tuple[_Computations, str | None]:
     computations, entry, current = {}, None, {}
     for line in text.splitlines():
         if header := _HEADER.match(line):
@@ -121,7 +126,7 @@ def _computations(text: str) -> tuple[dict[str, dict[str, _Operation]], str | No
     return computations, entry
 
 
-def _operation(name, text, is_root):
+def _operation(name: str, text: str, is_root: bool) -> _Operation:
     # RESULT OPCODE(OPERANDS), ATTRIBUTES, where a result may be a tuple.
     end = _closing(text, 0) + 1 if text[0] == "(" else text.index(" ")
     results = tuple(
@@ -137,7 +142,8 @@ def _operation(name, text, is_root):
     return _Operation(name, text[end:opening].strip(), results, operands, attributes, is_root)
 
 
-def _closing(text, opening):
+def _closing(text: str, opening: int) -> int:
+    """Returns the place of the bracket that closes the one there."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, opening):
         depth += 1 if match[0] == "(" else -1
@@ -146,7 +152,7 @@ def _closing(text, opening):
     return len(text)
 
 
-def _runs(computations, entry):
+def _runs(computations: _Computations, entry: str) -> tuple[dict[str, int], int, set[str]]:
     """({computation: times it runs}, loops of unknown length, names of fused computations)."""
     callers = {name: [] for name in computations}
     unknown, fused = 0, set()
@@ -162,7 +168,7 @@ def _runs(computations, entry):
                     fused.add(called)
 
     @functools.cache
-    def runs(name):
+    def runs(name: str) -> int:
         if name == entry:
             return 1
         return sum(runs(caller) * trips for caller, trips in callers[name])
@@ -177,7 +183,7 @@ def _runs(computations, entry):
     return {name: runs(name) for name in computations if runs(name)}, unknown, fused
 
 
-def _trip_count(loop, computations) -> int | None:
+def _trip_count(loop: _Operation, computations: _Computations) -> int | None:
     known = re.search(r"known_trip_count[^\d}]*(\d+)", loop.attributes)
     if known:
         return int(known[1])
@@ -191,14 +197,16 @@ def _trip_count(loop, computations) -> int | None:
     return limits[0] if len(limits) == 1 else None
 
 
-def _continues(computation, operations) -> bool:
+def _continues(computation: str, operations: _Operations) -> bool:
     """Whether this is a later part of a collective that TPUs run inside of other fusions."""
     return computation.startswith("async_collective_fusion") or any(
         "AsyncCollectiveDone" in op.attributes for op in operations.values()
     )
 
 
-def _collective(op, kind, computation, operations, count):
+def _collective(
+    op: _Operation, kind: str, computation: str, operations: _Operations, count: int
+) -> Collective:
     operands = [shape for name in op.operands for shape in operations[name].results]
     devices = _group_size(op.attributes)
     size = _bytes(operands)
@@ -211,7 +219,7 @@ def _collective(op, kind, computation, operations, count):
     return Collective(kind, devices, operands[0][0], size, count, origin[1] if origin else "")
 
 
-def _group_size(attributes) -> int:
+def _group_size(attributes: str) -> int:
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
         return pairs[1].count("{")
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
@@ -226,7 +234,7 @@ def _group_size(attributes) -> int:
     return 1
 
 
-def _bytes(shapes) -> int:
+def _bytes(shapes: Iterable[tuple]) -> int:
     total = 0
     for dtype, dimensions, *_ in shapes:
         digits = re.search(r"\d+", dtype)
@@ -241,7 +249,7 @@ _FREE = frozenset(
 )
 
 
-def _traffic(op, operations, computations) -> int:
+def _traffic(op: _Operation, operations: _Operations, computations: _Computations) -> int:
     """Bytes that one run of an operation reads from and writes to memory."""
     if op.opcode in _FREE or op.opcode.endswith(("-done", "-update")):
         return 0
@@ -266,22 +274,23 @@ def _traffic(op, operations, computations) -> int:
     return total
 
 
-def _in_hbm(shapes) -> int:
+def _in_hbm(shapes: Iterable[tuple]) -> int:
     return _bytes([shape for shape in shapes if shape[2]])
 
 
-def _parameter(operations, index):
+def _parameter(operations: _Operations, index: int) -> str | None:
+    """Returns the name of a fusion's parameter of that number."""
     return next(
         (op.name for op in operations.values() if op.opcode == "parameter" and _index(op) == index),
         None,
     )
 
 
-def _index(parameter):
+def _index(parameter: _Operation) -> int:
     return int(parameter.attributes or 0)
 
 
-def _read(name, operations, whole) -> int:
+def _read(name: str | None, operations: _Operations, whole: int) -> int:
     """Bytes that a fusion reads of its parameter: only slices of it, if all its uses slice."""
     total = 0
     for op in operations.values():
@@ -298,7 +307,7 @@ def _read(name, operations, whole) -> int:
     return total
 
 
-def _written(op, operations) -> int:
+def _written(op: _Operation, operations: _Operations) -> int:
     while op.opcode == "bitcast":
         op = operations[op.operands[0]]
     if op.opcode == "dynamic-update-slice":
