@@ -15,8 +15,7 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator
 
 import grain
 import numpy as np
@@ -26,6 +25,7 @@ from ml_collections import ConfigDict
 from align_jax.data import images, mixture, read_ahead
 from align_jax.data.sources.open_source import PairSource
 from align_jax.data.sources.record import Record
+from align_jax.data.tokenizer import Tokenizer
 from align_jax.storage.problems import reason_of
 
 DROP_REASONS = (
@@ -37,14 +37,6 @@ DROP_REASONS = (
 )  # checkpoints hold their counts in this order: add new ones at the end
 _MAX_DRAWS = 100  # records tried for one row; all of them bad means the source is at fault
 _MAX_STEPS = 2**48
-
-
-class Tokenizer(Protocol):
-    """What turns captions into ids."""
-
-    def encode(self, texts: Sequence[str], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (ids, mask), both int32 [N, L], L = `max_tokens`."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

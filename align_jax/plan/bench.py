@@ -107,7 +107,7 @@ def format_input(report: dict[str, Any]) -> str:
 
 def _open_tokenizer(
     data: ConfigDict, source: PairSource, log: Callable[[str], None]
-) -> pipeline.Tokenizer:
+) -> tokenizer.Tokenizer:
     if data.tokenizer:
         return tokenizer.load_tokenizer(data.tokenizer)
     pairs, vocab_size = _STAND_IN
@@ -118,7 +118,7 @@ def _open_tokenizer(
 
 
 def _time_stages(
-    config: ConfigDict, source: PairSource, wordpieces: pipeline.Tokenizer
+    config: ConfigDict, source: PairSource, wordpieces: tokenizer.Tokenizer
 ) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
     """Returns `stages` and `dropped` of the report."""
     order = mixture.Order(source, config.train.seed)
@@ -187,7 +187,7 @@ class _Timer:
 
 
 def _time_pipeline(
-    config: ConfigDict, source: PairSource, wordpieces: pipeline.Tokenizer
+    config: ConfigDict, source: PairSource, wordpieces: tokenizer.Tokenizer
 ) -> dict[str, float]:
     data, rows = config.data, min(config.train.batch_size, _MAX_ROWS)
     batches = pipeline.train_batches(
