@@ -32,7 +32,8 @@ def _bench(args, rest) -> None:
 
     config = config_lib.load_config(args.config, rest)
     report = bench.measure_input(config, step_time_s=args.step_time, num_processes=args.processes)
-    print(bench.format_input(report))
     if args.out:
         aot.write_report(args.out, report)
+    print(bench.format_input(report))
+    if args.out:
         print(f"wrote {args.out}")

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from align_jax import __version__
-from align_jax.cli import bench_verbs, data_verbs, model_verbs
+from align_jax.cli import bench_verbs, data_verbs, model_verbs, output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,6 +22,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     if rest and not args.takes_config:
         parser.error(f"unrecognised argument {rest[0]!r}; see `align {args.verb} --help`.")
+    with output.kept_safe() as printed:
+        code = _run(args, rest)
+    if printed.error is not None:
+        return _fail(OSError(f"cannot print: {printed.error}"), args.debug, 1)
+    return code
+
+
+def _run(args: argparse.Namespace, rest: list[str]) -> int:
     try:
         args.run(args, rest)
     except (ValueError, *_WRONG_PATH) as error:
@@ -176,11 +184,12 @@ def _evaluate(args, rest) -> None:
     if not evaluators:
         raise ValueError(f"{args.model} names no evaluators; give --retrieval or --zeroshot.")
     results = evals.run_evaluators(evaluators, model)
-    print(evals.format_table(results))
     out = args.out or (config is not None and Path(args.model) / "eval" / "align_eval.json")
     if out:
         origin = {"workdir": model.origin.name, "step": model.origin.step}
         evals.write_json(out, results, {**origin, "evaluators": chosen})
+    print(evals.format_table(results))
+    if out:
         print(f"wrote {out}")
 
 
@@ -207,9 +216,10 @@ def _compile(args, rest) -> None:
         "slices": args.slices,
         **aot.compile_report(config, devices),
     }
-    print(aot.format_report(report))
     if args.out:
         aot.write_report(args.out, report)
+    print(aot.format_report(report))
+    if args.out:
         print(f"wrote {args.out}")
     if not report["fits"]:
         raise RuntimeError(f"{report['config']} does not fit; see the report above.")
