@@ -25,6 +25,7 @@ from align_jax.data.sources.packed import find_tfds_folder
 from align_jax.run.progress import show_progress
 from align_jax.storage.paths import find_paths
 from align_jax.storage.problems import Problems
+from align_jax.storage.text import check_caption, read_blocks
 
 FORMATS = ("npy", "parquet")
 
@@ -106,17 +107,20 @@ def open_texts(spec: str) -> Items:
         )
     if not os.path.isfile(spec):
         raise ValueError(f"{spec} does not exist; name a file with one text a line, or pairs.")
-    with open(spec, encoding="utf-8-sig") as file:
-        texts = [line.rstrip("\r\n") for line in file]
+    problems, texts = Problems(), []
+    for block in read_blocks(spec):
+        for i in sorted(block.repaired):
+            problems.add("text_repaired", f"{spec}:{block.first + i}")
+        texts += block.lines
     if not texts:
         raise ValueError(f"{spec} holds no text.")
     return Items(
         "text",
         len(texts),
-        lambda index: [(str(index + 1), texts[index])],
+        lambda index: [(str(index + 1), check_caption(texts[index], f"{spec}:{index + 1}"))],
         lambda index: f"{spec}:{index + 1}",
         f"{len(texts)} lines {_digest(texts)}",
-        Problems(),
+        problems,
     )
 
 

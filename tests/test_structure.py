@@ -51,6 +51,38 @@ ONLY_IN = {
     "starlette": ("serve",),
 }
 
+# Who may open files itself: all else that a user wrote goes through storage/text.py.
+OPENS = {
+    "config.py": "JSON of a workdir, written here",
+    "curate/filter/curate.py": "reports written here",
+    "curate/filter/report.py": "writes",
+    "curate/filter/presets/__init__.py": "Python code, for Python",
+    "curate/near_duplicates/decontaminate.py": "writes",
+    "curate/near_duplicates/image_sets.py": "manifests written here",
+    "curate/pack/finish.py": "results of units, written here",
+    "curate/pack/key_lists.py": "writes",
+    "curate/pack/pack.py": "a lock",
+    "curate/pack/unit.py": "writes",
+    "curate/scan.py": "parts written here",
+    "data/images.py": "bytes of images",
+    "data/read_ahead.py": "shared memory",
+    "data/sources/archives.py": "bytes of archives and files",
+    "data/sources/img2dataset.py": "statistics of img2dataset",
+    "data/tokenizer.py": "tokenizer folders, written by transformers or here",
+    "data/vocabulary.py": "counts written here",
+    "embed.py": "manifests written here",
+    "hf/convert.py": "Hugging Face folders",
+    "hf/hub.py": "Hugging Face folders",
+    "hf/processor.py": "Hugging Face folders",
+    "hf/weights.py": "Hugging Face folders",
+    "run/init_from.py": "Hugging Face folders",
+    "run/metrics.py": "metrics written here",
+    "run/workdir.py": "workdirs written here",
+    "storage/identity.py": "bytes to hash",
+    "storage/text.py": "the door",
+    "storage/writing.py": "the other door",
+}
+
 
 def part_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
@@ -127,3 +159,16 @@ def test_public_functions_and_classes_have_docstrings():
                 if not ast.get_docstring(node):
                     missing.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
     assert not missing
+
+
+def test_text_of_users_is_opened_at_its_door_only():
+    for path in MODULES:
+        place = path.relative_to(PACKAGE).as_posix()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            if name == "open" or name.endswith((".read_text", ".read_bytes")):
+                assert place in OPENS or name == "text.read_text", f"{place}:{node.lineno}"
+            if place.startswith(("data/sources", "curate/filter", "evals", "cli")):
+                assert not name.endswith(("csv.DictReader", "csv.field_size_limit")), place

@@ -18,7 +18,6 @@ MAX_CAPTION_CHARS = 2**17  # a caption that is longer is a page, or an unclosed 
 MAX_LINE_BYTES = 2**24  # of bulk files, and of a file of captions beside an image
 MAX_FILE_BYTES = 2**30  # of files written by hand
 _BLOCK_BYTES = 2**22
-_SHOWN_CHARS = 200  # of a line that is left out
 
 _BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -204,7 +203,7 @@ def _decode(first: int, data: bytes, num_bytes: int) -> Block:
     if len(data) > MAX_LINE_BYTES:
         too_long = [i for i, line in enumerate(lines) if len(line.encode()) > MAX_LINE_BYTES]
         for i in too_long:
-            lines[i] = lines[i][:_SHOWN_CHARS]
+            lines[i] = lines[i][: MAX_CAPTION_CHARS + 1]  # too long for a caption, too
     return Block(first, lines, frozenset(repaired), frozenset(too_long), num_bytes)
 
 
