@@ -117,6 +117,7 @@ def test_an_image_is_the_first_of_hash_url_and_key_that_the_row_has(tmp_path):
         (None, "u3", "k3"),
         (None, "u3", "k4"),  # that of the url above
         ("", "", "k5"),  # an empty string is no value
+        ("", "u4", "k7"),
         (None, None, "k5"),  # that of the key above
         (None, None, "k6"),
         (None, None, None),  # two that nothing tells apart are two
@@ -124,14 +125,14 @@ def test_an_image_is_the_first_of_hash_url_and_key_that_the_row_has(tmp_path):
     ]
     hashes, urls, keys = zip(*rows, strict=True)
     table = {"phash": hashes, "url": urls, "key": keys, "text": ["x"] * len(rows)}
-    for at_most, kept in ((5, 0), (6, len(rows))):  # h, u3, k5, k6, and two
+    for at_most, kept in ((6, 0), (7, len(rows))):  # h, u3, k5, u4, k6, and two
         made, _ = curate_table(
             tmp_path / f"{at_most}", table, f"images_per_text(at_most={at_most})"
         )
         assert made["rows_kept"] == kept
     table["text"] = [f"text {row}" for row in range(len(rows))]
     made, _ = curate_table(tmp_path / "texts", table, "texts_per_image(at_most=1)")
-    assert made["rows_kept"] == 3  # k6 and the last two
+    assert made["rows_kept"] == 4  # u4, k6 and the last two
 
 
 @pytest.mark.parametrize("own", ["url", "key", None])
