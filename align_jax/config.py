@@ -15,6 +15,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from align_jax.storage.text import read_text
+
 
 def default_config() -> ConfigDict:
     """Returns the base configuration: the paper's recipe for EfficientNet-B7 + BERT-base.
@@ -225,8 +227,7 @@ def _complete_mixture(config: ConfigDict) -> None:
 def _run_file(path: str, arguments: Sequence[str]) -> ConfigDict:
     """Returns what `get_config` of the file does."""
     try:
-        with open(path, encoding="utf-8") as file:
-            code = compile(file.read(), path, "exec")
+        code = compile(read_text(path), path, "exec")
         content = {"__name__": "config", "__file__": path}
         exec(code, content)
         config = content["get_config"](*arguments) if "get_config" in content else None

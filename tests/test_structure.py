@@ -53,7 +53,6 @@ ONLY_IN = {
 
 # Who may open files itself: all else that a user wrote goes through storage/text.py.
 OPENS = {
-    "config.py": "JSON of a workdir, written here",
     "curate/filter/curate.py": "reports written here",
     "curate/filter/report.py": "writes",
     "curate/filter/presets/__init__.py": "Python code, for Python",

@@ -6,6 +6,7 @@ import random
 import pytest
 
 from align_jax.cli import model_verbs
+from align_jax.config import load_config
 from align_jax.curate.filter import metadata_entries, rules
 from align_jax.data.sources import files
 from align_jax.evals import templates
@@ -161,5 +162,8 @@ def test_no_first_line_keeps_its_byte_order_mark(tmp_path):
     assert templates.load_templates(str(prompts)) == ("a {}",)
     listed = write(tmp_path / "domains.txt", bom + b"bad.com\r\n# no\nworse.org # yes\n")
     assert rules._listed(listed) == ["bad.com", "worse.org"]
+    config = "from align_jax.config import default_config as get_config\r\n"
+    config = write(tmp_path / "config.py", bom + config.encode())
+    assert load_config(str(config), []).train.batch_size
     classes = write(tmp_path / "classes.tsv", bom + b"0\tn01\tcat\r\n1\tn02\tdog\r\n")
     assert files._read_classes(str(classes)) == (("cat", "dog"), {"n01": 0, "n02": 1})
