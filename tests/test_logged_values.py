@@ -74,5 +74,5 @@ def test_chance_is_twice_the_logarithm_of_the_batch(command, monkeypatch):
     drawn = []
     monkeypatch.setattr(train.plots, "write_plots", lambda *_, **options: drawn.append(options))
     Values(lambda step: {}).patch(monkeypatch)
-    assert command("chance", "train.batch_size=4") == 0
-    assert drawn and {options["chance_loss"] for options in drawn} == {2 * math.log(4)}
+    assert command("chance", "train.batch_size=16") == 0
+    assert drawn and {options["chance_loss"] for options in drawn} == {2 * math.log(16)}

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from array_record.python.array_record_module import ArrayRecordReader
 from helpers import error_of
 from PIL import Image
 
@@ -177,3 +178,20 @@ def test_resize_shrinks_the_short_side_and_leaves_smaller_images_alone(tmp_path)
     expected = Image.fromarray(images.decode_image(records[0].image)).resize((192, 64))
     difference = np.abs(images.decode_image(stored["wide"]).astype(int) - np.asarray(expected))
     assert difference.mean() < 2
+
+
+def test_shrunk_images_are_bicubic_jpegs_of_quality_95(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
+    pack(InMemory([Record("noise", pixels, ("a",))]), tmp_path / "out", resize_px=30)
+    expected = io.BytesIO()
+    small = Image.fromarray(pixels).resize((45, 30), Image.Resampling.BICUBIC)
+    small.save(expected, "JPEG", quality=95)
+    assert read(tmp_path / "out")[0].image == expected.getvalue()
+
+
+def test_packed_records_are_stored_one_by_one(tmp_path):
+    pack(InMemory(RECORDS[:3]), tmp_path / "out")
+    (shard,) = tmp_path.rglob("*.array_record*")
+    reader = ArrayRecordReader(str(shard))
+    assert "group_size:1," in f"{reader.writer_options_string()},"
+    reader.close()
