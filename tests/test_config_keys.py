@@ -1,0 +1,414 @@
+"""Every key of the config does something: a changed value changes what the key governs.
+
+For each key of `default_config()` the table names a value and what must then differ: the program
+of the train step, the first weights, the batches, a file or the behaviour of the loop. A new key
+fails here until it has a row. That a change is the *right* one is for test_golden to say.
+"""
+
+import functools
+import multiprocessing
+import threading
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from helpers import StubStep, read_checkpoint, read_lines, saved_steps, write_table
+from ml_collections import ConfigDict
+from PIL import Image
+
+from align_jax import align, config_checks, mesh, train, trees
+from align_jax import config as config_lib
+from align_jax.models import layers
+
+BASE = {
+    "model.image.variant": "pico",
+    "model.text.variant": "tiny",
+    "model.embed_dim": 32,
+    "model.dtype": "float32",
+    "model.bn_group_size": 4,
+    "data.source": "one.jsonl?images=images",
+    "data.image_size": 33,
+    "data.resize_size": 40,
+    "data.resize": "pil",
+    "data.max_tokens": 8,
+    "data.num_threads": 1,
+    "data.vocab_size": 130,
+    "optim.warmup_steps": 1,
+    "optim.weight_decay": 0.1,
+    "optim.temperature": "log",
+    "train.batch_size": 8,
+    "train.steps": 4,
+    "checkpoint.every_steps": 4,
+    "log.every_steps": 1,
+}
+RING = {"loss.form": "ring"}
+SIGMOID = {"loss.kind": "sigmoid", "loss.label_smoothing": 0.0}
+FROZEN = {"model.bn_mode": "frozen"}
+OFTEN = {"checkpoint.every_steps": 1}
+EVALUATOR = {"type": "retrieval", "source": "one.jsonl?images=images"}
+
+# What a run shows; each is a function of a `Lab` and of the changes to BASE.
+
+
+def program(lab, changes):
+    """The train step as it is handed to the compiler."""
+    return lab.program(lab.config(changes))
+
+
+def lowered(config):
+    one_device = mesh.make_mesh(1, 1, devices=jax.devices()[:1])
+    *_, abstract, step_fn = train.make_program(config, one_device, vocab_size=60)
+    batch, size, length = (
+        config.train.batch_size,
+        config.data.image_size,
+        config.data.max_tokens,
+    )
+    shapes = {
+        "image": ((batch, size, size, 3), np.uint8),
+        "ids": ((batch, length), np.int32),
+        "mask": ((batch, length), np.int32),
+        "index": ((batch,), np.int32),
+        "caption_hash": ((batch, 2), np.uint32),
+        "image_hash": ((batch, 2), np.uint32),
+    }
+    rows = mesh.batch_sharding(one_device)
+    arrays = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+        for name, (shape, dtype) in shapes.items()
+    }
+    return step_fn.lower(abstract, arrays).as_text()
+
+
+def batches(lab, changes):
+    return lab.run(changes).batches
+
+
+def order(lab, changes):
+    """Which records the batches hold, whatever is made of them."""
+    return [content for (_, name), content in batches(lab, changes).items() if name == "index"]
+
+
+def weights(lab, changes):
+    """All the tensors of the first checkpoint: the stub step leaves them as they were drawn."""
+    run = lab.run(changes)
+    content = read_checkpoint(run.workdir, min(saved_steps(run.workdir)))
+    return {name: array.tobytes() for name, array in content.items()}
+
+
+def tokenizer(lab, changes):
+    return (lab.run(changes).workdir / "tokenizer" / "vocab.txt").read_text()
+
+
+def lines(lab, changes):
+    return [line["step"] for line in read_lines(lab.run(changes).workdir / "metrics.jsonl")]
+
+
+def checkpoints(lab, changes):
+    return saved_steps(lab.run(changes).workdir)
+
+
+def evaluations(lab, changes):
+    return lab.run(changes).evaluations
+
+
+def mesh_shape(lab, changes):
+    """The mesh over the eight devices, or why there is none."""
+    return lab.until_program(changes)
+
+
+def threads(lab, changes):
+    """Whether two threads build batches at a time."""
+    return lab.run(changes).threads > 1
+
+
+def children(lab, changes):
+    return lab.run(changes).children
+
+
+TABLE = {
+    "init_from": [("before", weights)],
+    "init_towers": [("text", weights, {"init_from": "before"})],
+    "model.image.variant": [("nano", program)],
+    "model.image.drop_path_rate": [(0.3, program)],
+    "model.text.variant": [("mini", program)],
+    "model.text.dropout_rate": [(0.3, program)],
+    "model.text.max_positions": [(50, program)],
+    "model.embed_dim": [(40, program)],
+    "model.dtype": [("bfloat16", program)],
+    "model.padding": [("same", program)],
+    "model.bn_mode": [("frozen", program), ("global", program)],
+    "model.bn_group_size": [(2, program)],
+    "model.bn_decay": [(0.9, program)],
+    "model.remat": [("dots", program), ("block", program)],
+    "model.scan_layers": [(True, program)],
+    "data.source": [("two.jsonl?images=images", batches)],
+    "data.mixture": [
+        ({"b": {"source": "two.jsonl?images=images", "weight": 1.0}}, batches, {"data.source": ""})
+    ],
+    "data.image_size": [(32, batches)],
+    "data.resize_size": [(41, batches)],
+    "data.resize": [("tf", batches)],
+    "data.decode": [("reduced", batches)],
+    "data.flip": [(False, batches)],
+    "data.max_tokens": [(6, batches)],
+    "data.tokenizer": [("vocab.txt", batches), ("vocab.txt", tokenizer)],
+    "data.vocab_size": [(110, tokenizer)],
+    "data.num_threads": [(2, threads)],
+    "data.num_workers": [(1, children)],
+    "loss.kind": [("sigmoid", program, {"loss.label_smoothing": 0.0})],
+    "loss.form": [("ring", program), ("dense", program)],
+    "loss.tile_size": [(3, program, RING)],
+    "loss.label_smoothing": [(0.2, program), (0.2, program, RING)],
+    "loss.temperature_init": [(0.5, weights)],
+    "loss.bias_init": [(-5.0, weights, SIGMOID)],
+    "loss.mask_duplicates": [("image", program), ("caption", program), ("both", batches)],
+    "loss.negatives": [(0.5, program)],
+    "optim.name": [("adamw", program), ("lion", program)],
+    "optim.learning_rate": [(0.1, program)],
+    "optim.warmup_steps": [(2, program)],
+    "optim.schedule": [("cosine", program)],
+    "optim.weight_decay": [(0.2, program)],
+    "optim.b1": [(0.8, program)],
+    "optim.b2": [(0.9, program)],
+    "optim.eps": [(1e-4, program)],
+    "optim.momentum_dtype": [("bfloat16", program)],
+    "optim.clip_norm": [(1.0, program)],
+    "optim.no_decay": [((), program)],
+    "optim.no_trust_ratio": [((), program)],
+    "optim.temperature": [("same", program), ("fixed", program)],
+    "optim.temperature_lr_multiplier": [(2.0, program)],
+    "optim.image_lr_multiplier": [(0.5, program), (0.0, program, FROZEN)],
+    "optim.text_lr_multiplier": [(0.5, program)],
+    # With as many devices as there are, `data` can only be what `fsdp` leaves, or be refused.
+    "mesh.data": [(2, mesh_shape)],
+    "mesh.fsdp": [(4, mesh_shape)],
+    "train.batch_size": [(16, batches)],
+    "train.steps": [(5, lines), (5, program)],
+    "train.microbatches": [(2, program)],
+    "train.seed": [(1, program), (1, batches), (1, order), (1, weights)],
+    "checkpoint.every_steps": [(2, checkpoints)],
+    "checkpoint.keep": [(2, checkpoints, OFTEN)],
+    "eval.every_steps": [(2, evaluations)],
+    "eval.batch_size": [(64, evaluations)],
+    "eval.evaluators": [({"own": EVALUATOR}, evaluations)],
+    "log.every_steps": [(2, lines)],
+}
+
+
+class Stop(Exception):
+    """Ends a run where the observer has seen enough."""
+
+
+class Run:
+    """A run of the loop with a step that does nothing but look at its batch."""
+
+    def __init__(self, lab, config, workdir):
+        self.workdir, self.evaluations, self.children = workdir, [], 0
+        self._readers, self._changed = set(), threading.Condition()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(lab.folder)
+            stub = StubStep(self._count_children).patch(patch)
+            self._watch_source(patch)
+            self._watch_evaluators(patch)
+            patch.setattr(train.plots, "write_plots", lambda *args, **kwargs: None)
+            train.train_and_evaluate(config, workdir)
+        self.threads = len(self._readers)
+        self.batches = {
+            (step, name): (array.shape, array.tobytes())
+            for step, (batch,) in stub.batches.items()
+            for name, array in batch.items()
+        }
+
+    def _count_children(self, step):
+        self.children = max(self.children, len(multiprocessing.active_children()))
+        return 1.0
+
+    def _watch_source(self, patch):
+        run, open_sources = self, train.mixture.open_sources
+
+        def watched(*args):
+            source = open_sources(*args)
+            if len(getattr(source, "sources", "1")) > 1:
+                return source
+            read = type(source).__getitem__
+
+            def getitem(source, index):
+                with run._changed:
+                    first = not run._readers
+                    run._readers.add(threading.get_ident())
+                    run._changed.notify_all()
+                    if first:  # gives a second thread, if there is one, the time to come
+                        run._changed.wait_for(lambda: len(run._readers) > 1, timeout=0.5)
+                return read(source, index)
+
+            patch.setattr(type(source), "__getitem__", getitem)
+            return source
+
+        if multiprocessing.parent_process() is None:
+            patch.setattr(train.mixture, "open_sources", watched)
+
+    def _watch_evaluators(self, patch):
+        run, make = self, train.evals_lib.make_evaluators
+
+        class Probe:
+            name = "probe"
+
+            def __init__(self, names):
+                self._names = names
+
+            def __call__(self, model):
+                model.encode_text(["a red square"])
+                run.evaluations.append(tuple(self._names))
+                return {"calls": len(run.evaluations)}
+
+        def encode(*args, batch_size, **kwargs):
+            run.evaluations.append(batch_size)
+            return np.zeros((1, 2), np.float32)
+
+        patch.setattr(align.encode, "encode", encode)
+        patch.setattr(
+            train.evals_lib,
+            "make_evaluators",
+            lambda config: [Probe([evaluator.name for evaluator in make(config)])],
+        )
+        patch.setattr(train.evals_lib, "format_table", str)
+
+
+class Lab:
+    """Data to train on, and the runs that were made of it, each once."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self._runs, self._programs = {}, {}
+
+    def program(self, config):
+        key = config_lib.to_json(config)
+        if key not in self._programs:
+            self._programs[key] = lowered(config)
+        return self._programs[key]
+
+    def config(self, changes):
+        c = config_lib.default_config()
+        changes = BASE | changes
+        groups = {k: v for k, v in changes.items() if isinstance(v, dict)}
+        c.update_from_flattened_dict({k: v for k, v in changes.items() if k not in groups})
+        for key, value in groups.items():
+            group, name = key.split(".")
+            c[group][name] = ConfigDict(value)
+        return c.lock()
+
+    def run(self, changes, repeat=0):
+        config = self.config(changes)
+        key = (config_lib.to_json(config), repeat)
+        if key not in self._runs:
+            self._runs[key] = Run(self, config, self.folder / f"run{len(self._runs)}")
+        return self._runs[key]
+
+    def until_program(self, changes):
+        def make_program(config, mesh_, **kwargs):
+            raise Stop(dict(mesh_.shape))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.folder)
+            patch.setattr(train, "make_program", make_program)
+            try:
+                train.train_and_evaluate(self.config(changes), self.folder / "mesh")
+            except (Stop, ValueError) as end:
+                return str(end)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_depthwise():
+    # The form of CPUs has a multiplication for each pixel of a kernel: slow to trace.
+    with mock.patch.object(layers, "depthwise_conv", layers.native_depthwise_conv):
+        yield
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lab")
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        pixels = rng.integers(0, 256, (90, 100, 3), np.uint8).repeat(2, 0).repeat(2, 1)
+        Image.fromarray(pixels).save(folder / "images" / f"{i}.jpg")
+    words = ["".join(letters) for letters in rng.choice(list("abcdefgh"), (40, 6))]
+    for table, start in (("one", 0), ("two", 4)):
+        rows = [
+            {"image": f"{i}.jpg", "captions": [" ".join(rng.choice(words, 6)) for _ in range(8)]}
+            for i in range(start, start + 6)
+        ]
+        write_table(folder / f"{table}.jsonl", rows)
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (folder / "vocab.txt").write_text("\n".join(specials + words[::2]) + "\n")
+    made = Lab(folder)
+    before = made.run({"train.seed": 11, "data.tokenizer": "vocab.txt"})
+    before.workdir.rename(folder / "before")
+    return made
+
+
+CASES = [(key, *case) for key, cases in TABLE.items() for case in cases]
+
+
+@functools.cache
+def keys_of_config():
+    def flat(config, prefix=""):
+        for key, value in config.items():
+            if isinstance(value, ConfigDict) and key not in ("mixture", "evaluators"):
+                yield from flat(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}"
+
+    return set(flat(config_lib.default_config()))
+
+
+def test_every_key_has_a_row_and_every_row_a_key():
+    assert keys_of_config() == TABLE.keys()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "observer", "base"),
+    [(*case[:3], case[3] if len(case) > 3 else {}) for case in CASES],
+    ids=[f"{case[0]}={case[1]}-{case[2].__name__}"[:60] for case in CASES],
+)
+def test_changed_key_changes_what_it_governs(lab, key, value, observer, base):
+    if key == "data.mixture":  # the same source, but by another door
+        base = base | {"data.mixture": {"a": {"source": BASE["data.source"], "weight": 1.0}}}
+    elif observer is mesh_shape:
+        base = base | {"mesh.fsdp": 2}
+    changed = base | {key: value}
+    assert lab.config(changed) != lab.config(base)
+    if observer is not mesh_shape:
+        for config in (lab.config(base), lab.config(changed)):
+            config_checks.validate(config, num_devices=1)
+    assert observer(lab, changed) != observer(lab, base)
+
+
+@pytest.mark.parametrize(
+    "key", [key for key, cases in TABLE.items() if len({str(case[0]) for case in cases}) > 1]
+)
+def test_values_of_a_key_differ_from_each_other(lab, key):
+    cases = [case for case in TABLE[key] if len(case) == 2 and case[1] is program]
+    seen = [program(lab, {key: value}) for value, _ in cases]
+    assert len(set(seen)) == len(cases)
+
+
+def test_equal_configs_show_no_difference(lab):
+    left, right = lab.run({}), lab.run({}, repeat=1)
+    assert left.workdir != right.workdir
+    assert left.batches == right.batches
+    assert (left.threads > 1, left.children) == (right.threads > 1, right.children) == (False, 0)
+    assert left.evaluations == right.evaluations
+    contents = [read_checkpoint(run.workdir, 4) for run in (left, right)]
+    assert {n: a.tobytes() for n, a in contents[0].items()} == {
+        n: a.tobytes() for n, a in contents[1].items()
+    }
+    assert program(lab, {}) == lowered(lab.config({}))
+
+
+def test_state_is_donated_whole(lab):
+    one_device = mesh.make_mesh(1, 1, devices=jax.devices()[:1])
+    _, _, abstract, _ = train.make_program(lab.config({}), one_device, vocab_size=60)
+    donated = program(lab, {}).count("tf.aliasing_output")
+    assert donated == len(trees.named_leaves(abstract))
