@@ -162,7 +162,12 @@ TABLE = {
     "loss.label_smoothing": [(0.2, program), (0.2, program, RING)],
     "loss.temperature_init": [(0.5, weights)],
     "loss.bias_init": [(-5.0, weights, SIGMOID)],
-    "loss.mask_duplicates": [("image", program), ("caption", program), ("both", batches)],
+    "loss.mask_duplicates": [
+        ("image", program),
+        ("caption", program),
+        ("both", program),
+        ("both", batches),
+    ],
     "loss.negatives": [(0.5, program)],
     "optim.name": [("adamw", program), ("lion", program)],
     "optim.learning_rate": [(0.1, program)],
