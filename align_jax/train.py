@@ -236,6 +236,7 @@ class _Run:
         if step % self.config.log.every_steps == 0 or step == self.config.train.steps:
             totals = zip(pipeline.DROP_REASONS, self._all_dropped().tolist(), strict=True)
             data = {f"data/dropped_{reason}": count for reason, count in totals if count}
+            data |= {f"data/problems/{k}": count for k, count in self.source.problems.items()}
             epochs = mixture.epochs(self.source, step * self.config.train.batch_size)
             data |= {f"data/{key}": count for key, count in epochs.items()}
             self.writer.write(step, {f"train/{k}": v for k, v in values.items()} | data)
@@ -268,13 +269,15 @@ class _Run:
         self.evaluated_step = step
         if not self.is_lead:
             return
+        problems = evals_lib.problems_of(self.evaluators)
         if self.results:
             self.writer.write(step, {f"eval/{key}": v for key, v in self.results.items()})
-            self.progress.log(f"step {step}\n{evals_lib.format_table(self.results)}")
+            self.progress.log(f"step {step}\n{evals_lib.format_table(self.results, problems)}")
             evals_lib.write_json(
                 self.path / "eval" / f"step_{step:08d}.json",
                 self.results,
                 {"workdir": self.path.name, "step": step, "config": self.config.to_dict()},
+                problems,
             )
         for evaluator in self.evaluators:
             if isinstance(evaluator, evals_lib.Retrieval):

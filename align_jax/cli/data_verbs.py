@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 
 from align_jax.run.progress import num_cores, show_progress
-from align_jax.storage.problems import Problems
+from align_jax.storage.problems import Problems, report
 
 
 def add_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -226,9 +226,9 @@ def _vocab(args, rest) -> None:
         raise ValueError(
             f"--size {args.size} is too small; use at least {tokenizer.MIN_VOCAB_SIZE}."
         )
+    problems = Problems()
     if captions.is_table(args.source):
         paths = captions.find_tables(args.source)
-        problems = Problems()
         num_bytes = sum(os.path.getsize(path) for path in paths)
         batches = (b for p in paths for b in captions.read_captions(p, problems, args.column))
         batches = show_progress(batches, num_bytes, "count words", "byte", size=lambda b: b[1])
@@ -236,7 +236,9 @@ def _vocab(args, rest) -> None:
     elif args.column:
         raise ValueError(f"--column is for tables of captions; {args.source} is none.")
     else:
-        texts = workdir.captions(sources.open_source(args.source))
+        source = sources.open_source(args.source)
+        problems.merge(source.problems)
+        texts = workdir.captions(source, problems)
         texts = show_progress(texts, None, "count words", "caption")
     os.makedirs(args.out, exist_ok=True)  # no hours of work for a folder that cannot be made
     trained = tokenizer.train_wordpiece(
@@ -246,4 +248,5 @@ def _vocab(args, rest) -> None:
         progress=show_progress,
     )
     trained.save(args.out)
+    report(problems, args.source)
     print(f"wrote {trained.vocab_size} wordpieces to {args.out} ({trained.fingerprint()})")

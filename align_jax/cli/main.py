@@ -184,11 +184,12 @@ def _evaluate(args, rest) -> None:
     if not evaluators:
         raise ValueError(f"{args.model} names no evaluators; give --retrieval or --zeroshot.")
     results = evals.run_evaluators(evaluators, model)
+    problems = evals.problems_of(evaluators)
     out = args.out or (config is not None and Path(args.model) / "eval" / "align_eval.json")
     if out:
         origin = {"workdir": model.origin.name, "step": model.origin.step}
-        evals.write_json(out, results, {**origin, "evaluators": chosen})
-    print(evals.format_table(results))
+        evals.write_json(out, results, {**origin, "evaluators": chosen}, problems)
+    print(evals.format_table(results, problems))
     if out:
         print(f"wrote {out}")
 

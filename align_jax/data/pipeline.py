@@ -24,17 +24,11 @@ from ml_collections import ConfigDict
 
 from align_jax.data import images, mixture, read_ahead
 from align_jax.data.sources.open_source import PairSource
-from align_jax.data.sources.record import Record
+from align_jax.data.sources.record import UNUSABLE_REASONS, Record, is_usable
 from align_jax.data.tokenizer import Tokenizer
 from align_jax.storage.problems import reason_of
 
-DROP_REASONS = (
-    *images.BAD_IMAGE_REASONS,
-    "caption_empty",
-    "record_unreadable",
-    "caption_not_utf8",
-    "caption_too_long",
-)  # checkpoints hold their counts in this order: add new ones at the end
+DROP_REASONS = UNUSABLE_REASONS
 _MAX_DRAWS = 100  # records tried for one row; all of them bad means the source is at fault
 _MAX_STEPS = 2**48
 
@@ -271,7 +265,7 @@ class _BatchBuilder:
 
 def _choose_caption(record: Record, rng: np.random.Generator) -> str | None:
     """Returns one of the captions that are not blank, by their weights; None if all are."""
-    usable = [i for i, caption in enumerate(record.captions) if caption.strip()]
+    usable = [i for i, caption in enumerate(record.captions) if is_usable(caption)]
     if not usable:
         return None
     if not record.weights:

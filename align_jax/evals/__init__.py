@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from align_jax.evals.gallery import retrieval_gallery
 from align_jax.evals.retrieval import Retrieval
 from align_jax.evals.zeroshot import ZeroShot
+from align_jax.storage.problems import Problems
 
 __all__ = [
     "Evaluator",
@@ -24,6 +25,7 @@ __all__ = [
     "format_probabilities",
     "format_table",
     "make_evaluators",
+    "problems_of",
     "retrieval_gallery",
     "run_evaluators",
     "write_json",
@@ -100,14 +102,27 @@ def run_evaluators(evaluators: Sequence[Evaluator], model: Any) -> dict[str, flo
     return results
 
 
-def format_table(results: Mapping[str, float]) -> str:
+def problems_of(evaluators: Sequence[Evaluator]) -> dict[str, Problems]:
+    """Returns what each evaluator left out in its last call, with the first of each kind."""
+    return {e.name: e.problems for e in evaluators if getattr(e, "problems", None)}
+
+
+def format_table(
+    results: Mapping[str, float], problems: Mapping[str, Problems] | None = None
+) -> str:
     """Returns the results of `run_evaluators` as text tables, one for each kind of evaluator.
 
     Recalls and accuracies are in percent; each has the chance level of a random ranking beside it.
+    Both are over what was evaluated; what was left out follows, a line an evaluator.
+
+    Args:
+      results: `<name>/<metric>` -> value.
+      problems: from `problems_of`, to name the first of each kind.
     """
     by_name: dict[str, dict[str, float]] = {}
     for key, value in results.items():
-        name, metric = key.rsplit("/", 1)
+        name, mark, metric = key.partition("/problems/")
+        name, metric = (name, mark[1:] + metric) if mark else key.rsplit("/", 1)
         by_name.setdefault(name, {})[metric] = value
     retrieval = {name: m for name, m in by_name.items() if "image_to_text_r1" in m}
     zeroshot = {name: m for name, m in by_name.items() if "top1" in m}
@@ -116,7 +131,19 @@ def format_table(results: Mapping[str, float]) -> str:
         tables.append(_align_columns(_retrieval_rows(retrieval)))
     if zeroshot:
         tables.append(_align_columns(_zeroshot_rows(zeroshot)))
-    return "\n\n".join(tables)
+    notes = [_note(name, metrics, (problems or {}).get(name)) for name, metrics in by_name.items()]
+    notes = "\n".join(filter(None, notes))
+    return "\n\n".join([*tables, notes] if notes else tables)
+
+
+def _note(name: str, metrics: Mapping[str, float], problems: Problems | None) -> str:
+    counts = {k.partition("/")[2]: v for k, v in metrics.items() if k.startswith("problems/")}
+    if not counts:
+        return ""
+    text = problems or "; ".join(f"{reason}: {count:,}" for reason, count in counts.items())
+    if not metrics["num_skipped"]:
+        return f"{name}: nothing left out; beside the data: {text}"
+    return f"{name}: {metrics['num_skipped']:,} left out, the scores are over the rest: {text}"
 
 
 def format_probabilities(
@@ -145,17 +172,25 @@ def format_probabilities(
 
 
 def write_json(
-    path: str | os.PathLike, results: Mapping[str, float], provenance: Mapping[str, Any]
+    path: str | os.PathLike,
+    results: Mapping[str, float],
+    provenance: Mapping[str, Any],
+    problems: Mapping[str, Problems] | None = None,
 ) -> None:
     """Writes `{"provenance": ..., "results": {"<name>/<metric>": ...}}`, whole or not at all.
+
+    Where there are problems, `"problems": {"<name>": {"<reason>": {"count": ..., "first": ...}}}`.
 
     Args:
       results: what `run_evaluators` returns.
       provenance: what was evaluated (workdir or folder, step, config, versions); must suit JSON.
+      problems: from `problems_of`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"provenance": dict(provenance), "results": dict(results)}
+    if problems:
+        content["problems"] = {name: found.to_json() for name, found in problems.items()}
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
     os.replace(temporary, path)

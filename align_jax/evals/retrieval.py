@@ -12,8 +12,10 @@ import numpy as np
 
 from align_jax.data.images import decode_image
 from align_jax.data.sources.open_source import open_source
+from align_jax.data.sources.record import is_usable
 from align_jax.evals.ranking import pair_ranks
-from align_jax.evals.records import encode_records
+from align_jax.evals.records import count_problems, encode_records, name_of
+from align_jax.storage.problems import Problems, reason_of
 
 
 def retrieval_ranks(
@@ -94,23 +96,27 @@ class Retrieval:
         if not self._num_records:
             raise ValueError(f"The source of evaluator '{name}' holds no record.")
         self.embeddings: RetrievalEmbeddings | None = None
+        self.problems = Problems()
 
     def __call__(self, model: Any) -> dict[str, float]:
-        """Returns the metrics of `retrieval_recalls` and `num_skipped`.
+        """Returns the metrics of `retrieval_recalls`, `num_skipped` and `problems/<reason>`.
 
-        `num_skipped` counts the records left out: unreadable, not an image, or without a caption.
+        `num_skipped` counts all that was meant to be evaluated and is not: what the source misses,
+        and what is unreadable, no image, or without a caption. `self.problems` names the first.
 
         Raises:
           ValueError: if no record can be used.
         """
+        self.problems = problems = Problems()
+        problems.merge(self.source.problems)
         captions = [self._captions(index) for index in range(self._num_records)]
         captioned = [index for index, texts in enumerate(captions) if texts]
-        z_image, is_readable = encode_records(model, self.source, captioned)
+        z_image, is_readable = encode_records(model, self.source, captioned, problems)
         records = [index for index, kept in zip(captioned, is_readable, strict=True) if kept]
-        num_skipped = self._num_records - len(records)
         if not records:
             raise ValueError(
-                f"None of the {num_skipped} records has both a caption and a readable image."
+                f"None of the {self._num_records} records has both a caption and a readable image: "
+                f"{problems}."
             )
         z_image = z_image[is_readable]
         texts = [text for index in records for text in captions[index]]
@@ -118,17 +124,21 @@ class Retrieval:
         rows = np.repeat(np.arange(len(records)), [len(captions[index]) for index in records])
         image_ranks, text_ranks = retrieval_ranks(z_image, z_text, rows)
         self.embeddings = RetrievalEmbeddings(z_image, z_text, rows, text_ranks, texts, records)
-        return retrieval_recalls(image_ranks, text_ranks) | {"num_skipped": num_skipped}
+        return retrieval_recalls(image_ranks, text_ranks) | count_problems(problems)
 
     def load_image(self, row: int) -> np.ndarray:
         """Returns the image [H, W, 3] uint8 of a row of `self.embeddings.z_image`."""
         return decode_image(self.source[self.embeddings.records[row]].image)
 
     def _captions(self, index: int) -> list[str]:
+        reason = "caption_empty"
         try:
-            return [text for text in self.source.captions(index) if text.strip()]
-        except OSError:
-            return []
+            if usable := [text for text in self.source.captions(index) if is_usable(text)]:
+                return usable
+        except OSError as error:
+            reason = reason_of(error)
+        self.problems.add(reason, name_of(self.source, index))
+        return []
 
 
 def _check_embeddings(z_image: np.ndarray, z_text: np.ndarray, text_to_image: np.ndarray) -> None:

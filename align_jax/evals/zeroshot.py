@@ -10,9 +10,10 @@ import numpy as np
 
 from align_jax.data.sources.open_source import open_labelled
 from align_jax.evals.ranking import pair_ranks
-from align_jax.evals.records import encode_records
+from align_jax.evals.records import count_problems, encode_records
 from align_jax.evals.templates import SIMPLE, load_templates
 from align_jax.run import multihost
+from align_jax.storage.problems import Problems
 
 
 def class_vectors(
@@ -116,12 +117,13 @@ class ZeroShot:
                 f"Evaluator '{name}' has {len(self.class_names)} class_names, its source "
                 f"{len(self.source.classes)} classes; give one name for each class."
             )
+        self.problems = Problems()
         if not len(self.source):
             raise ValueError(f"The source of evaluator '{name}' holds no image.")
 
     def __call__(self, model: Any) -> dict[str, float]:
-        """Returns `top1`, `top5`, `mean_per_class` (percent), `num_images`, `num_classes` and
-        `num_skipped`, the images left out as unreadable.
+        """Returns `top1`, `top5`, `mean_per_class` (percent), `num_images`, `num_classes`,
+        `num_skipped`, the images left out or missing, and `problems/<reason>`.
 
         Raises:
           ValueError: if no image can be read.
@@ -132,15 +134,17 @@ class ZeroShot:
         def note(row, item):
             labels[row] = item.label
 
-        z_image, is_readable = encode_records(model, self.source, range(len(labels)), note)
+        self.problems = problems = Problems()
+        problems.merge(getattr(self.source, "problems", {}))
+        indices = range(len(labels))
+        z_image, is_readable = encode_records(model, self.source, indices, problems, note)
         if not is_readable.any():
-            raise ValueError(f"None of the {len(self.source)} images can be read.")
+            raise ValueError(f"None of the {len(self.source)} images can be read: {problems}.")
         labels = multihost.total(labels)[is_readable]
         counts = {
             "num_images": len(labels),
             "num_classes": len(self.class_names),
-            "num_skipped": len(self.source) - len(labels),
-        }
+        } | count_problems(problems)
         return zeroshot_accuracy(z_image[is_readable], z_class, labels) | counts
 
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -17,7 +18,9 @@ from ml_collections import ConfigDict
 from align_jax import config as config_lib
 from align_jax.data import tokenizer as tokenizer_lib
 from align_jax.data.sources.open_source import PairSource
+from align_jax.data.sources.record import is_usable
 from align_jax.hf.processor import Preprocessing
+from align_jax.storage.problems import Problems, reason_of
 
 # Keys that may differ between the parts of one run: they change neither the numbers nor the data.
 # `train.steps` may grow (the schedule then stretches); what is listed as a prefix covers its group.
@@ -81,7 +84,7 @@ def open_for_training(
         else:
             log(f"training a WordPiece vocabulary on the captions of {source.describe()}")
             tokenizer = tokenizer_lib.train_wordpiece(
-                captions(source), vocab_size=config.data.vocab_size
+                captions(source, Problems()), vocab_size=config.data.vocab_size
             )
         preprocessing = _describe(config, tokenizer)
         workdir.mkdir(parents=True, exist_ok=True)
@@ -154,11 +157,22 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict:
         raise ValueError(f"{path} cannot be used: {error}") from error
 
 
-def captions(source: PairSource):
-    """Yields every caption of a source, in order; records that cannot be read are passed over."""
+def captions(source: PairSource, problems: Problems) -> Iterator[str]:
+    """Yields the usable captions of a source, in order.
+
+    Args:
+      source: is read once.
+      problems: receives records without any, and those that cannot be read.
+    """
     for index in range(len(source)):
-        with contextlib.suppress(OSError):
-            yield from source.captions(index)
+        reason = "caption_empty"
+        try:
+            if usable := [text for text in source.captions(index) if is_usable(text)]:
+                yield from usable
+                continue
+        except OSError as error:
+            reason = reason_of(error)
+        problems.add(reason, source.where(index))
 
 
 def _read_preprocessing(path):

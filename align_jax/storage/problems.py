@@ -1,6 +1,14 @@
-"""What a source could not give: counts by reason, with the first offender of each."""
+"""What a source could not give: counts by reason, with the first offender of each.
 
+Sources count what they miss when they are opened, verbs what turns out unusable when it is read;
+`report` is how every verb says it, on standard error and in its JSON.
+"""
+
+import sys
 from collections.abc import Mapping
+
+# Nothing is lost with what lies beside the data, nor with a text that is used after repair.
+BESIDE = ("file_not_an_image", "name_hidden", "link_repeated", "text_repaired")
 
 
 def reason_of(error: Exception) -> str:
@@ -27,7 +35,35 @@ class Problems(dict[str, int]):
             example = first.get(reason, "?")
             self.add(reason, f"{name}: {example}" if name else example, count)
 
+    def num_lost(self) -> int:
+        """Returns the number of what was meant to be read and was not: all but BESIDE."""
+        return sum(count for reason, count in self.items() if reason not in BESIDE)
+
+    def to_json(self) -> dict[str, dict]:
+        """Returns reason -> {"count", "first"}."""
+        return {r: {"count": count, "first": self.first[r]} for r, count in self.items()}
+
     def __str__(self) -> str:
         return "; ".join(
             f"{reason}: {count} (first: {self.first[reason]})" for reason, count in self.items()
         )
+
+
+def from_json(content: Mapping[str, Mapping]) -> Problems:
+    """Returns what `to_json` was made from."""
+    problems = Problems()
+    for reason, entry in content.items():
+        problems.add(reason, entry["first"], entry["count"])
+    return problems
+
+
+def report(problems: Problems, what: str) -> dict[str, dict]:
+    """Returns the problems as JSON has them, and says on standard error if there are any.
+
+    Args:
+      problems: of all kinds, found before and while reading.
+      what: names the source.
+    """
+    if problems:
+        print(f"{what}: problems: {problems}", file=sys.stderr, flush=True)
+    return problems.to_json()

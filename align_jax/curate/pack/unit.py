@@ -21,15 +21,12 @@ from tensorflow_datasets.core import example_serializer
 
 from align_jax.curate.pack.key_lists import KeyList
 from align_jax.data import images
-from align_jax.data.sources.record import hash_key
+from align_jax.data.sources.record import UNUSABLE_REASONS, hash_key, is_usable
+from align_jax.storage import text
 from align_jax.storage.problems import reason_of
 
 SKIP_REASONS = (
-    *images.BAD_IMAGE_REASONS,
-    "caption_empty",
-    "caption_not_utf8",
-    "caption_too_long",
-    "record_unreadable",
+    *UNUSABLE_REASONS,
     "key_duplicate",
     "not_kept",
     "dropped_by_list",
@@ -270,7 +267,7 @@ class _Checker:
             if settings.keep is not None and settings.keep.has_texts:
                 captions, columns = settings.keep.texts(key), ()
             columns = columns or [""] * len(captions)
-            texts = [text for text in zip(captions, columns, strict=True) if text[0].strip()]
+            texts = [pair for pair in zip(captions, columns, strict=True) if is_usable(pair[0])]
             if not texts:
                 return key, "caption_empty", None
             pixels = images.decode_image(record.image)
@@ -278,6 +275,7 @@ class _Checker:
             return key, reason_of(error), None
         image = _encoded(record.image, pixels, settings.resize_px)
         captions, columns = zip(*texts, strict=True)
+        captions = [text.clean(caption) for caption in captions]
         example = {"image": image, "captions": captions, "caption_columns": columns, "key": key}
         example = self._serializer.get_tf_example(self._features.encode_example(example))
         # Features are a protobuf map; its order would otherwise differ between processes.

@@ -146,6 +146,10 @@ class LabelledFiles:
         member, label = self._entries[index]
         return LabelledImage(member.name, read_member(member), label)
 
+    def key(self, index: int) -> str:
+        """Returns the key of an image without reading it."""
+        return self._entries[index][0].name
+
     def describe(self) -> str:
         """Returns the spec and the numbers of images and classes."""
         return f"{self._spec}: {len(self)} images of {len(self.classes)} classes"

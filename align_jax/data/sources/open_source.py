@@ -8,7 +8,7 @@ pickled and read from any thread or process.
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Protocol
 
 from align_jax.data.sources import files
@@ -40,7 +40,7 @@ class PairSource(Protocol):
         of `len`: reason -> count.
     """
 
-    problems: Mapping[str, int]
+    problems: Problems
 
     def __len__(self) -> int: ...
 
@@ -59,9 +59,10 @@ class PairSource(Protocol):
 
 
 class LabelledSource(Protocol):
-    """Labelled images by index; `classes[label]` is the name of a label."""
+    """Labelled images by index; `classes[label]` is the name of a label; problems as of pairs."""
 
     classes: tuple[str, ...]
+    problems: Problems
 
     def __len__(self) -> int: ...
 

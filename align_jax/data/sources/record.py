@@ -10,6 +10,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from align_jax.data.images import BAD_IMAGE_REASONS
+
+# By which every verb counts a record that it cannot use. New ones go to the end: checkpoints hold
+# counts in this order.
+UNUSABLE_REASONS = (
+    *BAD_IMAGE_REASONS,
+    "caption_empty",
+    "record_unreadable",
+    "caption_not_utf8",
+    "caption_too_long",
+)
+
 
 @dataclass(frozen=True)
 class Record:
@@ -60,11 +72,16 @@ def weigh_captions(
     """
     captions, shares, names = [], [], []
     for name, weight in weights.items():
-        usable = [caption for caption in columns.get(name, ()) if caption.strip()]
+        usable = [caption for caption in columns.get(name, ()) if is_usable(caption)]
         captions += usable
         shares += [weight / max(1, len(usable))] * len(usable)
         names += [name] * len(usable)
     return tuple(captions), tuple(shares), tuple(names)
+
+
+def is_usable(caption: str) -> bool:
+    """Returns whether anything is left of a caption without white space and U+FFFD."""
+    return bool(caption.replace("\ufffd", "").strip())
 
 
 def hash_key(key: str) -> int:

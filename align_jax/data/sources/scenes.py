@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from align_jax.data.sources.record import LabelledImage, Record
 from align_jax.data.sources.scene_captions import write_captions
+from align_jax.storage.problems import Problems
 
 COLOURS = {
     "red": (222, 30, 38),
@@ -134,7 +135,7 @@ class Scenes:
         self.image_size_px = image_size_px
         self.max_objects = max_objects
         self.noise = noise
-        self.problems: dict[str, int] = {}
+        self.problems = Problems()
 
     def __len__(self) -> int:
         return self.size
@@ -181,6 +182,7 @@ class LabelledScenes:
         self.size = size
         self.seed = seed
         self.attribute = attribute
+        self.problems = Problems()
         self.image_size_px = image_size_px
         self.classes = SHAPES if attribute == "shape" else tuple(COLOURS)
 
