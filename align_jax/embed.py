@@ -5,12 +5,11 @@ makes the missing shards only. `NNNNN.json` beside it says what was left out, an
 """
 
 import dataclasses
-import hashlib
 import importlib.util
 import json
 import os
 import posixpath
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,16 @@ from align_jax.data.sources import archives, files
 from align_jax.data.sources import open_source as sources
 from align_jax.data.sources.img2dataset import is_img2dataset
 from align_jax.data.sources.packed import find_tfds_folder
+from align_jax.data.sources.record import Record, is_usable
 from align_jax.run.progress import show_progress
+from align_jax.storage import identity, writing
 from align_jax.storage.paths import find_paths
-from align_jax.storage.problems import Problems
+from align_jax.storage.problems import Problems, reason_of, report
 from align_jax.storage.text import check_caption, read_blocks
 
 FORMATS = ("npy", "parquet")
 
-_MANIFEST = "manifest.json"
+_MANIFEST, _REPORT = "manifest.json", "report.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Items:
       count: of items; an item has one row (image) or several (captions of a record).
       read: index -> [(key, image or text)]; OSError if it cannot be read.
       name: index -> what to call the item where it cannot be read.
-      identity: one line, equal if and only if keys and order are (as far as names tell).
+      identity: one line, equal if and only if keys, order and content are (identity.stamp).
       problems: what was found missing before anything is read.
     """
 
@@ -84,7 +85,7 @@ def open_images(spec: str) -> Items:
         len(keys),
         lambda index: [(keys[index], archives.read_member(members[keys[index]]))],
         lambda index: keys[index],
-        f"{len(keys)} images, names {_digest(keys)}",
+        f"{len(keys)} images {identity.digest([keys, archives.stamp_members(members.values())])}",
         problems,
     )
 
@@ -103,7 +104,7 @@ def open_texts(spec: str) -> Items:
         return _source_items(
             sources.open_source(spec),
             "text",
-            lambda record: [(f"{record.key}#{n}", text) for n, text in enumerate(record.captions)],
+            _caption_rows,
         )
     if not os.path.isfile(spec):
         raise ValueError(f"{spec} does not exist; name a file with one text a line, or pairs.")
@@ -119,9 +120,14 @@ def open_texts(spec: str) -> Items:
         len(texts),
         lambda index: [(str(index + 1), check_caption(texts[index], f"{spec}:{index + 1}"))],
         lambda index: f"{spec}:{index + 1}",
-        f"{len(texts)} lines {_digest(texts)}",
+        f"{len(texts)} lines {identity.digest(texts)}",
         problems,
     )
+
+
+def _caption_rows(record: Record) -> list[tuple[str, str]]:
+    rows = [(f"{record.key}#{n}", text) for n, text in enumerate(record.captions)]
+    return [(key, text) for key, text in rows if is_usable(text)]
 
 
 def check_format(name: str) -> None:
@@ -143,6 +149,9 @@ def embed(
 ) -> dict[str, int]:
     """Writes shards of embeddings and returns counts: rows, skipped, shards, shards_found.
 
+    What was left out is said on standard error and, with what the source misses, in `report.json`:
+    reason -> count and first.
+
     `npy`: NNNNN.npy float32 [rows, D], keys in NNNNN.json. `parquet`: NNNNN.parquet with columns
     key and embedding. Shards that are there already (`shards_found`) are left alone.
 
@@ -161,17 +170,24 @@ def embed(
     if shard_size < 1:
         raise ValueError(f"--shard-size {shard_size} must be at least 1.")
     out = Path(out)
-    _check_manifest(
-        out,
-        {
-            "kind": items.kind,
-            "inputs": items.identity,
-            "model": model.fingerprint(),
-            "embed_dim": model.model.embed_dim,
-            "file_format": file_format,
-            "shard_size": shard_size,
-        },
-    )
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; name a folder.")
+    manifest = {
+        "kind": items.kind,
+        "inputs": items.identity,
+        "model": model.fingerprint(),
+        "embed_dim": model.model.embed_dim,
+        "file_format": file_format,
+        "shard_size": shard_size,
+    }
+    with writing.locked(out, "align embed"):
+        _check_manifest(out, manifest)
+        return _embed_shards(model, items, out, file_format, shard_size, on_error)
+
+
+def _embed_shards(
+    model: Align, items: Items, out: Path, file_format: str, shard_size: int, on_error: str
+) -> dict[str, int]:
     embed_part = _embed_images if items.kind == "image" else _embed_texts
     starts = range(0, items.count, shard_size)
     todo = [k for k in range(len(starts)) if not (out / f"{k:05d}.{file_format}").exists()]
@@ -184,25 +200,32 @@ def embed(
             bad = int(np.flatnonzero(~np.isfinite(z).all(axis=1))[0])
             raise RuntimeError(f"The embedding of {keys[bad]} is not finite; check the weights.")
         _write_shard(out / f"{k:05d}.{file_format}", keys, z, skipped)
-    reports = [json.loads((out / f"{k:05d}.json").read_text()) for k in range(len(starts))]
+    written = [json.loads((out / f"{k:05d}.json").read_text()) for k in range(len(starts))]
+    problems = Problems()
+    problems.merge(items.problems)
+    skipped = [item for shard in written for item in shard["skipped"]]
+    for name, reason, _ in skipped:
+        problems.add(reason, name)
     counts = {
-        "rows": sum(report["rows"] for report in reports),
-        "skipped": sum(len(report["skipped"]) for report in reports),
+        "rows": sum(shard["rows"] for shard in written),
+        "skipped": len(skipped),
         "shards": len(starts),
         "shards_found": len(starts) - len(todo),
     }
+    content = {"source": items.identity, **counts, "problems": report(problems, str(out))}
+    writing.write_json(out / _REPORT, content, ensure_ascii=False)
     if not counts["rows"]:
-        raise RuntimeError(f"None of the {items.count} items can be read; see {out}/00000.json.")
+        raise RuntimeError(f"None of the {items.count} items can be read; see {out}/{_REPORT}.")
     return counts
 
 
-def _source_items(source, kind, rows_of):
+def _source_items(source: sources.PairSource, kind: str, rows_of: Callable) -> Items:
     return Items(
         kind,
         len(source),
         lambda index: rows_of(source[index]),
-        lambda index: f"record {index}",
-        source.describe(),
+        source.where,
+        f"{len(source)} records {identity.stamp(source)}",
         source.problems,
     )
 
@@ -213,44 +236,49 @@ def _is_store(path: str) -> bool:
     return path.lower().endswith(archives.ARCHIVE_SUFFIXES)
 
 
-def _digest(names: Sequence[str]) -> str:
-    return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()[:16]
-
-
-def _embed_images(model, items, indices, on_error):
-    """(keys, z, {name: reason}) of the images; files are read and decoded in threads."""
+def _embed_images(
+    model: Align, items: Items, indices: range, on_error: str
+) -> tuple[list[str], np.ndarray, list[list[str]]]:
+    """(keys, z, [[name, reason, message]]) of the images, read and decoded in threads."""
     keys, skipped = {}, {}
 
     def reader(index):
         def read():
             name = items.name(index)
             try:
-                [(name, image)] = items.read(index)
+                [(key, image)] = items.read(index)
                 rgb = decode_image(image)
             except (BadImage, OSError) as error:
-                skipped[name] = str(error)
-                reason = getattr(error, "reason", "image_unreadable")
+                reason = reason_of(error)
+                skipped[index] = [name, reason, str(error)]
                 hint = " (--on-error skip leaves it out)" if on_error == "raise" else ""
                 raise BadImage(reason, f"{name}: {error}{hint}") from error
-            keys[index] = name
+            keys[index] = key
             return rgb
 
         return read
 
     z = model.encode_image((reader(index) for index in indices), on_error=on_error)
     kept = [row for row, index in enumerate(indices) if index in keys]
+    skipped = [skipped[index] for index in sorted(skipped)]
     return [keys[indices[row]] for row in kept], z[kept], skipped
 
 
-def _embed_texts(model, items, indices, on_error):
-    rows, skipped = [], {}
+def _embed_texts(
+    model: Align, items: Items, indices: range, on_error: str
+) -> tuple[list[str], np.ndarray, list[list[str]]]:
+    rows, skipped = [], []
     for index in indices:
         try:
-            rows += items.read(index)
+            found = items.read(index)
         except OSError as error:
             if on_error == "raise":
                 raise
-            skipped[items.name(index)] = str(error)
+            skipped.append([items.name(index), reason_of(error), str(error)])
+            continue
+        rows += found
+        if not found:
+            skipped.append([items.name(index), "caption_empty", "No caption."])
     if not rows:
         return [], np.zeros((0, model.model.embed_dim), np.float32), skipped
     keys, texts = zip(*rows, strict=True)
@@ -259,13 +287,10 @@ def _embed_texts(model, items, indices, on_error):
 
 def _check_manifest(out: Path, manifest: dict[str, Any]) -> None:
     path = out / _MANIFEST
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; name a folder.")
     if not path.exists():
-        if out.exists() and any(out.iterdir()):
+        if any(other.name != writing.LOCK_FILE for other in out.iterdir()):
             raise ValueError(f"{out} holds other files; name a new folder.")
-        out.mkdir(parents=True, exist_ok=True)
-        _replace(path, lambda file: file.write(json.dumps(manifest, indent=2).encode()))
+        writing.write_json(path, manifest)
         return
     try:
         before = json.loads(path.read_text())
@@ -279,20 +304,20 @@ def _check_manifest(out: Path, manifest: dict[str, Any]) -> None:
             )
 
 
-def _write_shard(path: Path, keys, z, skipped) -> None:
-    report: dict[str, Any] = {"rows": len(keys), "skipped": skipped}
+def _write_shard(path: Path, keys: list[str], z: np.ndarray, skipped: list) -> None:
+    content: dict[str, Any] = {"rows": len(keys), "skipped": skipped}
     if path.suffix == ".npy":
-        report["keys"] = keys
-    text = json.dumps(report, indent=1)
-    _replace(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+        content["keys"] = keys
+    writing.write_json(path.with_suffix(".json"), content, indent=1)
     # Last, because it marks the shard as done.
-    if path.suffix == ".npy":
-        _replace(path, lambda file: np.save(file, z))
-    else:
-        _replace(path, lambda file: _write_parquet(file, keys, z))
+    with writing.replacing(path) as temporary, open(temporary, "wb") as file:
+        if path.suffix == ".npy":
+            np.save(file, z)
+        else:
+            _write_parquet(file, keys, z)
 
 
-def _write_parquet(file, keys, z):
+def _write_parquet(file: Any, keys: list[str], z: np.ndarray) -> None:
     import pyarrow
     from pyarrow import parquet
 
@@ -300,10 +325,3 @@ def _write_parquet(file, keys, z):
     embedding = pyarrow.FixedSizeListArray.from_arrays(values, z.shape[1])
     keys = pyarrow.array(keys, pyarrow.string())
     parquet.write_table(pyarrow.table({"key": keys, "embedding": embedding}), file)
-
-
-def _replace(path: Path, write: Callable[[Any], Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-    os.replace(temporary, path)

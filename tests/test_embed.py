@@ -87,7 +87,7 @@ def test_rerun_makes_only_what_is_missing(model, folder):
     before = {path.name: path.stat().st_mtime_ns for path in (folder / "out").iterdir()}
     wanted = read_npy(folder / "out")
     # What a kill between the two files of a shard, or in one of them, leaves.
-    (folder / "out" / "00001.npy").rename(folder / "out" / "00001.npy.tmp")
+    (folder / "out" / "00001.npy").rename(folder / "out" / f".00001.npy.{'0' * 32}.tmp")
     counts = embed.embed(model, items, "out", shard_size=10)
     assert (counts["rows"], counts["shards_found"]) == (25, 2)
     assert sorted(path.name for path in (folder / "out").iterdir()) == sorted(before)
@@ -110,10 +110,13 @@ def test_skipped_images_are_reported_with_the_reason(model, folder):
     assert sorted({*names_in(folder / "photos")} - {*rows}) == ["0/0003.png", "1/0004.png"]
     wanted = model.encode_image([folder / "photos" / key for key in rows])
     np.testing.assert_allclose(np.stack(list(rows.values())), wanted, atol=1e-6)
-    skipped = {}
+    skipped = []
     for path in (folder / "out").glob("0*.json"):
-        skipped |= json.loads(path.read_text())["skipped"]
-    assert skipped["1/0004.png"] == "The file is empty."
+        skipped += json.loads(path.read_text())["skipped"]
+    assert ["1/0004.png", "image_empty", "The file is empty."] in skipped
+    found = json.loads((folder / "out" / "report.json").read_text())["problems"]
+    assert found["image_empty"] == {"count": 1, "first": "1/0004.png"}
+    assert found["image_not_an_image"]["count"] == 1
     for path in (folder / "photos").rglob("*.png"):
         path.write_bytes(b"")
     with pytest.raises(RuntimeError, match="None of the 25 items can be read"):
@@ -125,7 +128,7 @@ def test_skipped_images_are_reported_with_the_reason(model, folder):
     [
         (lambda m: ("photos", {"shard_size": 5}), "shard_size=10, not 5; name another folder."),
         (lambda m: ("photos", {"file_format": "parquet"}), "file_format='npy', not 'parquet'"),
-        (lambda m: ("photos/1", {}), "inputs='25 images, names "),
+        (lambda m: ("photos/1", {}), "inputs='25 images "),
     ],
 )
 def test_folder_of_other_embeddings_is_refused(model, folder, change, message):
@@ -179,6 +182,27 @@ def test_texts_are_embedded_with_line_numbers(model, folder):
     rows = read_npy(folder / "out")
     assert list(rows) == [str(n) for n in range(1, 24)]
     np.testing.assert_allclose(list(rows.values()), model.encode_text(texts), atol=1e-5)
+
+
+def test_other_texts_under_the_same_name_are_refused(model, folder):
+    rows = [{"image": "0/0000.png", "captions": ["a cat", " "]}]
+    rows += [{"image": "1/0001.png", "captions": [" "]}]
+    write_table(folder / "t.jsonl", rows)
+    spec = "t.jsonl?images=photos"
+    counts = embed.embed(model, embed.open_texts(spec), "out")
+    assert (counts["rows"], counts["skipped"]) == (1, 1)
+    found = json.loads((folder / "out" / "report.json").read_text())["problems"]
+    assert found["caption_empty"]["count"] == 1
+    rows[0]["captions"] = ["a dog", " "]
+    write_table(folder / "t.jsonl", rows)
+    with pytest.raises(ValueError, match="out holds embeddings with inputs="):
+        embed.embed(model, embed.open_texts(spec), "out")
+    shutil.move("photos", "moved")
+    shutil.move("t.jsonl", "u.jsonl")
+    rows[0]["captions"] = ["a cat", " "]
+    write_table(folder / "u.jsonl", rows)
+    counts = embed.embed(model, embed.open_texts("u.jsonl?images=moved"), "out")
+    assert counts["shards_found"] == 1
 
 
 def test_parquet_without_pyarrow_says_what_to_install(monkeypatch):
