@@ -3,8 +3,10 @@
 import hashlib
 import io
 import json
+import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 
@@ -124,7 +126,11 @@ def test_damaged_images_and_blank_captions_are_counted_and_never_fatal(inside):
     reasons = {"image_empty": 1, "image_not_an_image": 1, "image_truncated": 1}
     assert report["unusable"] == reasons | {"image_too_small": 1}
     assert report["unusable_keys"]["image_not_an_image"] == ["page.jpg"]
-    assert report["source_problems"] == {"image_missing": 1, "text_repaired": 1}
+    missing = {"image_missing": 1, "text_repaired": 1}
+    assert report["source_problems"] == missing
+    counts = {reason: entry["count"] for reason, entry in report["problems"].items()}
+    assert counts == reasons | missing | {"image_too_small": 1, "caption_empty": 1}
+    assert report["problems"]["caption_empty"]["first"] == "good.jpg"
 
 
 def test_real_crawl_failures_are_counted_by_the_reasons_of_their_list(inside):
@@ -202,6 +208,53 @@ def test_align_scan_prints_the_report(inside, capsys):
     make_pairs(inside, 4)
     assert cli.main(["scan", PAIRS, "--out", "out.parquet"]) == 0
     assert json.loads(capsys.readouterr().out) == read_report("out.parquet")
+
+
+def test_image_whose_key_an_earlier_one_has_has_no_rows(inside):
+    with tarfile.open("twice.tar", "w") as archive:
+        for seed, key in enumerate("aabcab"):
+            for name, data in (("jpg", jpeg(noise(20, 30, seed))), ("txt", b"one\ntwo")):
+                data = b"" if name == "jpg" and not seed else data
+                info = tarfile.TarInfo(f"{key}.{name}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    for part_size in (2, 10):
+        report = scan("twice.tar", f"{part_size}.parquet", part_size=part_size)
+        table = parquet.read_table(f"{part_size}.parquet").to_pydict()
+        # The first image of `a` cannot be read: the second one counts, as in align pack.
+        assert table["key"] == [key for key in "abc" for _ in range(2)]
+        assert table["index"] == [1, 1, 2, 2, 3, 3]
+        assert (report["images"], report["rows"]) == (3, 6)
+        assert report["unusable"]["key_duplicate"] == 2
+        assert report["problems"]["key_duplicate"] == {"count": 2, "first": "a"}
+
+
+def test_other_data_under_the_same_name_are_scanned_anew(inside):
+    make_pairs(inside, 12)
+    scan(PAIRS, "wanted.parquet", part_size=6)
+    shutil.copytree("images", "others")
+    for path in (inside / "images").iterdir():
+        path.write_bytes(jpeg(noise(20, 30, int(path.stem))))
+    _stop_after_one_part()
+    assert list((inside / ".out.parquet.parts").glob("*.parquet"))
+    shutil.rmtree("images")
+    shutil.move("others", "images")
+    scan(PAIRS, "out.parquet", part_size=6)
+    assert (inside / "out.parquet").read_bytes() == (inside / "wanted.parquet").read_bytes()
+
+
+def _stop_after_one_part():
+    write, done = scan_module._write_part, []
+
+    def stop(path, results):
+        if done:
+            raise KeyboardInterrupt
+        done.append(path)
+        write(path, results)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scan_module, "_write_part", stop)
+        scan(PAIRS, "out.parquet", part_size=6)
 
 
 def test_wrong_scan_arguments_are_one_line(inside, capfd):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from types import ModuleType
 
 import grain
@@ -16,10 +17,11 @@ import numpy as np
 from align_jax.data import images
 from align_jax.data.perceptual_hash import phash
 from align_jax.data.sources import open_source as sources
-from align_jax.data.sources.record import Record
+from align_jax.data.sources.record import Record, hash_key, is_usable
+from align_jax.data.sources.shards import find_repeated
 from align_jax.run.progress import show_progress
-from align_jax.storage.problems import reason_of
-from align_jax.storage.text import clean
+from align_jax.storage import identity, text, writing
+from align_jax.storage.problems import Problems, reason_of, report
 
 _KEYS_LISTED = 20  # of each reason, in the report
 _METADATA = b"align_scan"
@@ -45,7 +47,8 @@ def scan(
     | `sha256` | of the encoded image, or of the pixels |
     | `phash` | perceptual hash, see phash.phash |
 
-    Images that cannot be used have no row and are counted. The file appears when it is complete;
+    Images that cannot be used have no row and are counted, as are those of a key that an earlier
+    row has; by the reasons of `align pack`. The file appears when it is complete;
     until then `part_size` records at a time are kept beside it, and a rerun continues after them.
     The same source gives the same bytes, interrupted or not.
 
@@ -57,9 +60,10 @@ def scan(
       num_threads: records read and decoded at the same time.
 
     Returns:
-      `source`, `records_read`, `images`, `rows`, `unusable` (reason of images.BAD_IMAGE_REASONS or
-      `record_unreadable` -> count), `unusable_keys` (reason -> first 20 keys), `source_problems`
-      (reason -> count, what was missing before reading). The file holds it, see `read_report`.
+      `source`, `records_read`, `images`, `rows`, `unusable` (reason of record.UNUSABLE_REASONS or
+      `key_duplicate` -> count), `unusable_keys` (reason -> first 20 keys), `source_problems`
+      (reason -> count, what was missing before reading), and `problems` (reason -> count and first,
+      of all these and of images without a caption). The file holds it, see `read_report`.
 
     Raises:
       ValueError: `out` exists, or the source cannot be opened or holds no usable image.
@@ -68,8 +72,8 @@ def scan(
     if os.path.exists(out):
         raise ValueError(f"{out} exists; name a new file.")
     source = open_any(spec, labelled)
-    identity = {"spec": spec, "labelled": labelled, "source": source.describe()}
-    parts_dir = _open_parts(os.path.abspath(out), identity | {"part_size": part_size})
+    content = {"stamp": identity.stamp(source), "labelled": labelled, "part_size": part_size}
+    parts_dir = _open_parts(os.path.abspath(out), content)
     starts = range(0, len(source), part_size)
     paths = [os.path.join(parts_dir, f"{number:06d}.parquet") for number in range(len(starts))]
     todo = [
@@ -81,15 +85,15 @@ def scan(
     results = iter(show_progress(_read(source, indices, num_threads), len(indices), "scan"))
     for path, part in todo:
         _write_part(path, [next(results) for _ in part])
-    problems = dict(getattr(source, "problems", {}))
-    head = identity | {"records_read": len(source), "source_problems": problems}
-    report = _total(paths, head)
-    if report["images"]:
-        _merge(paths, os.path.abspath(out), report)
+    head = {"spec": spec, "labelled": labelled, "source": source.describe()}
+    repeated = find_repeated(lambda number: _hashed_keys(paths[number]), len(paths))
+    made = _total(paths, repeated, source, head)
+    if made["images"]:
+        _merge(paths, repeated, os.path.abspath(out), made)
     shutil.rmtree(parts_dir)
-    if not report["images"]:
-        raise ValueError(f"{source.describe()} holds no usable image: {report['unusable']}.")
-    return report
+    if not made["images"]:
+        raise ValueError(f"{source.describe()} holds no usable image: {made['unusable']}.")
+    return made
 
 
 def read_report(path: str | os.PathLike) -> dict | None:
@@ -115,14 +119,17 @@ def import_parquet() -> ModuleType:
 class _Labelled:
     """Labelled images as pairs."""
 
-    def __init__(self, source):
+    def __init__(self, source: sources.LabelledSource):
         self._source = source
-        self.problems = getattr(source, "problems", {})
+        self.problems = source.problems
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index):
+    def stamp(self) -> str:
+        return identity.stamp(self._source)
+
+    def __getitem__(self, index: int) -> Record:
         image = self._source[index]
         return Record(image.key, image.image, (self._source.classes[image.label],))
 
@@ -156,19 +163,23 @@ def _read(source, indices, num_threads):
 
 
 class _Reader:
-    """Callable index -> (key, reason or None, rows)."""
+    """Callable index -> (key, reason or None, rows); an image without caption has both."""
 
     def __init__(self, source):
         self._source = source
 
     def __call__(self, index):
-        key = f"record {index}"
+        key, reason = f"record {index}", None
+        if hasattr(self._source, "key"):
+            key = text.clean(self._source.key(index))
         try:
             record = self._source[index]
-            key = clean(record.key)
+            key = text.clean(record.key)
+            texts = [text.clean(caption) for caption in record.captions if is_usable(caption)]
+            reason = None if texts else "caption_empty"
             rgb = images.decode_image(record.image)
         except (images.BadImage, OSError) as error:
-            return key, reason_of(error), []
+            return key, reason or reason_of(error), []
         made = isinstance(record.image, np.ndarray)
         of_image = {
             "index": index,
@@ -178,8 +189,7 @@ class _Reader:
             "sha256": hashlib.sha256(rgb.tobytes() if made else record.image).hexdigest(),
             "phash": phash(rgb),
         }
-        texts = [clean(text) for text in record.captions if text.strip()] or [""]
-        return key, None, [{"key": key, "text": text, **of_image} for text in texts]
+        return key, reason, [{"key": key, "text": one, **of_image} for one in texts or [""]]
 
 
 def _schema():
@@ -190,73 +200,103 @@ def _schema():
     return pa.schema(fields | {"sha256": pa.string(), "phash": pa.string()})
 
 
-def _open_parts(out, identity):
+def _open_parts(out: str, content: dict) -> str:
     """Returns the folder of the parts; those of another source are removed."""
     folder = os.path.join(os.path.dirname(out), f".{os.path.basename(out)}.parts")
     path = os.path.join(folder, "source.json")
     try:
         with open(path, encoding="utf-8") as file:
-            if json.load(file) == identity:
+            if json.load(file) == content:
                 return folder
     except (OSError, ValueError):
         pass
     shutil.rmtree(folder, ignore_errors=True)
-    os.makedirs(folder)
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(identity, file)
+    writing.write_json(path, content)
     return folder
 
 
-def _write_part(path, results):
+def _write_part(path: str, results: list[tuple[str, str | None, list[dict]]]) -> None:
     import pyarrow as pa
 
-    unusable = [(key, reason) for key, reason, _ in results if reason]
     counts = {
-        "images": len(results) - len(unusable),
-        "unusable": _count(unusable),
-        "unusable_keys": _list_keys(unusable),
+        "images": sum(bool(rows) for *_, rows in results),
+        "unusable": _list_keys((key, reason) for key, reason, rows in results if not rows),
+        "without_caption": _list_keys((key, reason) for key, reason, rows in results if rows),
     }
     schema = _schema().with_metadata({_METADATA: json.dumps(counts)})
     table = pa.Table.from_pylist([row for *_, rows in results for row in rows], schema)
-    import_parquet().write_table(table, path + ".tmp")
-    os.replace(path + ".tmp", path)
+    with writing.replacing(path) as temporary:
+        import_parquet().write_table(table, temporary)
 
 
-def _count(unusable):
-    counts = {}
-    for _, reason in unusable:
-        counts[reason] = counts.get(reason, 0) + 1
-    return counts
-
-
-def _list_keys(unusable):
-    listed = {}
-    for key, reason in unusable:
-        keys = listed.setdefault(reason, [])
-        if len(keys) < _KEYS_LISTED:
-            keys.append(key)
+def _list_keys(pairs: Iterable[tuple[str, str | None]]) -> dict[str, list]:
+    """Returns reason -> [count, first keys]."""
+    listed: dict[str, list] = {}
+    for key, reason in pairs:
+        if reason is not None:
+            entry = listed.setdefault(reason, [0, []])
+            entry[0] += 1
+            entry[1] += [key] * (len(entry[1]) < _KEYS_LISTED)
     return listed
 
 
-def _total(paths, head):
+def _hashed_keys(path: str) -> np.ndarray:
+    """Returns record.hash_key of each image of a part, uint64."""
+    table = import_parquet().read_table(path, columns=["key", "index"])
+    first = _first_rows(table["index"].to_numpy())
+    keys = table["key"].take(first).to_pylist()
+    return np.fromiter(map(hash_key, keys), np.uint64, len(keys))
+
+
+def _first_rows(indices: np.ndarray) -> np.ndarray:
+    """Returns the first row of each image, whose rows follow each other."""
+    return np.flatnonzero(np.diff(indices, prepend=-1))
+
+
+def _total(
+    paths: list[str], repeated: dict[int, np.ndarray], source: sources.PairSource, head: dict
+) -> dict:
     """The report of all parts."""
-    report = head | {"images": 0, "rows": 0, "unusable": {}, "unusable_keys": {}}
-    for path in paths:
+    unusable, keys, images_, rows = {}, {}, 0, 0
+    problems = Problems()
+    problems.merge(source.problems)
+    for number, path in enumerate(paths):
         part = read_report(path)
-        report["images"] += part["images"]
-        report["rows"] += import_parquet().read_metadata(path).num_rows
-        for reason, count in part["unusable"].items():
-            report["unusable"][reason] = report["unusable"].get(reason, 0) + count
-        for reason, keys in part["unusable_keys"].items():
-            listed = report["unusable_keys"].get(reason, []) + keys
-            report["unusable_keys"][reason] = listed[:_KEYS_LISTED]
-    return report
+        table = import_parquet().read_table(path, columns=["key", "index"])
+        gone = _rows_of(table["index"].to_numpy(), repeated.get(number))
+        images_ += part["images"] - len(repeated.get(number, ()))
+        rows += len(table) - int(gone.sum())
+        twice = dict.fromkeys(table["key"].filter(gone).to_pylist())
+        if twice:
+            part["unusable"]["key_duplicate"] = [len(repeated[number]), list(twice)]
+        for kind in ("unusable", "without_caption"):
+            for reason, (count, first) in part[kind].items():
+                problems.add(reason, first[0], count)
+                if kind == "unusable":
+                    unusable[reason] = unusable.get(reason, 0) + count
+                    keys[reason] = (keys.get(reason, []) + first)[:_KEYS_LISTED]
+    return head | {
+        "records_read": len(source),
+        "source_problems": dict(source.problems),
+        "images": images_,
+        "rows": rows,
+        "unusable": unusable,
+        "unusable_keys": keys,
+        "problems": report(problems, source.describe()),
+    }
 
 
-def _merge(paths, out, report):
+def _rows_of(indices: np.ndarray, images_: np.ndarray | None) -> np.ndarray:
+    """Returns a mask [rows] of the rows of some images, by their places in the part."""
+    places = np.cumsum(np.diff(indices, prepend=-1) != 0) - 1
+    return np.isin(places, [] if images_ is None else images_)
+
+
+def _merge(paths: list[str], repeated: dict[int, np.ndarray], out: str, made: dict) -> None:
     parquet = import_parquet()
-    schema = _schema().with_metadata({_METADATA: json.dumps(report, sort_keys=True)})
-    with parquet.ParquetWriter(out + ".tmp", schema) as writer:
-        for path in paths:
-            writer.write_table(parquet.read_table(path).replace_schema_metadata(schema.metadata))
-    os.replace(out + ".tmp", out)
+    schema = _schema().with_metadata({_METADATA: json.dumps(made, sort_keys=True)})
+    with writing.replacing(out) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
+        for number, path in enumerate(paths):
+            table = parquet.read_table(path).replace_schema_metadata(schema.metadata)
+            gone = _rows_of(table["index"].to_numpy(), repeated.get(number))
+            writer.write_table(table.filter(~gone) if gone.any() else table)
