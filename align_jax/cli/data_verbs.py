@@ -169,6 +169,13 @@ def _add_pack(add_verb):
         help="shrink longer short sides to PX, as JPEG of quality 95 (default: images untouched)",
     )
     pack.add_argument(
+        "--shard-size",
+        type=int,
+        default=256,
+        metavar="MIB",
+        help="a file of the dataset is closed at this size (default: 256)",
+    )
+    pack.add_argument(
         "--keep",
         metavar="FILE",
         help="Parquet with a column key: other records are skipped; with a column text, these "
@@ -190,6 +197,7 @@ def _pack(args, rest) -> None:
         num_workers=args.workers,
         beam=args.beam,
         resize_px=args.resize,
+        shard_bytes=args.shard_size * 2**20,
         keep=args.keep,
         drop=args.drop,
     )

@@ -94,7 +94,8 @@ def pack(
     """
     if not re.fullmatch(r"\w+", split, re.ASCII):
         raise ValueError(f"split={split!r} must consist of letters, digits and underscores.")
-    for name, value in (("workers", num_workers), ("resize", resize_px)):
+    sizes = {"workers": num_workers, "resize": resize_px, "shard-size": shard_bytes}
+    for name, value in sizes.items():
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1.")
     for name, path in (("keep", keep), ("drop", drop)):

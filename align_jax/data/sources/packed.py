@@ -4,10 +4,16 @@ Reads what curate/pack/ writes and any TFDS dataset with an encoded `image` and 
 nested ones such as coco_captions' included. open_source.py is the way in.
 """
 
+import bisect
+import collections
+import contextlib
 import glob
+import itertools
 import os
+import resource
 import threading
 from collections.abc import Mapping
+from typing import Any
 
 from align_jax.data.sources.column_names import CAPTION_COLUMNS
 from align_jax.data.sources.record import Record, weigh_captions
@@ -18,6 +24,15 @@ from align_jax.storage.problems import Problems
 _PACKED = ("captions", "caption_columns")
 _NESTED_CAPTIONS = ("text", "raw", "caption")
 _KEYS = ("key", "image/filename", "filename", "file_name", "image/id", "image_id", "id")
+
+
+_MOST_OPEN = 512  # shards of a process; fewer where it may open few files
+_readers: collections.OrderedDict[tuple[object, str], Any] = collections.OrderedDict()
+_readers_lock = threading.Lock()
+
+
+class ShardUnreadable(RuntimeError):
+    """A whole shard cannot be read: no record can stand in for those that it holds."""
 
 
 class TfdsPairs:
@@ -46,7 +61,7 @@ class TfdsPairs:
         """
         self._spec, self._folder, self._split = spec, folder, split
         self._weights = weights
-        self._lock = threading.Lock()
+        self._lock, self._opened = threading.Lock(), object()
         builder = _open_builder(folder)
         if split.split("[")[0] not in builder.info.splits:
             raise ValueError(
@@ -59,28 +74,38 @@ class TfdsPairs:
                 "access; prepare it with file_format='array_record'."
             )
         self._find_features(builder.info.features)
-        self._shards = [
-            (shard.basename(), shard.skip, shard.take)
-            for shard in builder.info.splits[split].file_instructions
-        ]
+        instructions = builder.info.splits[split].file_instructions
+        self._shards = [(shard.basename(), shard.skip, shard.take) for shard in instructions]
+        self._sizes = [shard.examples_in_shard for shard in instructions]
+        self._ends = list(itertools.accumulate(take for *_, take in self._shards))
         self._open(builder)
-        self._length = min(len(self._records), limit or len(self._records))
+        length = self._ends[-1] if self._ends else 0
+        self._length = min(length, limit or length)
         self.problems = Problems()
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Record:
-        """Returns a record with the encoded image; OSError if it is damaged."""
+        """Returns a record with the encoded image.
+
+        Raises:
+          OSError: the record is damaged.
+          ShardUnreadable: the shard is missing, damaged as a whole or cannot be opened.
+        """
         if not -self._length <= index < self._length:
             raise IndexError(f"index {index} is out of range for {self.describe()}.")
         index %= self._length
-        if self._records is None:
+        if self._features is None:
             with self._lock:
-                if self._records is None:
+                if self._features is None:
                     self._open(_open_builder(self._folder))
+        number = bisect.bisect_right(self._ends, index)
+        name, skipped, length = self._shards[number]
+        path = os.path.join(self._folder, name)
+        reader = _open_shard(self._opened, path, self._sizes[number])
         try:
-            data = self._records[index]
+            (data,) = reader.read([skipped + index - self._ends[number] + length])
         except RuntimeError as error:  # ArrayRecord's word for a damaged block
             raise OSError(f"{self._spec}: record {index} cannot be read: {error}") from error
         example = self._features.deserialize_example_np(data, decoders=self._decoders)
@@ -98,12 +123,12 @@ class TfdsPairs:
 
     def where(self, index: int) -> str:
         """Returns the shard that holds a record."""
-        rest = index
-        for name, skipped, length in self._shards:
-            if rest < length:
-                return f"{self._spec}: record {rest + skipped} of {name}"
-            rest -= length
-        raise IndexError(f"index {index} is out of range for {self.describe()}.")
+        if not 0 <= index < self._ends[-1]:
+            raise IndexError(f"index {index} is out of range for {self.describe()}.")
+        number = bisect.bisect_right(self._ends, index)
+        name, skipped, length = self._shards[number]
+        place = skipped + index - self._ends[number] + length
+        return f"{self._spec}: record {place} of {name}"
 
     def describe(self) -> str:
         """Returns the spec and the number of pairs."""
@@ -123,13 +148,13 @@ class TfdsPairs:
 
     def __getstate__(self):
         state = self.__dict__.copy()
-        for name in ("_lock", "_records", "_features", "_decoders"):
+        for name in ("_lock", "_opened", "_features", "_decoders"):
             state[name] = None
         return state
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self._lock = threading.Lock()
+        self._lock, self._opened = threading.Lock(), object()
 
     def _find_features(self, features):
         found = [name for name in CAPTION_COLUMNS if name in features][:1]
@@ -172,14 +197,60 @@ class TfdsPairs:
         import tensorflow_datasets as tfds
 
         names = {"image", *self._captions, *([self._key] if self._key else [])}
+        self._decoders = {"image": tfds.decode.SkipDecoding()}
+        # Set last: another thread may be waiting for it.
         self._features = tfds.features.FeaturesDict(
             {name: builder.info.features[name] for name in names}
         )
-        self._decoders = {"image": tfds.decode.SkipDecoding()}
-        # Set last: another thread may be waiting for it.
-        self._records = builder.as_data_source(
-            self._split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+
+
+def _open_shard(source: object, path: str, num_records: int) -> Any:
+    """Returns a reader of a shard; a process holds the ones used last, of all its sources.
+
+    A reader that falls out of them is closed when nobody reads from it any more.
+    """
+    key = source, path
+    with _readers_lock:
+        if key in _readers:
+            _readers.move_to_end(key)
+            return _readers[key]
+    # Imported late, as TFDS is.
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    most = _most_open()
+    try:
+        with open(path, "rb"):  # the reader itself would say nothing
+            pass
+        reader = ArrayRecordReader(
+            path, options="readahead_buffer_size:0", file_reader_buffer_size=2**15
         )
+        found = reader.num_records()
+    except (OSError, RuntimeError) as error:
+        raise ShardUnreadable(f"{path} cannot be opened: {_why(error)}.") from error
+    if found != num_records:
+        raise ShardUnreadable(
+            f"{path} holds {found} records, not {num_records} as its dataset_info.json says: the "
+            "shard is damaged or incomplete; put it back or pack again."
+        )
+    with _readers_lock:
+        reader = _readers.setdefault(key, reader)
+        while len(_readers) > most:
+            _readers.popitem(last=False)
+    return reader
+
+
+def _most_open() -> int:
+    """Returns how many shards may be open; raises the limit of open files as far as allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST_OPEN if soft == resource.RLIM_INFINITY else min(_MOST_OPEN, max(8, soft // 4))
+
+
+def _why(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def _texts(value, nested):
