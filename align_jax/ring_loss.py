@@ -107,7 +107,7 @@ def _local_parts(
 
     def meet(step: Array, state: tuple) -> tuple:
         rows, columns, texts, hashes = state
-        ahead = block.pass_on((texts, hashes))  # waits for nothing: may run beside the tiles
+        ahead = block.pass_on((texts, hashes))  # needs no tile, so it may run beside them
 
         def tile(k: Array, state: tuple) -> tuple:
             i, j = divmod(k, block.num_tiles)

@@ -230,12 +230,12 @@ def check_decode(decode: str, method: str) -> None:
         )
 
 
-def _check_method(method):
+def _check_method(method: str) -> None:
     if method not in RESIZE_METHODS:
         raise ValueError(f"config.data.resize={method!r} is unknown; use 'pil' or 'tf'.")
 
 
-def _check_view(resize_px, crop_px, method):
+def _check_view(resize_px: int, crop_px: int, method: str) -> None:
     _check_method(method)
     if not 1 <= crop_px <= resize_px:
         raise ValueError(
@@ -244,7 +244,7 @@ def _check_view(resize_px, crop_px, method):
         )
 
 
-def _check_size(size, max_pixels):
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
     width, height = size
     if width * height > max_pixels:
         raise BadImage(
@@ -256,7 +256,7 @@ def _check_size(size, max_pixels):
         )
 
 
-def _check_array(image, max_pixels):
+def _check_array(image: np.ndarray, max_pixels: int) -> None:
     channels = image.shape[2:]
     if image.dtype != np.uint8 or image.ndim < 2 or channels not in ((), (3,), (4,)):
         raise BadImage(
@@ -268,7 +268,7 @@ def _check_array(image, max_pixels):
     return image if channels == (3,) else _to_rgb(Image.fromarray(image))
 
 
-def _open(data):
+def _open(data: bytes) -> Image.Image:
     if not data:
         raise BadImage("image_empty", "The file is empty.")
     try:
@@ -283,7 +283,7 @@ def _open(data):
         raise BadImage("image_not_an_image", f"Not a readable image ({error}).") from error
 
 
-def _simple_jpeg(data, opened):
+def _simple_jpeg(data: bytes, opened: Image.Image) -> np.ndarray | None:
     """The pixels of a sound, upright RGB JPEG file; else None, for Pillow to do what it does."""
     if simplejpeg is None or (opened.format, opened.mode) != ("JPEG", "RGB"):
         return None
@@ -295,7 +295,7 @@ def _simple_jpeg(data, opened):
         return None
 
 
-def _to_rgb(image):
+def _to_rgb(image: Image.Image) -> Image.Image:
     try:
         image.load()
         orientation = _orientation(image)
@@ -317,14 +317,14 @@ def _to_rgb(image):
     return image
 
 
-def _orientation(image):
+def _orientation(image: Image.Image) -> int | None:
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # damaged metadata must not cost a good picture
         return None
 
 
-def _scale_to_8_bits(image):
+def _scale_to_8_bits(image: Image.Image) -> Image.Image:
     """Grey of more than 8 bits; integers span 16 bits unless larger values occur."""
     grey = np.nan_to_num(np.asarray(image, np.float32)).clip(0)
     brightest = grey.max()
@@ -335,7 +335,16 @@ def _scale_to_8_bits(image):
     return Image.fromarray(np.rint(grey * (255 / top)).astype(np.uint8))
 
 
-def _view(image, size_px, top, left, crop_px, method, mirrored):
+def _view(
+    image: np.ndarray | Image.Image,
+    size_px: int,
+    top: int,
+    left: int,
+    crop_px: int,
+    method: str,
+    mirrored: bool,
+) -> np.ndarray:
+    """Returns the crop, uint8 [crop_px, crop_px, 3], of the image resized to a square."""
     height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
     if (height, width) != (size_px, size_px):
         if method == "tf":
@@ -355,14 +364,16 @@ def _view(image, size_px, top, left, crop_px, method, mirrored):
     return np.asarray(image)
 
 
-def _resize_pil(image, size_px):
+def _resize_pil(image: np.ndarray | Image.Image, size_px: int) -> Image.Image:
     # Pillow can also make a part alone (box=...), but takes its corners as float32: a value in 300
     # is then off by one or two.
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     return image.resize((size_px, size_px), Image.Resampling.BILINEAR)
 
 
-def _resize_tf(image, size_px, rows, columns):
+def _resize_tf(
+    image: np.ndarray, size_px: int, rows: np.ndarray, columns: np.ndarray
+) -> np.ndarray:
     """Those rows and columns, in their order, of the image resized to a square."""
     above, below, row_weights = _neighbours(image.shape[0], size_px, rows)
     left, right, column_weights = _neighbours(image.shape[1], size_px, columns)
@@ -390,7 +401,9 @@ def _resize_tf(image, size_px, rows, columns):
     return resized.reshape(len(rows), len(columns), 3)
 
 
-def _neighbours(size_in, size_out, which):
+def _neighbours(
+    size_in: int, size_out: int, which: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each output pixel of `which` the two nearest input pixels and the second's weight."""
     centre = (which + 0.5) * (size_in / size_out) - 0.5
     first = np.floor(centre)

@@ -136,14 +136,14 @@ def check_distance(max_distance: int) -> None:
         )
 
 
-def _is_hash(text):
+def _is_hash(text: str) -> bool:
     return len(text) == 16 and all(digit in "0123456789abcdefABCDEF" for digit in text)
 
 
-def _bands(num_left, num_right, max_distance):
+def _bands(num_left: int, num_right: int, max_distance: int) -> list[tuple[int, int]]:
     """(lowest bit, width) of each band, for the fewest look-ups and comparisons."""
 
-    def cost(count):
+    def cost(count: int) -> float:
         width = _BITS // count
         flips = sum(math.comb(width, n) for n in range(max_distance // count + 1))
         return num_left * count * flips * (1 + num_right / 2**width)
@@ -153,12 +153,15 @@ def _bands(num_left, num_right, max_distance):
     return [(low, high - low) for low, high in zip(edges, edges[1:], strict=False)]
 
 
-def _band_values(hashes, band):
+def _band_values(hashes: np.ndarray, band: tuple[int, int]) -> np.ndarray:
+    """Returns uint64 [N], the bits of the band."""
     low, width = band
     return (hashes >> np.uint64(low)) & np.uint64(2**width - 1)
 
 
-def _similar_in_band(left, right, radius) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _similar_in_band(
+    left: np.ndarray, right: np.ndarray, radius: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Rows (i, j) whose bands differ in at most `radius` bits, each once, a block at a time."""
     width = int(max(left.max(initial=0), right.max(initial=0))).bit_length()
     left, right = left.astype(np.int64), right.astype(np.int64)
@@ -171,7 +174,8 @@ def _similar_in_band(left, right, radius) -> Iterator[tuple[np.ndarray, np.ndarr
             yield i, order[at]
 
 
-def _masks(width, radius):
+def _masks(width: int, radius: int) -> list[int]:
+    """Returns all numbers of `width` bits of which at most `radius` are set."""
     masks = [0]
     for _ in range(radius):
         masks += [mask ^ (1 << bit) for mask in masks for bit in range(width)]

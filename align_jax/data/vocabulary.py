@@ -88,13 +88,14 @@ def learn_pieces(
     return tokens
 
 
-def _batched(items, size):
+def _batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
     items = iter(items)
     while batch := list(itertools.islice(items, size)):
         yield batch
 
 
-def _split_chunks(chunks, split):
+def _split_chunks(chunks: Mapping[str, int], split: Callable[[str], Iterable[str]]) -> Counter[str]:
+    """Returns the count of each word, each chunk being there that often."""
     words: Counter[str] = Counter()
     for chunk, count in chunks.items():
         # A lone half of a surrogate pair, as JSON may hold, is no text to the tokenizer.
@@ -103,26 +104,26 @@ def _split_chunks(chunks, split):
     return words
 
 
-def _write_run(path, words):
+def _write_run(path: str, words: Mapping[str, int]) -> None:
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(f"{word}\t{words[word]}\n" for word in sorted(words))
 
 
-def _merge_runs(paths) -> Iterator[tuple[str, int]]:
+def _merge_runs(paths: Iterable[str]) -> Iterator[tuple[str, int]]:
     """(word, total) of all runs, in the order of the words."""
     merged = heapq.merge(*map(_read_run, paths), key=lambda row: row[0])
     for word, rows in itertools.groupby(merged, key=lambda row: row[0]):
         yield word, sum(count for _, count in rows)
 
 
-def _read_run(path):
+def _read_run(path: str) -> Iterator[tuple[str, int]]:
     with open(path, encoding="utf-8", newline="\n") as file:
         for line in file:
             word, _, count = line.partition("\t")
             yield word, int(count)
 
 
-def _least_count(counts):
+def _least_count(counts: Iterable[int]) -> int:
     """The smallest count of which no more than _MAX_WORDS words are left."""
     left = 0
     least = 1
@@ -134,7 +135,7 @@ def _least_count(counts):
     return 1
 
 
-def _alphabet(counts, limit):
+def _alphabet(counts: Mapping[str, int], limit: int) -> tuple[list[str], list[str]]:
     """The `limit` most frequent characters, and those of them that occur inside a word; sorted."""
     characters: Counter[str] = Counter()
     inside = set()
@@ -153,7 +154,7 @@ class _Pieces:
     into their left neighbour.
     """
 
-    def __init__(self, counts, tokens):
+    def __init__(self, counts: Mapping[str, int], tokens: Sequence[str]):
         ids = {token: index for index, token in enumerate(tokens)}
         words = sorted(counts)
         lengths = np.fromiter(map(len, words), np.int64, len(words))
@@ -212,7 +213,8 @@ class _Pieces:
         self.left[right] = first
         self._add(np.concatenate([left, first[followed]]))
 
-    def _find(self, pair):
+    def _find(self, pair: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of the first and of the second piece of every occurrence."""
         # No place is there twice: pieces only grow, so none comes back to a pair it has left.
         first = np.concatenate(self.places.pop(pair))
         a, b = pair >> 32, pair & 0xFFFFFFFF
@@ -225,10 +227,11 @@ class _Pieces:
             first = first[since % 2 == 0]
         return first, self.right[first]
 
-    def _pairs(self, positions):
+    def _pairs(self, positions: np.ndarray) -> np.ndarray:
+        """int64 [N]: ids of the piece there, in the high half, and of the one right of it."""
         return self.piece[positions].astype(np.int64) << 32 | self.piece[self.right[positions]]
 
-    def _remove(self, positions):
+    def _remove(self, positions: np.ndarray) -> None:
         pairs, inverse = np.unique(self._pairs(positions), return_inverse=True)
         lost = np.zeros(len(pairs), np.int64)
         np.add.at(lost, inverse, self.weight[self.word[positions]])
@@ -240,7 +243,7 @@ class _Pieces:
                 del self.counts[pair]
                 self.places.pop(pair, None)
 
-    def _add(self, positions):
+    def _add(self, positions: np.ndarray) -> None:
         if not len(positions):
             return
         pairs = self._pairs(positions)
@@ -258,7 +261,7 @@ class _Pieces:
                 heapq.heappush(self.heap, (-count, pair))
 
 
-def _merge_pieces(pieces, tokens, vocab_size) -> Iterator[int]:
+def _merge_pieces(pieces: _Pieces, tokens: list[str], vocab_size: int) -> Iterator[int]:
     """Appends to `tokens`; yields its new length each time."""
     ids = {token: index for index, token in enumerate(tokens)}
     while len(tokens) < vocab_size and (pair := pieces.pop()) is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from align_jax.data.sources.open_source import open_labelled
+from align_jax.data.sources.record import LabelledImage
 from align_jax.evals.ranking import pair_ranks
 from align_jax.evals.records import count_problems, encode_records
 from align_jax.evals.templates import SIMPLE, load_templates
@@ -131,7 +132,7 @@ class ZeroShot:
         z_class = class_vectors(model.encode_text, self.class_names, self.templates)
         labels = np.zeros(len(self.source), np.int64)
 
-        def note(row, item):
+        def note(row: int, item: LabelledImage) -> None:
             labels[row] = item.label
 
         self.problems = problems = Problems()

@@ -78,7 +78,7 @@ def cpu_devices(count: int) -> list[jax.Device]:
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
-        pass  # in use; what it has may do
+        pass  # JAX runs already: the devices that it has may be enough
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise ValueError(f"--devices {count}: JAX runs already, with {len(devices)} device(s).")

@@ -128,7 +128,7 @@ def _time_stages(
     reduced = config.data.decode == "reduced"
     shrink_to_px = images.REDUCED_MARGIN * config.data.resize_size if reduced else None
     batch = np.empty((_SAMPLE, size_px, size_px, 3), np.uint8)
-    batch.fill(0)  # a pipeline's memory is mapped already
+    batch.fill(0)  # maps its pages now: those of a running pipeline have been written before
     captions = []
     for position in range(_SAMPLE):
         try:

@@ -5,6 +5,7 @@ their tensors are called convert.py's. A resumed run never gets here.
 """
 
 import json
+from collections.abc import Container
 
 import jax
 import numpy as np
@@ -77,7 +78,7 @@ def start_from(
             f"{difference}."
         )
 
-    def take(path, leaf):
+    def take(path: str, leaf: jax.Array) -> jax.Array:
         if path not in wanted:
             return leaf
         value = np.asarray(found[path], leaf.dtype)
@@ -86,7 +87,7 @@ def start_from(
     return trees.map_named(take, variables)
 
 
-def _read(name, towers, model):
+def _read(name: str, towers: str, model: dual_encoder.DualEncoder) -> dual_encoder.Variables:
     folder = hub.find_folder(name)
     if hub.is_hugging_face(folder):
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
@@ -103,5 +104,5 @@ def _read(name, towers, model):
     return jax.device_get(load_trained(folder).variables)
 
 
-def _is_part(path, subtrees):
+def _is_part(path: str, subtrees: Container[str] | None) -> bool:
     return subtrees is None or path.split("/")[1] in subtrees
