@@ -44,7 +44,7 @@ setup(
         "tensorflow-datasets>=4.9.10,<5",
         "tokenizers>=0.22",
         "tqdm",
-        "transformers>=5,<6",
+        "transformers>=5.24,<6",
     ],
     extras_require={
         "curate": CURATE,

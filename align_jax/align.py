@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -216,7 +215,9 @@ class Align:
         if (folder / "config.json").exists() and not hub.is_hugging_face(folder):
             raise ValueError(f"{folder} is a workdir; name another folder.")
         p = self.preprocessing
-        config = hf_config.hf_from_model(self.model, image_size=p.image_size)
+        config = hf_config.hf_from_model(
+            self.model, image_size=p.image_size, pad_token_id=self.tokenizer.pad_id
+        )
         tensors = convert.to_hf(jax.device_get(self.variables), self.model, self.hf_extras)
         folder.mkdir(parents=True, exist_ok=True)
         weights_file.write_safetensors(folder / "model.safetensors", tensors)
@@ -232,7 +233,7 @@ class Align:
             version=__version__,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        config.save_pretrained(folder)
 
     def fingerprint(self) -> str:
         """Returns 16 hex digits that identify weights, compute dtype, tokenizer, preprocessing."""

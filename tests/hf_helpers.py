@@ -1,7 +1,5 @@
 """Hugging Face ALIGN models with random weights under which nothing vanishes, and their inputs."""
 
-import copy
-
 import numpy as np
 import pytest
 
@@ -131,11 +129,6 @@ def _set_statistics(norm, inputs):
 def tensors_of(model):
     """Returns the state dict as NumPy copies."""
     return {key: tensor.detach().numpy().copy() for key, tensor in model.state_dict().items()}
-
-
-def config_json(model):
-    """Returns what `save_pretrained` writes to config.json, parsed."""
-    return copy.deepcopy(model.config.to_diff_dict())
 
 
 def make_batch(batch, size_px, length=12, seed=0):

@@ -21,7 +21,7 @@ SMALL = "other-widths"
 @pytest.fixture(scope="module")
 def small():
     theirs = hf.torch_model(SMALL)
-    return theirs, hf.tensors_of(theirs), hf_config.model_from_hf(hf.config_json(theirs))
+    return theirs, hf.tensors_of(theirs), hf_config.model_from_hf(theirs.config)
 
 
 def our_model(**changes):
@@ -56,8 +56,7 @@ def write_folder(path, variables, model, extras=None, image_size=65):
     path.mkdir()
     tensors = convert.to_hf(variables, model, extras)
     weights_file.write_safetensors(path / "model.safetensors", tensors)
-    settings = hf_config.hf_from_model(model, image_size=image_size)
-    (path / "config.json").write_text(json.dumps(settings))
+    hf_config.hf_from_model(model, image_size=image_size).save_pretrained(path)
 
 
 def assert_transformers_gives_our_logits(folder, variables, model, batch):
@@ -230,28 +229,78 @@ def test_plain_bert_starts_the_text_tower_with_the_same_states(layout):
 
 
 @pytest.mark.parametrize("name", hf.CONFIGS)
-def test_config_round_trip_describes_the_same_model_to_transformers(name):
+def test_config_round_trip_describes_the_same_model_to_transformers(tmp_path, name):
     wanted = hf.config_of(name)
     for theirs in (wanted.to_diff_dict(), wanted.to_dict()):
-        model = hf_config.model_from_hf(json.loads(json.dumps(theirs)))
-        written = json.loads(json.dumps(hf_config.hf_from_model(model, image_size=100)))
-        found = transformers.AlignConfig.from_dict(written)
+        content = json.loads(json.dumps(theirs))
+        model = hf_config.model_from_hf(hf_config.parse_config(content))
+        found = hf_config.hf_from_model(model, image_size=100, pad_token_id=3)
+        found.save_pretrained(tmp_path)
         for part in ("text_config", "vision_config"):
             left, right = getattr(found, part).to_dict(), getattr(wanted, part).to_dict()
             different = {key for key in right if left.get(key) != right[key]}
-            assert different <= {"image_size", "hidden_dim", "dtype", "_name_or_path"}, different
+            allowed = {"image_size", "hidden_dim", "dtype", "_name_or_path", "pad_token_id"}
+            assert different <= allowed, different
         assert found.projection_dim == wanted.projection_dim
         assert found.temperature_init_value == wanted.temperature_init_value
-        assert hf_config.model_from_hf(written) == model
+        assert found.text_config.pad_token_id == 3
+        again = hf_config.read_config(tmp_path)
+        assert again.to_dict() == found.to_dict() and hf_config.model_from_hf(again) == model
+        # All that matters is in the file: versions differ in what they assume.
+        written = json.loads((tmp_path / "config.json").read_text())
+        assert {"vocab_size", "layer_norm_eps", "hidden_act"} <= written["text_config"].keys()
+        assert {"strides", "pooling_type", "hidden_dim"} <= written["vision_config"].keys()
+        assert (written["model_type"], written["dtype"]) == ("align", "float32")
+
+
+# What transformers 4 wrote into each part besides, as far as it could be in the way.
+OLD_KEYS = {
+    "_name_or_path": "",
+    "bos_token_id": None,
+    "chunk_size_feed_forward": 0,
+    "diversity_penalty": 0.0,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "is_decoder": False,
+    "max_length": 20,
+    "num_beams": 1,
+    "pruned_heads": {},
+    "return_dict": True,
+    "temperature": 1.0,
+    "tf_legacy_loss": False,
+    "tie_word_embeddings": True,
+    "top_k": 50,
+    "torch_dtype": None,
+    "torchscript": False,
+    "transformers_version": "4.27.0.dev0",
+    "use_bfloat16": False,
+}
+
+
+def test_config_of_transformers_4_with_numbers_in_either_spelling_is_read():
+    content = {
+        "_commit_hash": None,
+        "architectures": ["AlignModel"],
+        "model_type": "align",
+        "projection_dim": 640.0,
+        "temperature_init_value": 1,
+        "torch_dtype": "float32",
+        "text_config": OLD_KEYS
+        | {"position_embedding_type": "absolute", "use_cache": True, "vocab_size": 30522.0},
+        "vision_config": OLD_KEYS
+        | {"image_size": 289, "dropout_rate": 0.5, "num_hidden_layers": 64, "width_coefficient": 2},
+    }
+    model = hf_config.model_from_hf(hf_config.parse_config(content))
+    assert model == hf_config.model_from_hf(hf.config_of("align-base"))
+    assert type(model.temperature_init) is type(model.image.width) is float
 
 
 def test_config_of_align_base_gives_its_geometry_and_published_values():
     written = hf_config.hf_from_model(
-        hf_config.model_from_hf(hf.config_of("align-base").to_diff_dict()), image_size=289
+        hf_config.model_from_hf(hf.config_of("align-base")), image_size=289
     )
-    assert written["vision_config"]["hidden_dim"] == written["projection_dim"] == 640
-    assert written["vision_config"]["num_hidden_layers"] == 55
-    assert written["vision_config"]["image_size"] == 289
+    assert written.vision_config.hidden_dim == written.projection_dim == 640
+    assert written.vision_config.num_hidden_layers == 55
+    assert written.vision_config.image_size == 289
 
 
 @pytest.mark.parametrize(
@@ -273,14 +322,19 @@ def test_config_of_align_base_gives_its_geometry_and_published_values():
         ("text_config", {"num_attention_heads": 5}, "hidden_size=48 is no multiple of"),
         ("text_config", {"position_embedding_type": "relative_key"}, "only absolute"),
         ("text_config", {"hidden_size": None}, "wrong type"),
+        ("text_config", {"vocab_size": "many"}, "wrong type: .*'vocab_size' expected int, got str"),
+        (None, {"text_config": 3}, "wrong type"),
+        (None, {"temperature_init_value": None}, "wrong type"),
         (None, {"model_type": "clip"}, "model_type 'clip'; only 'align'"),
+        (None, {"model_type": None}, "model_type None; only 'align'"),
     ],
 )
 def test_config_that_no_align_model_has_is_an_error_naming_the_key(part, changes, problem):
     settings = hf.config_of(SMALL).to_dict()
     (settings[part] if part else settings).update(changes)
-    with pytest.raises(ValueError, match=problem):
-        hf_config.model_from_hf(settings)
+    with pytest.raises(ValueError, match=problem) as caught:
+        hf_config.model_from_hf(hf_config.parse_config(settings))
+    assert "\n" not in str(caught.value)
 
 
 def test_bad_folder_is_one_line_naming_the_file(small, tmp_path):

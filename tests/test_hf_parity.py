@@ -20,7 +20,7 @@ def slow(*values):
 
 
 def convert_model(theirs):
-    ours = hf_config.model_from_hf(hf.config_json(theirs))
+    ours = hf_config.model_from_hf(theirs.config)
     variables, _ = convert.from_hf(hf.tensors_of(theirs), ours)
     return ours, variables
 

@@ -135,6 +135,9 @@ def test_long_text_is_cut_to_cls_62_pieces_sep(tmp_path, tokens):
     "changes",
     [
         {"rescale_factor": 1 / 255, "rescale_offset": False, "do_normalize": True},
+        # What is not said is the class's own: 1 / 255, no offset, mean and deviation 0.5.
+        dict.fromkeys(("rescale_factor", "rescale_offset", "image_mean", "image_std"))
+        | {"do_normalize": True},
         {"rescale_factor": 1 / 127.5, "image_mean": [0.1, 0.2, 0.3]},  # unused: no do_normalize
         {"do_rescale": False, "do_normalize": True, "image_mean": 127.5, "image_std": 127.5},
         {"rescale_factor": 1 / 510, "rescale_offset": False, "include_top": True}

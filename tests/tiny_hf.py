@@ -1,5 +1,9 @@
 """A tiny random Hugging Face ALIGN model in a folder, made by transformers and our processor."""
 
+import shutil
+import tempfile
+from pathlib import Path
+
 import torch
 from transformers import AlignConfig, AlignModel
 
@@ -10,9 +14,15 @@ CAPTIONS = ["a photo of a cat", "a photo of a dog", "two red squares and circles
 IMAGE_SIZE, RESIZE_SIZE = 33, 40
 
 
-def make_folder(folder):
-    """Writes the folder as transformers 5 does; returns the model, in eval mode."""
-    tokens = tokenizer.train_wordpiece(CAPTIONS, 200)
+def make_folder(folder, *, own_tokenizer=True):
+    """Writes the folder as transformers 5 does; returns the model, in eval mode.
+
+    Without `own_tokenizer`, the tokenizer's files are in the folder already, and stay.
+    """
+    if own_tokenizer:
+        tokens = tokenizer.train_wordpiece(CAPTIONS, 200)
+    else:
+        tokens = tokenizer.load_tokenizer(folder)
     config = AlignConfig(
         text_config={
             "vocab_size": tokens.vocab_size,
@@ -52,11 +62,10 @@ def make_folder(folder):
             model.vision_model(colours + noise)
     model.eval()
     model.save_pretrained(folder)
-    processor.write_processor(
-        folder,
-        tokens,
-        processor.Preprocessing(
-            IMAGE_SIZE, RESIZE_SIZE, "pil", 64, tokens.vocab_size, tokens.fingerprint()
-        ),
-    )
+    sizes = (IMAGE_SIZE, RESIZE_SIZE, "pil", 64, tokens.vocab_size, tokens.fingerprint())
+    with tempfile.TemporaryDirectory() as written:
+        processor.write_processor(written, tokens, processor.Preprocessing(*sizes))
+        for file in Path(written).iterdir():
+            if own_tokenizer or "processor" in file.name:
+                shutil.copy(file, folder)
     return model

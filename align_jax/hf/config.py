@@ -4,47 +4,19 @@ Tensors are `convert`'s business. Source: hf_align_parity 1.2 to 1.11 (transform
 """
 
 import dataclasses
+import json
+import os
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
+from align_jax.data.tokenizer import quiet_transformers
 from align_jax.models import bert, dual_encoder, efficientnet, layers
 
-# What transformers assumes where the file is silent: newer files hold only what differs.
-_TEXT_DEFAULTS = {
-    "vocab_size": 30522,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.1,
-    "attention_probs_dropout_prob": 0.1,
-    "max_position_embeddings": 512,
-    "type_vocab_size": 2,
-    "layer_norm_eps": 1e-12,
-    "position_embedding_type": "absolute",
-}
-_VISION_DEFAULTS = {
-    "num_channels": 3,
-    "width_coefficient": 2.0,
-    "depth_coefficient": 3.1,
-    "depth_divisor": 8,
-    "kernel_sizes": (3, 3, 5, 3, 5, 5, 3),
-    "in_channels": (32, 16, 24, 40, 80, 112, 192),
-    "out_channels": (16, 24, 40, 80, 112, 192, 320),
-    "depthwise_padding": (),
-    "strides": (1, 2, 2, 2, 1, 2, 1),
-    "num_block_repeats": (1, 2, 2, 3, 3, 4, 1),
-    "expand_ratios": (1, 6, 6, 6, 6, 6, 6),
-    "squeeze_expansion_ratio": 0.25,
-    "hidden_act": "swish",
-    "pooling_type": "mean",
-    "batch_norm_eps": 1e-3,
-    "drop_connect_rate": 0.2,
-}
-_TOP_DEFAULTS = {"projection_dim": 640, "temperature_init_value": 1.0}
+if TYPE_CHECKING:
+    from transformers import AlignConfig, AlignTextConfig, AlignVisionConfig
 
 # One column of the stage table each, in the order of `efficientnet.StageSpec`.
 _STAGE_LISTS = (
@@ -66,52 +38,94 @@ _ACTIVATION_NAMES = {
 }
 
 
-def model_from_hf(config: Mapping[str, Any], *, dtype: str = "float32") -> dual_encoder.DualEncoder:
-    """Returns the dual encoder that a config.json describes, whatever its sizes.
+def read_config(folder: str | os.PathLike) -> "AlignConfig":
+    """Returns the configuration in the config.json of a folder.
+
+    Raises:
+      ValueError: one line with the file and what is wrong with it.
+    """
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} is no Hugging Face folder: it has no config.json.")
+    try:
+        content = json.loads(file.read_text("utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not an object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}.") from error
+    try:
+        return parse_config(content)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def parse_config(content: Mapping[str, Any]) -> "AlignConfig":
+    """Returns the configuration that the content of a config.json gives.
 
     Args:
-      config: the parsed config.json of an `AlignModel`, of transformers 4.x or 5.x.
+      content: of transformers 4.x or 5.x. Whole numbers may be written as floats and the reverse.
+
+    Raises:
+      ValueError: another kind of model, or a value of a type that no ALIGN model has.
+    """
+    if content.get("model_type") != "align":
+        raise ValueError(
+            f"config.json has model_type {content.get('model_type')!r}; only 'align' is read."
+        )
+    with quiet_transformers() as transformers:
+        parts = {
+            "text_config": transformers.AlignTextConfig,
+            "vision_config": transformers.AlignVisionConfig,
+        }
+        content = _numbers(content, transformers.AlignConfig)
+        for name, kind in parts.items():
+            if isinstance(content.get(name), dict):
+                content[name] = _numbers(content[name], kind)
+        try:
+            return transformers.AlignConfig.from_dict(content)
+        except Exception as error:  # it has classes of its own for a value of a wrong type
+            problem = " ".join(str(error).split())
+            raise ValueError(f"config.json holds a value of a wrong type: {problem}.") from error
+
+
+def model_from_hf(config: "AlignConfig", *, dtype: str = "float32") -> dual_encoder.DualEncoder:
+    """Returns the dual encoder that a configuration describes, whatever its sizes.
+
+    Args:
+      config: of an `AlignModel`, see `parse_config`.
       dtype: of convolutions and matmuls, "float32" or "bfloat16".
 
     Raises:
-      ValueError: another kind of model, or a value that no ALIGN model can have.
+      ValueError: a value that no ALIGN model can have.
     """
-    if config.get("model_type") != "align":
+    image = _trunk(config.vision_config, dtype)
+    encoder = _encoder(config.text_config, dtype)
+    width = efficientnet.scale_stages(image.stages, image.width, image.depth, image.depth_divisor)[
+        -1
+    ].out_channels
+    if width != config.projection_dim:
         raise ValueError(
-            f"config.json has model_type {config.get('model_type')!r}; only 'align' is read."
+            f"config.json: projection_dim={config.projection_dim} must be the width of the image "
+            f"tower, {width} (last entry of vision_config.out_channels, scaled)."
         )
-    text = _TEXT_DEFAULTS | dict(config.get("text_config") or {})
-    vision = _VISION_DEFAULTS | dict(config.get("vision_config") or {})
-    top = _TOP_DEFAULTS | dict(config)
-    try:
-        image = _trunk(vision, dtype)
-        encoder = _encoder(text, dtype)
-        width = efficientnet.scale_stages(
-            image.stages, image.width, image.depth, image.depth_divisor
-        )[-1].out_channels
-        model = dual_encoder.DualEncoder(
-            image=image,
-            text=encoder,
-            embed_dim=int(top["projection_dim"]),
-            image_width=width,
-            temperature_init=float(top["temperature_init_value"]),
-        )
-    except TypeError as error:
-        raise ValueError(f"config.json holds a value of a wrong type: {error}.") from error
-    if width != model.embed_dim:
-        raise ValueError(
-            f"config.json: projection_dim={model.embed_dim} must be the width of the image tower, "
-            f"{width} (last entry of vision_config.out_channels, scaled)."
-        )
-    return model
+    return dual_encoder.DualEncoder(
+        image=image,
+        text=encoder,
+        embed_dim=config.projection_dim,
+        image_width=width,
+        temperature_init=config.temperature_init_value,
+    )
 
 
-def hf_from_model(model: dual_encoder.DualEncoder, *, image_size: int) -> dict[str, Any]:
-    """Returns the contents of the config.json that transformers 4.57 and 5.x read for this model.
+def hf_from_model(
+    model: dual_encoder.DualEncoder, *, image_size: int, pad_token_id: int = 0
+) -> "AlignConfig":
+    """Returns the configuration that transformers 4.57 and 5.x read for this model.
 
     Args:
       model: the dual encoder. An image projection is folded, as in `convert.to_hf`.
       image_size: side of the crop that the model was trained with, pixels.
+      pad_token_id: of the tokenizer; torch leaves this row of the embeddings as it is.
 
     Raises:
       ValueError: the format cannot describe the model; the reason.
@@ -124,52 +138,46 @@ def hf_from_model(model: dual_encoder.DualEncoder, *, image_size: int) -> dict[s
             "convolutions pad as 'hf' does."
         )
     columns = zip(*(dataclasses.astuple(stage) for stage in image.stages), strict=True)
-    width = model.image_width
-    stages = efficientnet.scale_stages(image.stages, image.width, image.depth, image.depth_divisor)
-    return {
-        "architectures": ["AlignModel"],
-        "model_type": "align",
-        "dtype": "float32",
-        "initializer_range": 0.02,
-        "projection_dim": model.embed_dim,
-        "temperature_init_value": model.temperature_init,
-        "text_config": {
-            "model_type": "align_text_model",
-            "vocab_size": text.vocab_size,
-            "hidden_size": text.hidden_dim,
-            "num_hidden_layers": text.num_layers,
-            "num_attention_heads": text.num_heads,
-            "intermediate_size": text.feed_forward_dim or 4 * text.hidden_dim,
-            "hidden_act": text.activation,
-            "hidden_dropout_prob": text.dropout_rate,
-            "attention_probs_dropout_prob": text.attention_dropout_rate,
-            "max_position_embeddings": text.max_positions,
-            "type_vocab_size": text.num_segments,
-            "layer_norm_eps": text.norm_eps,
-            "initializer_range": 0.02,
-            "pad_token_id": 0,
-        },
-        "vision_config": {
-            "model_type": "align_vision_model",
-            "num_channels": 3,
-            "image_size": image_size,
-            "width_coefficient": image.width,
-            "depth_coefficient": image.depth,
-            "depth_divisor": image.depth_divisor,
-            **{name: list(column) for name, column in zip(_STAGE_LISTS, columns, strict=True)},
-            "depthwise_padding": list(image.depthwise_padding),
-            "squeeze_expansion_ratio": image.squeeze_ratio,
-            "hidden_act": image.activation,
-            # The side of its pooling window: any that covers the last map pools the whole of it.
-            "hidden_dim": max(width, image_size),
-            "pooling_type": image.pooling,
-            "initializer_range": 0.02,
-            "batch_norm_eps": image.bn_eps,
-            "batch_norm_momentum": 0.99,
-            "drop_connect_rate": image.drop_path_rate,
-            "num_hidden_layers": sum(stage.repeats for stage in stages),
-        },
+    text_config = {
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_dim,
+        "num_hidden_layers": text.num_layers,
+        "num_attention_heads": text.num_heads,
+        "intermediate_size": text.feed_forward_dim or 4 * text.hidden_dim,
+        "hidden_act": text.activation,
+        "hidden_dropout_prob": text.dropout_rate,
+        "attention_probs_dropout_prob": text.attention_dropout_rate,
+        "max_position_embeddings": text.max_positions,
+        "type_vocab_size": text.num_segments,
+        "layer_norm_eps": text.norm_eps,
+        "pad_token_id": pad_token_id,
     }
+    vision_config = {
+        "image_size": image_size,
+        "width_coefficient": image.width,
+        "depth_coefficient": image.depth,
+        "depth_divisor": image.depth_divisor,
+        **{name: list(column) for name, column in zip(_STAGE_LISTS, columns, strict=True)},
+        "depthwise_padding": list(image.depthwise_padding),
+        "squeeze_expansion_ratio": image.squeeze_ratio,
+        "hidden_act": image.activation,
+        # The side of its pooling window: any that covers the last map pools the whole of it.
+        "hidden_dim": max(model.image_width, image_size),
+        "pooling_type": image.pooling,
+        "batch_norm_eps": image.bn_eps,
+        "drop_connect_rate": image.drop_path_rate,
+    }
+    return parse_config(
+        {
+            "architectures": ["AlignModel"],
+            "model_type": "align",
+            "dtype": "float32",
+            "projection_dim": model.embed_dim,
+            "temperature_init_value": model.temperature_init,
+            "text_config": text_config,
+            "vision_config": vision_config,
+        }
+    )
 
 
 def fold_image_projection(model: dual_encoder.DualEncoder) -> dual_encoder.DualEncoder:
@@ -215,31 +223,41 @@ def fold_image_projection(model: dual_encoder.DualEncoder) -> dual_encoder.DualE
     )
 
 
-def _trunk(c: Mapping[str, Any], dtype: str) -> efficientnet.EfficientNet:
-    lengths = {name: len(c[name]) for name in _STAGE_LISTS}
-    if len(set(lengths.values())) != 1 or not c["strides"]:
+def _numbers(content: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """Returns the content with 2 as 2.0 and 2.0 as 2 where the configuration wants it so."""
+    kinds = {field.name: field.type for field in dataclasses.fields(kind)}
+    content = dict(content)
+    for name, value in content.items():
+        if kinds.get(name) is float and type(value) is int:
+            content[name] = float(value)
+        elif kinds.get(name) is int and isinstance(value, float) and value.is_integer():
+            content[name] = int(value)
+    return content
+
+
+def _trunk(c: "AlignVisionConfig", dtype: str) -> efficientnet.EfficientNet:
+    lengths = {name: len(getattr(c, name)) for name in _STAGE_LISTS}
+    if len(set(lengths.values())) != 1 or not c.strides:
         raise ValueError(f"config.json: the lists of vision_config differ in length: {lengths}.")
-    _only("vision_config.num_channels", [c["num_channels"]], (3,))
-    _only("vision_config.pooling_type", [c["pooling_type"]], ("mean", "max"))
-    _only("vision_config.strides", c["strides"], (1, 2))
-    even = [size for size in c["kernel_sizes"] if size % 2 == 0]
+    _only("vision_config.num_channels", [c.num_channels], (3,))
+    _only("vision_config.pooling_type", [c.pooling_type], ("mean", "max"))
+    _only("vision_config.strides", c.strides, (1, 2))
+    even = [size for size in c.kernel_sizes if size % 2 == 0]
     if even:
         raise ValueError(f"config.json: vision_config.kernel_sizes holds {even[0]}; only odd ones.")
-    stages = tuple(
-        efficientnet.StageSpec(*(int(value) for value in row))
-        for row in zip(*(c[name] for name in _STAGE_LISTS), strict=True)
-    )
+    rows = zip(*(getattr(c, name) for name in _STAGE_LISTS), strict=True)
+    stages = tuple(efficientnet.StageSpec(*row) for row in rows)
     trunk = efficientnet.EfficientNet(
-        float(c["width_coefficient"]),
-        float(c["depth_coefficient"]),
+        c.width_coefficient,
+        c.depth_coefficient,
         stages=stages,
-        depth_divisor=int(c["depth_divisor"]),
-        squeeze_ratio=float(c["squeeze_expansion_ratio"]),
-        pooling=c["pooling_type"],
-        depthwise_padding=tuple(int(block) for block in c["depthwise_padding"]),
-        activation=_activation("vision_config", c["hidden_act"]),
-        drop_path_rate=float(c["drop_connect_rate"]),
-        bn_eps=float(c["batch_norm_eps"]),
+        depth_divisor=c.depth_divisor,
+        squeeze_ratio=c.squeeze_expansion_ratio,
+        pooling=c.pooling_type,
+        depthwise_padding=tuple(c.depthwise_padding),
+        activation=_activation("vision_config", c.hidden_act),
+        drop_path_rate=float(c.drop_connect_rate),
+        bn_eps=c.batch_norm_eps,
         dtype=jnp.dtype(dtype),
     )
     scaled = efficientnet.scale_stages(stages, trunk.width, trunk.depth, trunk.depth_divisor)
@@ -254,25 +272,26 @@ def _trunk(c: Mapping[str, Any], dtype: str) -> efficientnet.EfficientNet:
     return trunk
 
 
-def _encoder(c: Mapping[str, Any], dtype: str) -> bert.Bert:
-    _only("text_config.position_embedding_type", [c["position_embedding_type"]], ("absolute",))
-    if c["hidden_size"] % c["num_attention_heads"]:
+def _encoder(c: "AlignTextConfig", dtype: str) -> bert.Bert:
+    kind = getattr(c, "position_embedding_type", "absolute")
+    _only("text_config.position_embedding_type", [kind], ("absolute",))
+    if c.hidden_size % c.num_attention_heads:
         raise ValueError(
-            f"config.json: text_config.hidden_size={c['hidden_size']} is no multiple of "
-            f"num_attention_heads={c['num_attention_heads']}."
+            f"config.json: text_config.hidden_size={c.hidden_size} is no multiple of "
+            f"num_attention_heads={c.num_attention_heads}."
         )
     return bert.Bert(
-        int(c["vocab_size"]),
-        int(c["num_hidden_layers"]),
-        int(c["hidden_size"]),
-        int(c["num_attention_heads"]),
-        feed_forward_dim=int(c["intermediate_size"]),
-        max_positions=int(c["max_position_embeddings"]),
-        num_segments=int(c["type_vocab_size"]),
-        activation=_activation("text_config", c["hidden_act"]),
-        norm_eps=float(c["layer_norm_eps"]),
-        dropout_rate=float(c["hidden_dropout_prob"]),
-        attention_dropout_rate=float(c["attention_probs_dropout_prob"]),
+        c.vocab_size,
+        c.num_hidden_layers,
+        c.hidden_size,
+        c.num_attention_heads,
+        feed_forward_dim=c.intermediate_size,
+        max_positions=c.max_position_embeddings,
+        num_segments=c.type_vocab_size,
+        activation=_activation("text_config", c.hidden_act),
+        norm_eps=c.layer_norm_eps,
+        dropout_rate=float(c.hidden_dropout_prob),
+        attention_dropout_rate=float(c.attention_probs_dropout_prob),
         dtype=jnp.dtype(dtype),
     )
 

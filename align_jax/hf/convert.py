@@ -4,7 +4,6 @@ Files are read and written by `weights_file`, sizes by `hf_config`. Source: hf_a
 """
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -62,13 +61,11 @@ class HfCheckpoint:
       model: of the sizes in its config.json.
       variables: {"params", "batch_stats"}, float32 NumPy.
       extras: tensors that the model does not use, by their Hugging Face names.
-      config: the contents of config.json.
     """
 
     model: dual_encoder.DualEncoder
     variables: dual_encoder.Variables
     extras: dict[str, np.ndarray]
-    config: dict[str, Any]
 
     @property
     def legacy_keys(self) -> tuple[str, ...]:
@@ -87,15 +84,7 @@ def load_folder(path: str | os.PathLike, *, dtype: str = "float32") -> HfCheckpo
       ValueError: one line with the file and what is wrong with it.
     """
     path = Path(path)
-    file = path / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{path} is no Hugging Face folder: it has no config.json.")
-    try:
-        config = json.loads(file.read_text())
-        if not isinstance(config, dict):
-            raise ValueError(f"it holds a {type(config).__name__}, not an object")
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}.") from error
+    config = hf_config.read_config(path)
     try:
         model = hf_config.model_from_hf(config, dtype=dtype)
         variables, extras = from_hf(weights_file.read_tensors(path), model)
@@ -103,7 +92,7 @@ def load_folder(path: str | os.PathLike, *, dtype: str = "float32") -> HfCheckpo
         if str(path) in str(error):
             raise
         raise ValueError(f"{path}: {error}") from error
-    return HfCheckpoint(model, variables, extras, config)
+    return HfCheckpoint(model, variables, extras)
 
 
 def from_hf(

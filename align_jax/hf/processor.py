@@ -18,22 +18,6 @@ _BILINEAR = 2  # Pillow's number
 _RESIZE_KEY = "align_jax_resize"  # ours: the format has no word for a resize without antialias
 _DEFAULT_MAX_TOKENS = 64  # AlignProcessor's, where the tokenizer does not say
 
-# What EfficientNetImageProcessor assumes where its file is silent, in transformers 4.57 and 5. The
-# filter is left out: it was nearest, then bicubic.
-_DEFAULTS = {
-    "do_resize": True,
-    "size": {"height": 346, "width": 346},
-    "do_center_crop": False,
-    "crop_size": {"height": 289, "width": 289},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "rescale_offset": False,
-    "do_normalize": True,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "include_top": True,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
@@ -71,9 +55,12 @@ def read_processor(
     """
     folder = Path(folder)
     path, config = _find_image_config(folder)
+    with tokenizer_lib.quiet_transformers() as transformers:
+        # What is assumed where the file is silent. The filter is not: versions differ in it.
+        assumed = transformers.EfficientNetImageProcessorPil().to_dict() | {"resample": None}
     try:
-        resize_size, image_size = _sizes(_DEFAULTS | config)
-        _check_scale(_DEFAULTS | config)
+        resize_size, image_size = _sizes(assumed | config)
+        _check_scale(assumed | config)
         resize = config.get(_RESIZE_KEY, "pil")
         if resize not in ("pil", "tf"):
             raise ValueError(f"{_RESIZE_KEY} is {resize!r}; use 'pil' or 'tf'.")
@@ -110,28 +97,27 @@ def write_processor(
     """
     folder = Path(folder)
     tokenizer.save(folder, preprocessing.max_tokens)
-    resize_size, image_size = preprocessing.resize_size, preprocessing.image_size
     config = {
-        "image_processor_type": "EfficientNetImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"height": resize_size, "width": resize_size},
+        "size": dict.fromkeys(("height", "width"), preprocessing.resize_size),
         "resample": _BILINEAR,
         "do_center_crop": True,
-        "crop_size": {"height": image_size, "width": image_size},
+        "crop_size": dict.fromkeys(("height", "width"), preprocessing.image_size),
         "do_rescale": True,
         "rescale_factor": 1 / 127.5,
         "rescale_offset": True,
         "do_normalize": False,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
         "include_top": False,
     }
     if preprocessing.resize != "pil":
         config[_RESIZE_KEY] = preprocessing.resize
-    name = {"processor_class": "AlignProcessor"}
-    _write_json(folder / "preprocessor_config.json", config | name)
-    _write_json(folder / "processor_config.json", {"image_processor": config} | name)
+    with tokenizer_lib.quiet_transformers() as transformers:
+        image_processor = transformers.EfficientNetImageProcessorPil(**config)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        image_processor.save_pretrained(folder)  # for transformers 4
+        processor = transformers.AlignProcessor(image_processor, theirs)
+        processor.to_json_file(folder / "processor_config.json")
 
 
 def _find_image_config(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -178,7 +164,7 @@ def _side(name, size):
 def _check_scale(config):
     """All steps are affine, so two grey levels show what becomes of every one."""
     mean, std = (
-        value if isinstance(value, list) else [value]
+        value if isinstance(value, list | tuple) else [value]
         for value in (config["image_mean"], config["image_std"])
     )
     for channel_mean, channel_std in zip(mean, std, strict=True):
@@ -215,7 +201,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} cannot be used: it holds no object.")
     return content
-
-
-def _write_json(path, content):
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
