@@ -17,6 +17,10 @@ from align_jax.data import tokenizer as tokenizer_lib
 _BILINEAR = 2  # Pillow's number
 _RESIZE_KEY = "align_jax_resize"  # ours: the format has no word for a resize without antialias
 _DEFAULT_MAX_TOKENS = 64  # AlignProcessor's, where the tokenizer does not say
+_KEYS = {  # what transformers writes, and is read here
+    *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale"),
+    *("rescale_factor", "rescale_offset", "do_normalize", "image_mean", "image_std", "include_top"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +59,14 @@ def read_processor(
     """
     folder = Path(folder)
     path, config = _find_image_config(folder)
-    with tokenizer_lib.quiet_transformers() as transformers:
-        # What is assumed where the file is silent. The filter is not: versions differ in it.
-        assumed = transformers.EfficientNetImageProcessorPil().to_dict() | {"resample": None}
+    if not _KEYS <= config.keys():  # the class, whose import is slow, says what is then assumed
+        with tokenizer_lib.quiet_transformers() as transformers:
+            assumed = transformers.EfficientNetImageProcessorPil().to_dict()
+        # Except for the filter: it was nearest, then bicubic.
+        config = assumed | {"resample": None} | config
     try:
-        resize_size, image_size = _sizes(assumed | config)
-        _check_scale(assumed | config)
+        resize_size, image_size = _sizes(config)
+        _check_scale(config)
         resize = config.get(_RESIZE_KEY, "pil")
         if resize not in ("pil", "tf"):
             raise ValueError(f"{_RESIZE_KEY} is {resize!r}; use 'pil' or 'tf'.")
