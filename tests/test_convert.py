@@ -355,9 +355,9 @@ def test_bad_folder_is_one_line_naming_the_file(small, tmp_path):
     assert "is empty" in error()
     shutil.copy(tmp_path / "weights", folder / "model.safetensors")
     (folder / "config.json").write_text("<html>")
-    assert "config.json is not JSON" in error()
+    assert "config.json is not valid JSON" in error()
     (folder / "config.json").write_text("[1]")
-    assert "config.json is not JSON" in error()
+    assert "config.json holds a list, not an object" in error()
     (folder / "config.json").write_text(json.dumps(settings | {"projection_dim": 24}))
     assert "projection_dim=24 must be" in error()
     settings["text_config"]["hidden_size"] = 60

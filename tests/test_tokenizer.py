@@ -261,7 +261,7 @@ def test_load_missing_path_lists_what_was_looked_for(tmp_path):
         ("tokenizer.json", lambda p: p.write_bytes(b"\xff\xfe\x00"), "utf-8"),
         ("vocab.txt", lambda p: p.write_bytes(b"\xff\xfe\x00"), "UTF-8"),
         ("vocab.txt", lambda p: p.write_text(""), "UNK"),
-        ("vocab.txt", lambda p: p.write_text("[PAD]\n[CLS]\n[SEP]\na\n"), "UNK"),
+        ("vocab.txt", lambda p: p.write_text("[PAD]\n[CLS]\n[SEP]\na\nb\nc\n"), "UNK"),
         ("tokenizer_config.json", lambda p: p.write_text("{"), "Expecting prop"),
         ("tokenizer_config.json", lambda p: p.write_text('{"auto_map": ["a.B", null]}'), "code"),
     ],
@@ -399,6 +399,22 @@ def test_tokenizer_that_no_text_tower_can_use_is_refused(tmp_path, kind, message
     with pytest.raises(ValueError, match=message) as caught:
         load_tokenizer(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", [None, "XLMRobertaTokenizer", "BertTokenizer", "T5Tokenizer"])
+def test_folder_without_the_vocabulary_of_its_class_is_refused(tmp_path, config):
+    (tmp_path / "other.model").write_bytes(b"weights of something")
+    if config:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": config}))
+    with pytest.raises(ValueError, match="is not a usable tokenizer: ") as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_file_of_a_folder_asks_for_the_folder(folders):
+    for path in (folders["ours"] / "tokenizer.json", *folders["xlm-roberta"].glob("*.model")):
+        with pytest.raises(ValueError, match="name the folder that it lies in"):
+            load_tokenizer(path)
 
 
 def test_fingerprint_of_wordpiece_is_that_of_earlier_versions():

@@ -55,7 +55,8 @@ class Tokenizer:
         """Makes a tokenizer of the content of its files.
 
         Args:
-          content: of tokenizer.json.
+          content: of tokenizer.json, without truncation and padding: `encode` does both, since
+            settings of the backend would be shared by threads.
           special: role (see transformers: "pad_token", "cls_token" ...) -> token.
 
         Raises:
@@ -63,11 +64,9 @@ class Tokenizer:
         """
         self._content, self._special = content, dict(special)
         self._backend = tokenizers.Tokenizer.from_str(content)
-        # Cut and padded by `encode`: these are settings of the backend, which threads share.
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        if not self._backend.get_vocab(with_added_tokens=False):
-            raise ValueError("its vocabulary is empty.")
+        # Classes of transformers make up a vocabulary like this where they find no file.
+        if self._backend.get_vocab_size() - len(self._backend.get_added_tokens_decoder()) < 2:
+            raise ValueError("its vocabulary holds special tokens only.")
         self.vocab_size = 1 + max(self._backend.get_vocab().values())
         self._first, self._last = _frame(self._backend)
         if not self._first:
@@ -111,7 +110,6 @@ class Tokenizer:
         options = self._options(content)
         if options:
             return _digest([options, self.tokens])[:16]
-        del content["truncation"], content["padding"]
         return _digest([content, self.pad_id, self._first, self._last])[:16]
 
     def save(self, folder: str | os.PathLike, max_tokens: int = 64) -> None:
@@ -251,6 +249,8 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     found = [name for name in names if name.startswith("vocab.") or name.endswith(".model")]
     found += [name for name in names if name in ("tokenizer.json", "tokenizer_config.json")]
     try:
+        if path.is_file() and path.suffix in (".json", ".model"):
+            raise ValueError("name the folder that it lies in.")
         if path.is_file():
             # Not splitlines: vocabularies hold rare characters that it takes for line ends.
             return wordpiece(text.read_text(path).rstrip("\n").split("\n"))
@@ -299,7 +299,8 @@ def _open_with_transformers(folder: Path, names: list[str]) -> Tokenizer:
     with quiet_transformers() as transformers:
         # AutoTokenizer cannot tell what a vocabulary alone belongs to.
         known = {"tokenizer.json", "config.json"} & set(names) or _names_class(folder)
-        opener = transformers.AutoTokenizer if known else transformers.BertTokenizer
+        unknown = "vocab.txt" in names and not known
+        opener = transformers.BertTokenizer if unknown else transformers.AutoTokenizer
         try:
             theirs = opener.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False

@@ -4,7 +4,6 @@ Tensors are `convert`'s business. Source: hf_align_parity 1.2 to 1.11 (transform
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 
 from align_jax.data.tokenizer import quiet_transformers
 from align_jax.models import bert, dual_encoder, efficientnet, layers
+from align_jax.storage import text as text_lib
 
 if TYPE_CHECKING:
     from transformers import AlignConfig, AlignTextConfig, AlignVisionConfig
@@ -47,12 +47,9 @@ def read_config(folder: str | os.PathLike) -> "AlignConfig":
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} is no Hugging Face folder: it has no config.json.")
-    try:
-        content = json.loads(file.read_text("utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}, not an object")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}.") from error
+    content = text_lib.read_json(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, not an object.")
     try:
         return parse_config(content)
     except ValueError as error:
