@@ -1,10 +1,12 @@
 """Hostile input to `align pack`: every kind of damage is counted exactly, none of it is fatal."""
 
+import contextlib
 import csv
 import importlib
 import io
 import json
 import os
+import re
 import struct
 import tarfile
 import zipfile
@@ -12,16 +14,24 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers import CONFIG, environment, read_lines, real_data, run_align, snapshot
 from PIL import Image
 
-from align_jax import config
+from align_jax import config, embed
+from align_jax.cli import main as cli
+from align_jax.curate.filter.curate import curate
+from align_jax.curate.near_duplicates.decontaminate import decontaminate
 from align_jax.curate.pack.pack import pack
+from align_jax.curate.scan import scan
 from align_jax.data import images, pipeline, tokenizer
 from align_jax.data.sources import archives
 from align_jax.data.sources.open_source import InMemory, open_source
 from align_jax.data.sources.record import Record
+from align_jax.evals import run_evaluators
+from align_jax.evals.retrieval import Retrieval
 
 BENCHMARKS = Path(__file__).parents[1] / "experiments" / "benchmarks"
 
@@ -109,6 +119,112 @@ def test_each_store_counts_the_same(tmp_path, storm, kind):
         for name, data in files:
             (path / name).write_bytes(data)
     assert pack(open_source(str(path)), tmp_path / "out")["skipped"] == expected
+
+
+# What a verb looks at decides what it can see. Those that do not name their rows by key take two
+# records of one key for two; embeddings name theirs as the source does.
+IMAGES = ("image_empty", "image_not_an_image", "image_truncated", "image_too_large")
+IMAGES += ("image_too_small",)
+CAPTIONS = ("caption_empty", "caption_not_utf8")
+SEEN = {
+    "pack": (*IMAGES, *CAPTIONS, "key_duplicate"),
+    "scan": (*IMAGES, *CAPTIONS, "key_duplicate"),
+    "curate": (*IMAGES, *CAPTIONS, "key_duplicate"),
+    "decontaminate": (*IMAGES, *CAPTIONS, "key_duplicate"),
+    "train": (*IMAGES, *CAPTIONS),
+    "eval": (*IMAGES, *CAPTIONS),
+    "embed images": (*IMAGES, "caption_not_utf8"),
+    "embed texts": CAPTIONS,
+    "vocab": CAPTIONS,
+}
+
+
+class Colours:
+    """A model for evaluators and embeddings: mean colours and numbers of letters."""
+
+    class model:
+        embed_dim = 2
+
+    def fingerprint(self):
+        return "colours"
+
+    def encode_image(self, images, on_error="raise"):
+        rows = []
+        for read in images:
+            try:
+                rows.append(read().mean())
+            except ValueError:
+                assert on_error == "skip"
+                rows.append(0.0)
+        return self.encode_text(["x" * int(row) for row in rows])
+
+    def encode_text(self, texts):
+        angle = np.array([len(text) for text in texts], np.float32) / 300
+        return np.stack([np.cos(angle), np.sin(angle)], 1)
+
+
+def train_problems(source, words):
+    """Returns the different keys that an epoch of training drops, and what the source misses."""
+    data = config.default_config().data
+    data.image_size, data.resize_size, data.resize, data.max_tokens = 16, 16, "pil", 8
+    dropped = {}
+    batches = pipeline.train_batches(source, words, data, batch_size=1, seed=0)
+    with contextlib.closing(batches):
+        for _ in range(len(source)):
+            for reason, key in next(batches).dropped_keys.items():
+                dropped.setdefault(reason, set()).add(key)
+    return {reason: len(keys) for reason, keys in dropped.items()} | dict(source.problems)
+
+
+def test_every_verb_counts_16_kinds_of_damage_by_the_same_reasons(tmp_path, storm, capsys):
+    samples = make_samples(storm, 10 * len(storm.KINDS))
+    stormy, expected = storm.damage(samples, every=5)
+    spec = str(tmp_path / "in")
+    storm.write_shards(spec, stormy, shard_size=64)
+    table = tmp_path / "in" / "00000.parquet"
+    pq.write_table(pa.table({"status": ["success"] * 60 + ["failed_to_download"] * 4}), table)
+    missing = {"status_failed_to_download": 4}
+    assert sum(reason is not None for _, reason in storm.KINDS.values()) == 10
+    assert len(storm.KINDS) == 16
+
+    def counts(problems):
+        return {reason: entry["count"] for reason, entry in problems.items()}
+
+    found = {"pack": counts(pack(open_source(spec), tmp_path / "packed")["problems"])}
+    found["scan"] = counts(scan(spec, tmp_path / "scan.parquet")["problems"])
+    (tmp_path / "rules.py").write_text(
+        "from align_jax.curate.filter import rules\n"
+        "RULES = [rules.short_side(at_least_px=1, source='a test')]\n"
+    )
+    made = curate(
+        str(tmp_path / "scan.parquet"), tmp_path / "curated", preset=str(tmp_path / "rules.py")
+    )
+    found["curate"] = counts(made["problems"])
+    report = decontaminate(spec, [], tmp_path / "matched", max_distance=0)
+    found["decontaminate"] = counts(report["train"]["problems"])
+    words = tokenizer.train_wordpiece([sample.caption.decode() for sample in samples], 100)
+    found["train"] = train_problems(open_source(spec), words)
+    evaluator = Retrieval("storm", spec)
+    metrics = run_evaluators([evaluator], Colours())
+    prefix = "storm/problems/"
+    found["eval"] = {k[len(prefix) :]: n for k, n in metrics.items() if k.startswith(prefix)}
+    assert metrics["storm/num_skipped"] == sum(found["eval"].values())
+    for kind, items in (
+        ("embed images", embed.open_images(spec)),
+        ("embed texts", embed.open_texts(spec)),
+    ):
+        embed.embed(Colours(), items, tmp_path / kind, on_error="skip")
+        found[kind] = counts(json.loads((tmp_path / kind / "report.json").read_text())["problems"])
+    capsys.readouterr()
+    command = ["vocab", spec, "--out", str(tmp_path / "words"), "--size", "100"]
+    assert cli.main(command) == 0
+    line = next(li for li in capsys.readouterr().err.splitlines() if li.startswith(f"{spec}: "))
+    found["vocab"] = {r: int(n) for r, n in re.findall(r"(\w+): (\d+) \(first: ", line)}
+    wanted = {
+        verb: {reason: expected[reason] for reason in reasons} | missing
+        for verb, reasons in SEEN.items()
+    }
+    assert found == wanted
 
 
 def test_training_batches_of_a_packed_storm_drop_nothing(tmp_path, storm):

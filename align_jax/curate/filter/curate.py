@@ -27,6 +27,7 @@ from align_jax.curate.filter import engines, ingest, report, unigrams
 from align_jax.curate.filter import rules as rules_lib
 from align_jax.curate.filter.metadata_table import PROBLEMS
 from align_jax.curate.filter.presets import Preset, load_preset
+from align_jax.storage import problems
 
 KEPT = 255
 _FORMAT = "2"  # of the stages; change it when a rule or a part changes its meaning
@@ -116,6 +117,7 @@ def curate(
     }
     parts = part_files(table_dir)
     head["text_repaired"] = ingest.count_repaired(parts)
+    head["problems"] = problems.report(_problems_of_scans(files), source)
     made = report.write_results(parts, reasons, plan, head, str(out))
     shutil.rmtree(stages)
     return made
@@ -144,6 +146,17 @@ def part_files(table_dir: str) -> list[str]:
     """Returns the canonical parts of a folder in order."""
     names = sorted(name for name in os.listdir(table_dir) if name.endswith(".parquet"))
     return [os.path.join(table_dir, name) for name in names]
+
+
+def _problems_of_scans(files: list[str]) -> problems.Problems:
+    """Returns what `align scan` could not use when it made the tables."""
+    from align_jax.curate.scan import read_report
+
+    found = problems.Problems()
+    for path in files:
+        scanned = read_report(path) if path.lower().endswith(".parquet") else None
+        found.merge(problems.from_json((scanned or {}).get("problems", {})))
+    return found
 
 
 class _Plan:

@@ -166,6 +166,7 @@ def _report(sets, matches):
             "name": images.name,
             "images": len(images.values),
             "without_hash": images.num_without_hash,
+            "problems": (images.scan or {}).get("problems", {}),
         }
 
     num_dropped = len(np.unique(matches.rows))

@@ -3,7 +3,6 @@
 Every step finds what an earlier, interrupted one has done, and does the rest.
 """
 
-import collections
 import json
 import os
 import shutil
@@ -15,6 +14,8 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from align_jax.curate.pack import unit as pack_unit
 from align_jax.data.sources.shards import find_repeated
+from align_jax.storage.problems import Problems, from_json
+from align_jax.storage.problems import report as say_problems
 
 REPORT_FILE = "pack_report.json"
 _DATASET = "pairs"
@@ -58,17 +59,14 @@ def finish(
         lambda number: np.load(pack_unit.hashes_path(settings.folder, number)), num_units
     )
     skipped, skipped_keys = {}, {}
-    problems = collections.Counter()
-    if not hasattr(source, "parts"):
-        problems.update(source.problems)
-    else:
-        problems.update(source.folder_problems)
+    missing = Problems()
+    missing.merge(source.folder_problems if hasattr(source, "parts") else source.problems)
     shards = []
     for number, unit in enumerate(units):
         for reason, count in unit["skipped"].items():
             keys = unit["skipped_keys"][reason]
             pack_unit.count_skipped(skipped, skipped_keys, reason, keys, count)
-        problems.update(unit.get("problems", {}))
+        missing.merge(from_json(unit.get("problems", {})))
         first = 0
         for place, length in enumerate(unit["shard_lengths"]):
             path = pack_unit.shard_path(settings.folder, number, place)
@@ -84,6 +82,11 @@ def finish(
                 shards.append(_Shard(path, rows, length - len(rows), num_bytes))
     read = sum(unit["records_read"] for unit in units)
     _check_usable(source, settings, read, shards, skipped, skipped_keys)
+    problems = Problems()
+    problems.merge(missing)
+    for reason, count in skipped.items():
+        if reason not in ("not_kept", "dropped_by_list"):
+            problems.add(reason, skipped_keys[reason][0], count)
     report = {
         "source": source.describe(),
         "records_read": read,
@@ -92,7 +95,8 @@ def finish(
         "bytes": sum(shard.num_bytes for shard in shards),
         "skipped": skipped,
         "skipped_keys": skipped_keys,
-        "source_problems": dict(problems),
+        "source_problems": dict(missing),
+        "problems": say_problems(problems, source.describe()),
     }
     dataset = os.path.join(staging, "dataset")
     os.makedirs(dataset, exist_ok=True)

@@ -85,7 +85,8 @@ def pack(
     Returns:
       What `pack_report.json` holds under `split`: `source`, `records_read`, `records_written`,
       `shards`, `bytes`, `skipped` (reason of SKIP_REASONS -> count), `skipped_keys` (reason ->
-      first 20 keys) and `source_problems` (reason -> count, what was missing before reading).
+      first 20 keys), `source_problems` (reason -> count, what was missing before reading) and
+      `problems` (reason -> count and first, of both, without what the lists left out).
 
     Raises:
       ValueError: the split exists, `out_dir` holds something else or is being written, no record

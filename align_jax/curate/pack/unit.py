@@ -119,7 +119,7 @@ def pack_unit(unit: Unit, settings: Settings) -> Iterator[None]:
         "skipped_keys": skipped_keys,
     }
     if unit.stop is None:
-        result["problems"] = dict(source.problems)
+        result["problems"] = source.problems.to_json()
     write_json(result_path(settings.folder, unit.number), result)
 
 
