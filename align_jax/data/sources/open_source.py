@@ -11,9 +11,10 @@ import os
 from collections.abc import Iterable
 from typing import Protocol
 
-from align_jax.data.sources import files
+from align_jax.data.sources import files, parquet
 from align_jax.data.sources.img2dataset import Img2Dataset, is_img2dataset
 from align_jax.data.sources.packed import TfdsPairs, find_tfds_folder
+from align_jax.data.sources.parquet import ParquetLabelled, ParquetPairs
 from align_jax.data.sources.record import LabelledImage, Record
 from align_jax.data.sources.scenes import LabelledScenes, Scenes
 from align_jax.data.sources.shards import Archives
@@ -80,6 +81,7 @@ def open_source(spec: str) -> PairSource:
     | `scenes?size=20000&seed=1` | procedural scenes; also `image_size_px` |
     | `folder?split=train` | TFDS dataset of ArrayRecord files with an image and captions |
     | `captions.jsonl?images=a.zip,b.zip` | table (tables.read_table) + folders, zips or tars |
+    | `data/train-*.parquet`, `folder?split=train` | Parquet with image bytes and captions |
     | `folder?unfinished=refuse` | output of img2dataset; by default unfinished shards are skipped |
     | `folder/*.tar`, `x.tar`, `x.zip`, `folder` | `key.jpg` + `key.txt` or `key.json` |
 
@@ -97,7 +99,10 @@ def open_source(spec: str) -> PairSource:
     if path == "scenes":
         _check_options(spec, options, ("size", "seed", "image_size_px"))
         return Scenes(**_scene_options(spec, options))
-    if os.path.splitext(path)[1].lower() in TABLE_SUFFIXES:
+    if "images" not in options and (tables := _parquet_files(path, options)):
+        _check_options(spec, options, ("split", "captions", "max"))
+        source = ParquetPairs(spec, tables, _limit(spec, options), weights)
+    elif os.path.splitext(path)[1].lower() in TABLE_SUFFIXES:
         _check_options(spec, options, ("images", "captions", "max"))
         source = _open_table(spec, path, options, weights)
     elif os.path.isdir(path) and (folder := find_tfds_folder(path)):
@@ -133,6 +138,8 @@ def open_labelled(spec: str) -> LabelledSource:
     | `test.zip?classes=classes.tsv` | members `class/file`; TSV of index, folder, name |
     | `folder` | a sub-folder for each class, numbered in the order of their names |
 
+    | `folder?split=test`, `test-*.parquet` | Parquet with image bytes and labels |
+
     `max=N` keeps N of the images, evenly spaced, so that all classes stay.
 
     Raises:
@@ -145,6 +152,9 @@ def open_labelled(spec: str) -> LabelledSource:
             raise ValueError(f"{spec} needs a label, e.g. scenes?size=512&label=shape.")
         attribute = options.pop("label")
         return LabelledScenes(attribute=attribute, **_scene_options(spec, options))
+    if tables := _parquet_files(path, options):
+        _check_options(spec, options, ("split", "max"))
+        return ParquetLabelled(spec, tables, _limit(spec, options))
     paths = files.expand(path, _ACCEPTED_LABELLED)
     _check_options(spec, options, ("classes", "max"))
     source = files.open_class_folders(spec, paths, options.get("classes"), _limit(spec, options))
@@ -200,6 +210,13 @@ def _parse(spec: str) -> tuple[str, dict[str, str]]:
             raise ValueError(f"{spec} gives the option {name!r} twice.")
         options[name] = value
     return path, options
+
+
+def _parquet_files(path: str, options: dict[str, str]) -> list[str]:
+    is_file = path.lower().endswith(parquet.SUFFIX)
+    if not is_file and (not os.path.isdir(path) or find_tfds_folder(path)):
+        return []
+    return parquet.find_files(path, options.get("split"))
 
 
 def _check_options(spec, options, known):

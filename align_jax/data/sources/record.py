@@ -4,9 +4,9 @@ They live apart from the sources so that `scenes` and `sources` can both import 
 importing each other. Decoding and tokenising happen later, in `pipeline`.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,7 +23,7 @@ UNUSABLE_REASONS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Record:
     """One image with its alt-texts.
 
@@ -34,6 +34,7 @@ class Record:
       weights: how often training draws each caption, relative to the others (it never draws a
         blank one); () if all alike.
       columns: the column of the source that each caption is from; () if they have one in common.
+      metadata: what else the source has of the image: address, licence, scores.
     """
 
     key: str
@@ -41,9 +42,10 @@ class Record:
     captions: tuple[str, ...]
     weights: tuple[float, ...] = ()
     columns: tuple[str, ...] = ()
+    metadata: Mapping[str, str | int | float] = dataclasses.field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class LabelledImage:
     """One image with its class.
 
