@@ -63,6 +63,9 @@ def test_counts_have_names_and_lost_ones_are_told_from_those_beside(capsys):
     problems.add("file_not_an_image", "notes.md")
     problems.add("image_missing", "b.jpg")
     assert problems.num_lost() == 4
+    odd = Problems()
+    odd.add("image_missing", "caf\udce9.jpg")
+    assert str(odd) == "image_missing: 1 (first: caf\\udce9.jpg)"
     content = report(problems, "in.tar")
     assert content == {
         "image_missing": {"count": 4, "first": "a.jpg"},

@@ -26,7 +26,8 @@ class Problems(dict[str, int]):
     def add(self, reason: str, example: str, count: int = 1) -> None:
         """Counts `count` more of `reason`; `example` is kept if it is the first."""
         self[reason] = self.get(reason, 0) + count
-        self.first.setdefault(reason, example)
+        # Names of files need not be text that can be written.
+        self.first.setdefault(reason, example.encode("utf-8", "backslashreplace").decode())
 
     def merge(self, other: Mapping[str, int], name: str = "") -> None:
         """Adds what `other` has counted; `name` is put in front of its examples."""
