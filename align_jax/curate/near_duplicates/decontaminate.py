@@ -162,12 +162,12 @@ def _cosines(left, right):
 
 def _report(sets, matches):
     def facts(images):
+        scanned = {"problems": images.scan.get("problems", {})} if images.scan else {}
         return {
             "name": images.name,
             "images": len(images.values),
             "without_hash": images.num_without_hash,
-            "problems": (images.scan or {}).get("problems", {}),
-        }
+        } | scanned
 
     num_dropped = len(np.unique(matches.rows))
     report = {
