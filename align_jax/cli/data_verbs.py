@@ -182,6 +182,13 @@ def _add_pack(add_verb):
         "texts are the captions",
     )
     pack.add_argument(
+        "--columns",
+        default="",
+        metavar="NAME,...",
+        help="metadata to carry along as features, e.g. url,license,similarity: columns of the "
+        "table of --keep, or what the source has",
+    )
+    pack.add_argument(
         "--drop", metavar="FILE", help="Parquet with a column key: these records are skipped"
     )
 
@@ -200,6 +207,7 @@ def _pack(args, rest) -> None:
         shard_bytes=args.shard_size * 2**20,
         keep=args.keep,
         drop=args.drop,
+        columns=[name.strip() for name in args.columns.split(",") if name.strip()],
     )
     print(json.dumps(report, indent=2, sort_keys=True))
 

@@ -6,6 +6,7 @@ Every step finds what an earlier, interrupted one has done, and does the rest.
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ _DATASET = "pairs"
 _INFO_FILE = "dataset_info.json"
 
 
-def check_out_dir(out_dir: str, split: str, staging: str) -> None:
+def check_out_dir(out_dir: str, split: str, staging: str, columns: Mapping[str, str]) -> None:
     """Raises ValueError unless `split` can be added to `out_dir`.
 
     Where the split is there, `staging` is what a call left that was killed while clearing up.
@@ -36,8 +37,12 @@ def check_out_dir(out_dir: str, split: str, staging: str) -> None:
     if not os.path.exists(os.path.join(out_dir, _INFO_FILE)):
         raise ValueError(f"{out_dir} is not empty and holds no dataset; name a new folder.")
     info = tfds.builder_from_directory(out_dir).info
-    if info.name != _DATASET or set(info.features) != set(pack_unit.features()):
-        raise ValueError(f"{out_dir} holds another kind of dataset; name a new folder.")
+    features = pack_unit.features(columns)
+    if info.name != _DATASET or repr(info.features) != repr(features):
+        raise ValueError(
+            f"{out_dir} holds another kind of dataset, with {', '.join(sorted(info.features))} and "
+            f"not {', '.join(sorted(features))}; name a new folder."
+        )
     if split in info.splits:
         shutil.rmtree(staging, ignore_errors=True)
         raise ValueError(
@@ -100,7 +105,7 @@ def finish(
     }
     dataset = os.path.join(staging, "dataset")
     os.makedirs(dataset, exist_ok=True)
-    _place(shards, dataset, split)
+    _place(shards, dataset, split, pack_unit.features(settings.columns))
     pack_unit.write_json(os.path.join(dataset, REPORT_FILE), {split: report})
     _publish(dataset, out_dir)
     return report
@@ -152,7 +157,9 @@ def _check_usable(source, settings, read, shards, skipped, skipped_keys):
         raise ValueError(no_common_key("drop", settings.drop, ""))
 
 
-def _place(shards, dataset, split):
+def _place(
+    shards: list["_Shard"], dataset: str, split: str, features: tfds.features.FeaturesDict
+) -> None:
     """Gives the shards their names in the dataset and writes its metadata."""
     template = tfds.core.ShardedFileTemplate(
         data_dir=dataset, dataset_name=_DATASET, split=split, filetype_suffix="array_record"
@@ -172,7 +179,7 @@ def _place(shards, dataset, split):
     )
     tfds.folder_dataset.write_metadata(
         data_dir=dataset,
-        features=pack_unit.features(),
+        features=features,
         split_infos=[info],
         version="1.0.0",
         check_data=False,

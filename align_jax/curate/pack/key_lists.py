@@ -6,7 +6,8 @@ of the same hash are one to the list: expect n*m / 2^64 such among n keys and m 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,13 +24,23 @@ class KeyList:
       size: number of rows.
       has_texts: whether the table has texts.
       example: the first key, or "" in an empty table.
+      columns: other columns of which the values are kept.
     """
 
-    def __init__(self, path: str, folder: str, size: int, has_texts: bool, example: str):
+    def __init__(
+        self,
+        path: str,
+        folder: str,
+        size: int,
+        has_texts: bool,
+        example: str,
+        columns: tuple[str, ...] = (),
+    ):
         """Keeps what `write_key_list` wrote into `folder`."""
+        self.columns = columns
         self.path, self.size, self.has_texts, self.example = path, size, has_texts, example
         self._folder = folder
-        self._maps = None
+        self._maps = self._table = None
 
     def __contains__(self, key: str) -> bool:
         first, end = self._find(key)
@@ -42,8 +53,22 @@ class KeyList:
         spans = spans[first:end].tolist()
         return tuple(texts[start:stop].tobytes().decode() for start, stop in spans)
 
+    def values(self, key: str) -> dict[str, Any]:
+        """Returns the values of the kept columns in the first row with that key; None for null."""
+        if not self.columns:
+            return {}
+        first, end = self._find(key)
+        if first == end:
+            return {}
+        if self._table is None:
+            import pyarrow as pa
+
+            with pa.memory_map(os.path.join(self._folder, "columns.arrow")) as file:
+                self._table = pa.ipc.open_file(file).read_all()
+        return {name: self._table[name][int(first)].as_py() for name in self.columns}
+
     def __getstate__(self):
-        return self.__dict__ | {"_maps": None}
+        return self.__dict__ | {"_maps": None, "_table": None}
 
     def _find(self, key):
         if self._maps is None:
@@ -63,7 +88,24 @@ class KeyList:
         return hashes, spans, texts
 
 
-def write_key_list(path: str, folder: str, *, option: str, texts: bool) -> KeyList:
+def column_kinds(path: str) -> dict[str, str]:
+    """Returns name -> "text", "int" or "float" of the columns of a Parquet table that are such."""
+    import pyarrow as pa
+
+    kinds = {}
+    for field in _import_parquet("--columns").read_schema(path):
+        if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
+            kinds[field.name] = "text"
+        elif pa.types.is_integer(field.type):
+            kinds[field.name] = "int"
+        elif pa.types.is_floating(field.type):
+            kinds[field.name] = "float"
+    return kinds
+
+
+def write_key_list(
+    path: str, folder: str, *, option: str, texts: bool, columns: Sequence[str] = ()
+) -> KeyList:
     """Returns the keys of a Parquet table with the column `key` (a Record.key a row).
 
     Memory holds 32 bytes a row while the list is written, with texts 56.
@@ -73,6 +115,7 @@ def write_key_list(path: str, folder: str, *, option: str, texts: bool) -> KeyLi
       folder: receives the files of the list; made if need be.
       option: names the table in messages, e.g. "--keep".
       texts: whether to keep the column `text`, if there is one.
+      columns: others whose values to keep; those that the table lacks are left out.
 
     Raises:
       ValueError: no Parquet file or no column `key`; names the columns that there are.
@@ -83,13 +126,14 @@ def write_key_list(path: str, folder: str, *, option: str, texts: bool) -> KeyLi
     except Exception as error:  # pyarrow's own kinds; all mean the same here
         raise ValueError(f"{option} {path} is not a Parquet file: {error}") from error
     with table:
-        columns = table.schema_arrow.names
-        if "key" not in columns:
+        names = table.schema_arrow.names
+        if "key" not in names:
             raise ValueError(
-                f"{option} {path} has no column 'key': it has {', '.join(columns)}; give a table "
+                f"{option} {path} has no column 'key': it has {', '.join(names)}; give a table "
                 "of `align curate` or `align decontaminate`."
             )
-        texts = texts and "text" in columns
+        texts = texts and "text" in names
+        columns = tuple(name for name in columns if name in names)
         os.makedirs(folder, exist_ok=True)
         hashes, spans, example = [], [], ""
         with open(os.path.join(folder, "texts.bin"), "wb") as file:
@@ -107,7 +151,19 @@ def write_key_list(path: str, folder: str, *, option: str, texts: bool) -> KeyLi
     if texts:
         spans = np.concatenate([np.zeros((0, 2), np.int64), *spans])
         np.save(os.path.join(folder, "spans.npy"), spans[order])
-    return KeyList(path, folder, len(hashes), texts, example)
+    if columns:
+        _write_columns(path, os.path.join(folder, "columns.arrow"), columns, order)
+    return KeyList(path, folder, len(hashes), texts, example, columns)
+
+
+def _write_columns(path: str, out: str, columns: Sequence[str], order: np.ndarray) -> None:
+    """Writes columns in the order of the hashes, as a file that is mapped into memory."""
+    import pyarrow as pa
+
+    table = _import_parquet("--columns").read_table(path, columns=["key", *columns])
+    table = table.filter(table["key"].is_valid()).select(list(columns)).take(pa.array(order))
+    with pa.OSFile(out, "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
 
 
 def _batches(table, texts) -> Iterator[tuple[list[str], list[str]]]:

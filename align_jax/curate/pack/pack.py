@@ -16,14 +16,15 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
 from align_jax import __version__
 from align_jax.curate.pack import finish as pack_finish
+from align_jax.curate.pack import metadata
 from align_jax.curate.pack import unit as pack_unit
-from align_jax.curate.pack.key_lists import write_key_list
+from align_jax.curate.pack.key_lists import KeyList, write_key_list
 from align_jax.curate.pack.unit import SKIP_REASONS, Unit
 from align_jax.data.sources.open_source import PairSource
 from align_jax.run.progress import show_progress
@@ -47,6 +48,7 @@ def pack(
     resize_px: int | None = None,
     keep: str | None = None,
     drop: str | None = None,
+    columns: Sequence[str] = (),
 ) -> dict:
     """Returns the report of writing `source` as one split of the TFDS dataset in `out_dir`.
 
@@ -81,6 +83,8 @@ def pack(
       keep: Parquet table; records whose key is not in its column `key` are skipped. If it has a
         column `text`, the texts of a key replace the captions of its record.
       drop: Parquet table; records whose key is in its column `key` are skipped.
+      columns: metadata to write as features of the dataset, from the table of `keep` or from the
+        records (Record.metadata); "", -1 or NaN where there is none. See metadata.py.
 
     Returns:
       What `pack_report.json` holds under `split`: `source`, `records_read`, `records_written`,
@@ -104,21 +108,23 @@ def pack(
             raise ValueError(f"--{name} {path} does not exist; it is a Parquet file of keys.")
     out_dir = os.path.abspath(out_dir)
     staging = os.path.join(os.path.dirname(out_dir), f".{os.path.basename(out_dir)}.{split}.tmp")
-    pack_finish.check_out_dir(out_dir, split, staging)
+    kinds = metadata.choose(columns, keep, source)
+    pack_finish.check_out_dir(out_dir, split, staging, kinds)
     os.makedirs(staging, exist_ok=True)
     with _locked(staging, out_dir):
         try:
             units = _plan(source, unit_records)
             lists = {"keep": keep, "drop": drop}
             options = {"shard_bytes": shard_bytes, "resize_px": resize_px}
-            stamp = _stamp(source, units, lists, options)
+            stamp = _stamp(source, units, lists, options | {"columns": kinds})
             left = _units_left(staging, stamp, units, f"pack {split}")
             num_workers = max(1, min(num_workers, len(left)))
             settings = pack_unit.Settings(
                 folder=os.path.join(staging, "units"),
                 num_threads=max(min(2, num_threads), num_threads // num_workers),
                 **options,
-                **_key_lists(staging, lists),
+                **_key_lists(staging, lists, columns),
+                columns=kinds,
             )
             _check_lists(source, settings)
             if beam is not None:
@@ -227,10 +233,16 @@ def _finished_units(staging):
     return os.path.isdir(folder) and any(name.endswith(".json") for name in os.listdir(folder))
 
 
-def _key_lists(staging, lists):
+def _key_lists(
+    staging: str, lists: Mapping[str, str | None], columns: Sequence[str]
+) -> dict[str, KeyList]:
     return {
         name: write_key_list(
-            path, os.path.join(staging, name), option=f"--{name}", texts=name == "keep"
+            path,
+            os.path.join(staging, name),
+            option=f"--{name}",
+            texts=name == "keep",
+            columns=columns if name == "keep" else (),
         )
         for name, path in lists.items()
         if path is not None

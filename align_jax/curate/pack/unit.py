@@ -10,7 +10,7 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,6 +19,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from tensorflow_datasets.core import example_serializer
 
+from align_jax.curate.pack import metadata
 from align_jax.curate.pack.key_lists import KeyList
 from align_jax.data import images
 from align_jax.data.sources.record import UNUSABLE_REASONS, hash_key, is_usable
@@ -46,6 +47,7 @@ class Settings:
       resize_px: longer short sides shrink to this; None leaves every byte as it is.
       keep: keys to write, with their captions where the list has texts; None for all.
       drop: keys not to write.
+      columns: metadata to write, name -> kind, see metadata.choose.
     """
 
     folder: str
@@ -54,6 +56,7 @@ class Settings:
     resize_px: int | None = None
     keep: KeyList | None = None
     drop: KeyList | None = None
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +78,8 @@ class Unit:
     expected: int
 
 
-def features() -> tfds.features.FeaturesDict:
-    """Returns the features of a packed record."""
+def features(columns: Mapping[str, str]) -> tfds.features.FeaturesDict:
+    """Returns the features of a packed record, with those of metadata."""
     return tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(shape=(None, None, 3)),
@@ -84,6 +87,7 @@ def features() -> tfds.features.FeaturesDict:
             # Of each caption, "" where the source has one column: sources.open_source chooses.
             "caption_columns": tfds.features.Sequence(tfds.features.Text()),
             "key": tfds.features.Text(),
+            **metadata.features(columns),
         }
     )
 
@@ -243,7 +247,7 @@ class _Checker:
     def __init__(self, source, settings):
         self._source = source
         self._settings = settings
-        self._features = features()
+        self._features = features(settings.columns)
         self._serializer = example_serializer.ExampleSerializer(
             self._features.get_serialized_info()
         )
@@ -277,6 +281,9 @@ class _Checker:
         captions, columns = zip(*texts, strict=True)
         captions = [text.clean(caption) for caption in captions]
         example = {"image": image, "captions": captions, "caption_columns": columns, "key": key}
+        if settings.columns:
+            kept = settings.keep.values(key) if settings.keep is not None else {}
+            example |= metadata.values(settings.columns, kept, record.metadata)
         example = self._serializer.get_tf_example(self._features.encode_example(example))
         # Features are a protobuf map; its order would otherwise differ between processes.
         return key, None, example.SerializeToString(deterministic=True)

@@ -15,6 +15,8 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from align_jax.data.sources.column_names import CAPTION_COLUMNS
 from align_jax.data.sources.record import Record, weigh_captions
 from align_jax.storage import identity
@@ -115,6 +117,7 @@ class TfdsPairs:
             key.decode("utf-8", "replace") if isinstance(key, bytes) else str(key),
             example["image"],
             *self._weigh(texts),
+            _present({name: example[name] for name in self._metadata}),
         )
 
     def captions(self, index: int) -> tuple[str, ...]:
@@ -170,6 +173,8 @@ class TfdsPairs:
         # caption feature -> the text feature inside of it, or None
         self._captions = {name: self._find_text(name, features[name]) for name in names}
         self._key = next((name for name in _KEYS if name in features), None)
+        others = set(features) - {"image", self._key, *_PACKED, *CAPTION_COLUMNS, *names}
+        self._metadata = sorted(name for name in others if _is_scalar(features[name]))
 
     def _weigh(self, texts):
         if self._weights is None:
@@ -196,7 +201,7 @@ class TfdsPairs:
     def _open(self, builder):
         import tensorflow_datasets as tfds
 
-        names = {"image", *self._captions, *([self._key] if self._key else [])}
+        names = {"image", *self._captions, *([self._key] if self._key else []), *self._metadata}
         self._decoders = {"image": tfds.decode.SkipDecoding()}
         # Set last: another thread may be waiting for it.
         self._features = tfds.features.FeaturesDict(
@@ -250,6 +255,21 @@ def _most_open() -> int:
 
 def _why(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def _is_scalar(feature: Any) -> bool:
+    return getattr(feature, "shape", None) == () and np.dtype(feature.np_dtype).kind in "iufO"
+
+
+def _present(values: Mapping[str, Any]) -> dict[str, str | int | float]:
+    """Returns plain values; those that stand for none, "" and NaN, are left out."""
+    found = {}
+    for name, value in values.items():
+        value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+        value = value.item() if isinstance(value, np.generic) else value
+        if value != "" and value == value:
+            found[name] = value
+    return found
 
 
 def _texts(value, nested):
