@@ -47,10 +47,7 @@ def check_all(path, expected, problems):
     flat = [caption for texts in expected.values() for caption in texts]
     assert by_vocab(path) == (flat, problems)
     rows, counts = by_curate(path)
-    assert [caption for _, caption in rows if caption is not None] == flat
-    assert [key for key, caption in rows if caption is not None] == [
-        name for name, texts in expected.items() for _ in texts
-    ]
+    assert rows == [(name, caption) for name, texts in expected.items() for caption in texts]
     assert counts == problems
 
 
@@ -232,6 +229,19 @@ def test_null_captions_are_none(tmp_path, suffix):
     assert found == {"0.jpg": ("a",), "1.jpg": (), "2.jpg": (), "3.jpg": ()} and not problems
     assert by_vocab(path) == (["a"], {})
     assert by_curate(path) == ([("0.jpg", "a"), *((f"{i}.jpg", None) for i in (1, 2, 3))], {})
+
+
+def test_numbers_that_are_null_to_pandas_are_no_captions(tmp_path):
+    rows = [{"image": "1.jpg", "caption": ["a", float("nan")]}, {"image": 2.0, "caption": "b"}]
+    path = write_rows(tmp_path / "t.jsonl", rows)
+    check_all(path, {"1.jpg": ["a"], "2": ["b"]}, {})
+
+
+def test_quotes_between_tabs_are_letters(tmp_path):
+    for name in ("t.tsv", "t.csv"):
+        path = tmp_path / name
+        path.write_text('image\tcaption\n1.jpg\t"all"\n2.jpg\t"open\n3.jpg\ta "b" c\n')
+        check_all(path, {"1.jpg": ['"all"'], "2.jpg": ['"open'], "3.jpg": ['a "b" c']}, {})
 
 
 @pytest.mark.parametrize("value", [5, 1.5, True, {"a": 1}, ["a", 5], ["a", ["b"]]])
