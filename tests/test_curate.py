@@ -134,10 +134,10 @@ def test_report_follows_pairs_through_every_rule(tmp_path):
     assert "text is shared by \\<= 4 images" in page
 
 
-def test_samples_and_tables_keep_only_known_columns(tmp_path):
+def test_tables_keep_all_columns_with_plain_values(tmp_path):
     table = make_table(50) | {"LICENSE": ["?"] * 50}
     _, out = curate_table(tmp_path, table, *RULES)
-    names = ["key", "url", "text", "width", "height"]
+    names = ["key", "url", "text", "width", "height", "LICENSE"]
     assert pq.read_schema(out / "kept.parquet").names == names
     assert pq.read_schema(out / "dropped.parquet").names == [*names, "reason"]
 

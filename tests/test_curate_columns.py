@@ -5,10 +5,10 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from curate_helpers import read
+from curate_helpers import curate_table, read
 from helpers import error_of, real_data
 
-from align_jax.curate.filter import columns, ingest
+from align_jax.curate.filter import columns, curate, ingest
 from align_jax.curate.filter.metadata_table import PROBLEMS
 
 URL = "http://a.org/1.jpg"
@@ -370,3 +370,32 @@ def test_real_tables_are_recognised(tmp_path):
     pairs = ingested(tmp_path / "pairs", real_data("cc3m", "train.jsonl"))
     assert len(pairs) == 10_000 and pairs[0]["key"].endswith(".jpg")
     assert not any("problem" in row for row in [*laion, *cc3m, *pairs])
+
+
+def test_other_columns_are_carried_along_with_their_types(tmp_path):
+    table = {
+        "key": ["a", "b", "c"],
+        "text": [["one", "two"], ["three"], ["four"]],
+        "license": ["MIT", None, "CC"],
+        "exif": [{"x": 1}] * 3,
+        "views": [7, None, 9],
+        "score": [0.5, 1.5, None],
+        "Words": ["taken"] * 3,
+        "odd name": ["left out"] * 3,
+    }
+    _, out = curate_table(tmp_path, table, "num_chars(at_least=4)")
+    kept = pq.read_table(out / "kept.parquet")
+    assert kept.column_names == ["key", "text", "license", "views", "score"]
+    assert kept.schema.field("views").type == pa.int64()
+    assert kept.schema.field("score").type == pa.float64()
+    assert kept.select(["key", "license", "views", "score"]).to_pylist() == [
+        {"key": "b", "license": None, "views": None, "score": 1.5},
+        {"key": "c", "license": "CC", "views": 9, "score": None},
+    ]
+    (tmp_path / "x.jsonl").write_text('{"text": "a b c", "license": "MIT", "views": 3}\n')
+    made = curate.curate(
+        str(tmp_path / "x.jsonl"), tmp_path / "two", preset=str(tmp_path / "preset.py")
+    )
+    assert made["rows_kept"] == 1
+    row = pq.read_table(tmp_path / "two" / "kept.parquet").to_pylist()[0]
+    assert (row["license"], row["views"]) == ("MIT", "3")

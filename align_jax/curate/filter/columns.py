@@ -4,6 +4,7 @@ Reading the files is in ingest.py.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 
 from align_jax.data.sources.column_names import COLUMN_NAMES, find_column
@@ -26,6 +27,9 @@ COLUMNS = {
     "similarity_l14": "number",
     "language": "string",
 }
+# Made from the text and the place of a row.
+RESERVED = ("row", "words", "num_words", "num_parts", "num_chars", "problem", "image", "reason")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # COYO drops an image when either of its scores is too high, so the larger one stands for both.
 LARGEST_OF = {"nsfw": ("nsfw_score_opennsfw2", "nsfw_score_gantman")}
 
@@ -86,6 +90,21 @@ def find_columns(table: Table, chosen: Mapping[str, str]) -> dict[str, list[str]
             "--columns text=NAME."
         )
     return found
+
+
+def other_columns(table: Table, found: Mapping[str, list[str]]) -> dict[str, str]:
+    """Returns {name: type} of the columns of plain values that no canonical name has taken.
+
+    Left out are names that a canonical table has itself, and those that not every engine takes.
+    """
+    used = {name for names in found.values() for name in names}
+    seen = {name.lower() for name in (*COLUMNS, *RESERVED)}
+    others = {}
+    for name in table.plain_names:
+        if name not in used and name.lower() not in seen and _NAME.fullmatch(name):
+            seen.add(name.lower())
+            others[name] = table.kind(name)
+    return others
 
 
 def _is_text(value):

@@ -88,7 +88,7 @@ def curate(
     files = ingest.find_files(source)
     present = ingest.present_columns(files, chosen)
     out = Path(out_dir).absolute()
-    plan = _Plan(rules, present)
+    plan = _Plan(rules, present, ingest.other_columns(files, chosen))
     config = _config(files, chosen, rules, plan, metadata, seed)
     if _is_done(out, config):
         shutil.rmtree(out / "stages", ignore_errors=True)
@@ -98,7 +98,7 @@ def curate(
     _write_atomically(stages / _CONFIG, json.dumps(config, indent=2).encode())
 
     table_dir = str(stages / "table")
-    num_rows = ingest.write_parts(files, chosen, present, table_dir)
+    num_rows = ingest.write_parts(files, chosen, present, table_dir, plan.others)
     if not num_rows:
         shutil.rmtree(stages)
         out.rmdir()
@@ -165,13 +165,15 @@ class _Plan:
     Attributes:
       rules: all rules in order.
       columns: those of the canonical table, without the counted ones.
+      others: {name: type} of further columns, which are carried along.
       reasons: all reasons in order; a code in the array of reasons is an index of it.
       first_code: name of a rule -> code of its first reason.
       missing: name of a rule that is not applied -> why.
       has_image: whether a column says which image a row has.
     """
 
-    def __init__(self, preset: Preset, present: list[str]):
+    def __init__(self, preset: Preset, present: list[str], others: dict[str, str]):
+        self.others = others
         self.columns = [name for name in columns_lib.COLUMNS if name in present or name == "key"]
         self.has_image = bool({"image_hash", "url", "key"} & set(present))
         self.rules, self.reasons = [], [*PROBLEMS]
@@ -328,6 +330,7 @@ def _config(files, chosen, rules, plan, metadata, seed):
         "format": _FORMAT,
         "files": [[os.path.basename(path), *_file_digest(path)] for path in files],
         "columns": chosen,
+        "others": plan.others,
         "preset": rules.digest,
         "rules": [[rule.name, rule.keeps] for rule in plan.rules],
         "metadata": None if metadata is None else _file_digest(metadata),

@@ -6,6 +6,7 @@ decided here once: types, lower case, white space, what a broken line is. Rules 
 
 import glob
 import os
+import types
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -70,8 +71,19 @@ def present_columns(files: Sequence[str], chosen: Mapping[str, str]) -> list[str
     return [name for name in columns.COLUMNS if name in present]
 
 
-def schema(present: Sequence[str]) -> pa.Schema:
-    """Returns the types of the canonical parts that hold the columns `present`, and `key`.
+def other_columns(files: Sequence[str], chosen: Mapping[str, str]) -> dict[str, str]:
+    """Returns {name: type} of what else the files have; text where they have different types."""
+    others: dict[str, str] = {}
+    for path in files:
+        for name, kind in Metadata(path, chosen).others.items():
+            others[name] = kind if others.get(name, kind) == kind else "string"
+    return others
+
+
+def schema(
+    present: Sequence[str], others: Mapping[str, str] = types.MappingProxyType({})
+) -> pa.Schema:
+    """Returns the types of the canonical parts that hold the columns `present`, `key` and others.
 
     `row` int64 counts from 0 through all files. `words` is the text in lower case with a single
     space between its unigrams (unigrams.divide), `num_words` of them. `num_parts` and `num_chars`
@@ -81,12 +93,17 @@ def schema(present: Sequence[str]) -> pa.Schema:
     fields = [("row", pa.int64())]
     names = [name for name in columns.COLUMNS if name in present or name == "key"]
     fields += [(name, _TYPES[columns.COLUMNS[name]]) for name in names]
+    fields += [(name, _TYPES[kind]) for name, kind in others.items()]
     fields += [("words", pa.string()), *((name, pa.int32()) for name in COUNTS)]
     return pa.schema([*fields, ("problem", pa.int8())])
 
 
 def write_parts(
-    files: Sequence[str], chosen: Mapping[str, str], present: Sequence[str], folder: str
+    files: Sequence[str],
+    chosen: Mapping[str, str],
+    present: Sequence[str],
+    folder: str,
+    others: Mapping[str, str] = types.MappingProxyType({}),
 ) -> int:
     """Writes one canonical part for each file into `folder`; returns the number of rows of all.
 
@@ -97,9 +114,11 @@ def write_parts(
     """
     os.makedirs(folder, exist_ok=True)
     base = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in files])
-    target, rows, jobs = schema(present), 0, []
+    target, rows, jobs = schema(present, others), 0, []
     for number, path in enumerate(files):
-        jobs.append((Metadata(path, chosen), os.path.join(folder, f"part-{number:05d}.parquet")))
+        reader = Metadata(path, chosen)
+        reader.others = dict(others)
+        jobs.append((reader, os.path.join(folder, f"part-{number:05d}.parquet")))
     sizes = [reader.table.num_rows for reader, _ in jobs]
     total = None if None in sizes else sum(sizes)
 
@@ -150,14 +169,14 @@ def _canonical(fields, problem, target, name, start, first_row):
     rows = np.arange(start, start + len(problem))
     done: dict[str, pa.Array] = {"row": pa.array(rows)}
     for column in target.names:
-        kind = columns.COLUMNS.get(column)
         raw = fields.get(column, [])
-        if kind is None:
+        if column in columns.RESERVED:
             continue
         value = raw[0] if raw else pa.nulls(len(rows), target.field(column).type)
         if len(raw) > 1:
             value = pc.max_element_wise(*raw)
-        done[column] = as_integer(value) if raw and kind == "integer" else value
+        is_integer = pa.types.is_integer(target.field(column).type)
+        done[column] = as_integer(value) if raw and is_integer else value
     if "key" not in fields:
         numbers = (rows - first_row).astype(str)
         done["key"] = pc.binary_join_element_wise(name, pa.array(numbers), ":")

@@ -28,12 +28,14 @@ class Metadata:
     Attributes:
       table: the file.
       found: {canonical name: names in the file}.
+      others: {name: type} of further columns with plain values, which are carried along.
       repaired: rows read so far whose text was repaired.
     """
 
     def __init__(self, path: str, chosen: Mapping[str, str]):
         self.table = open_table(path)
         self.found = columns.find_columns(self.table, chosen)
+        self.others = columns.other_columns(self.table, self.found)
         # img2dataset's tables hold what could not be downloaded, too.
         self._status = ["status"] if {"status", "error_message"} <= set(self.table.names) else []
         (key,) = self.found.get("key", [""])
@@ -42,7 +44,8 @@ class Metadata:
 
     def batches(self) -> Iterator[tuple[dict[str, list[pa.Array]], np.ndarray]]:
         """Yields ({canonical: arrays}, problem [rows] int8, an index of PROBLEMS, -1 for none)."""
-        wanted = sorted({name for names in self.found.values() for name in names})
+        wanted = {name for names in self.found.values() for name in names}
+        wanted = sorted(wanted | (self.others.keys() & set(self.table.names)))
         for batch in self.table.read([*wanted, *self._status]):
             self.repaired += len(batch.repaired)
             if len(batch.numbers):
@@ -60,6 +63,9 @@ class Metadata:
         for ours, names in self.found.items():
             make = _strings if columns.COLUMNS[ours] == "string" else _numbers
             fields[ours] = [] if ours == "text" else [make(batch.columns[name]) for name in names]
+        for name in self.others.keys() & set(self.table.names):
+            make = _strings if self.others[name] == "string" else _numbers
+            fields[name] = [make(batch.columns[name])]
         if self._key_is_image:
             fields["key"] = [_normalised(array) for array in fields["key"]]
         if pa.types.is_list(text.type):

