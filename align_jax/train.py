@@ -1,15 +1,15 @@
 """The training loop: `train_and_evaluate(config, workdir)`.
 
-The order of operations in `_Run.train` matters for exact resume: metrics and evaluation of a step
-are on disk before the checkpoint that contains it, and lines after the restored step are cut off,
-so that a kill at any moment repeats work but never loses or doubles a line.
+The order of operations in `_Run.train` matters for exact resume: the metrics of a step are on disk
+before the checkpoint that contains it, its evaluation comes after that checkpoint and is made up
+for where it is missing, and lines after the restored step are cut off, so that a kill at any moment
+repeats work but never loses or doubles a line.
 """
 
 import contextlib
 import dataclasses
 import math
 import os
-import signal
 import sys
 import time
 from collections import Counter
@@ -28,7 +28,8 @@ from align_jax import mesh as mesh_lib
 from align_jax import state as state_lib
 from align_jax.data import mixture, pipeline
 from align_jax.models import dual_encoder
-from align_jax.run import checkpoint, init_from, metrics, multihost, plots, workdir
+from align_jax.run import checkpoint, init_from, metrics, multihost, plots, signals, workdir
+from align_jax.storage import writing
 
 
 class TrainingDiverged(RuntimeError):
@@ -51,7 +52,18 @@ def train_and_evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str,
     Raises:
       ValueError: a config, source or workdir that cannot work; nothing has been compiled then.
       TrainingDiverged: loss or gradient is not finite; the last good checkpoint is kept.
+      RuntimeError: an evaluator failed after the last step, which is saved.
+      OSError: the disk is full.
     """
+    writing.check_local(path, "--workdir")
+    with contextlib.ExitStack() as stack:
+        if multihost.is_lead():
+            stack.enter_context(writing.locked(path, "align train"))
+        stack.enter_context(writing.explaining_full_disk(path))
+        return _train_and_evaluate(config, path)
+
+
+def _train_and_evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str, float]:
     config_checks.validate(
         config, num_devices=jax.device_count(), num_processes=jax.process_count()
     )
@@ -59,7 +71,7 @@ def train_and_evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str,
     source = mixture.open_sources(config.data)
     with _naming("config.eval.evaluators"):
         evaluators = evals_lib.make_evaluators(config.eval.evaluators.to_dict())
-    if config.init_from and config.init_towers != "image":
+    if config.init_from and config.init_towers != "image" and not workdir.is_run(path):
         with _naming("config.init_from"):
             config = init_from.with_tokenizer(config)
     opened = multihost.lead_first(lambda: workdir.open_for_training(path, config, source, log=_log))
@@ -83,16 +95,19 @@ def train_and_evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str,
     else:
         state, data = checkpoints.restore(resume_step, abstract, {"dropped": dropped})
         dropped = np.array(data["dropped"])
+    log_every = max(config.log.every_steps, workdir.logged_every(path))
     multihost.lead_first(lambda: workdir.write_config(path, config))
     _welcome(config, path, mesh, source, abstract, resume_step)
 
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.close)
         if multihost.is_lead():
-            writer = stack.enter_context(metrics.MetricWriter(path, resume_step=resume_step))
+            writer = stack.enter_context(
+                metrics.MetricWriter(path, resume_step=resume_step, every=log_every, log=_log)
+            )
         else:
             writer = metrics.NoWriter()
-        stop = stack.enter_context(_stop_signals())
+        stop = stack.enter_context(signals.StopSignals())
         batches = pipeline.train_batches(
             source,
             tokenizer,
@@ -160,11 +175,12 @@ class _Run:
             config.train.steps, config.train.batch_size, silent=not self.is_lead
         )
         self.results: dict[str, float] = {}
+        self.failed = ""  # what the evaluators of the last evaluation failed by
         self.evaluated_step = -1
         if self.is_lead:
             for line in metrics.read_metrics(self.path / "metrics.jsonl"):
                 results = {key[5:]: value for key, value in line.items() if key.startswith("eval/")}
-                if results:
+                if results and not any(key.endswith("/failed") for key in results):
                     self.results, self.evaluated_step = results, line["step"]
         self.evaluated_step = multihost.agree(self.evaluated_step)
 
@@ -173,16 +189,17 @@ class _Run:
         config, last = self.config, self.config.train.steps
         step = int(state.step)
         if step and self._evaluation_due(step):
-            self._evaluate(step, state)  # the run was stopped before it
+            self._evaluate(step, state, stop)  # the run was stopped before it
         elif step == last and self.results:
             _log(evals_lib.format_table(self.results))
         if step == last:
             _log(f"step {step}: this run is complete; a larger config.train.steps continues it.")
-        pending, batch, stopping = None, None, ""
-        if step < last:
+        pending, batch, stopping = None, None, stop.requested
+        if step < last and not stopping:
             batch = self._next(batches)
             step_fn = step_fn.lower(state, batch[0]).compile()
             _log(memory_plan(step_fn, state))
+            stopping = stop.requested  # compiling cannot be broken off, but costs no step
         while step < last and not stopping:
             arrays, host_batch, wait_s = batch
             state, step_metrics = step_fn(state, arrays)
@@ -200,14 +217,19 @@ class _Run:
             evaluates = self._evaluation_due(step) and not stopping
             if saves or evaluates:
                 pending = self._report(*pending)
-            if evaluates:
-                self._evaluate(step, state)
             if saves:
                 self._save(state)
+            if evaluates and not self._evaluate(step, state, stop):
+                stopping = stop.requested
+                if not saves:
+                    self._save(state)
         self.checkpoints.wait()
         self.progress.close()
         if stopping:
-            _log(f"{stopping}: saved step {step}; run the same command to continue.")
+            saved = f"saved step {step}" if step else "no step was done"
+            _log(f"{stopping}: {saved}; run the same command to continue.")
+        elif self.failed:
+            raise RuntimeError(f"step {step}: {self.failed} All {step} steps are saved.")
         return self.results
 
     def _evaluation_due(self, step) -> bool:
@@ -254,24 +276,36 @@ class _Run:
         )
 
     def _save(self, state) -> None:
+        self.writer.sync()
         self.checkpoints.save(state, {"dropped": self._all_dropped()})
 
     def _all_dropped(self) -> np.ndarray:
         counts = [self.dropped[reason] for reason in pipeline.DROP_REASONS]
         return multihost.total(np.array(counts, np.int64))
 
-    def _evaluate(self, step, state) -> None:
+    def _evaluate(self, step, state, stop) -> bool:
+        """Returns whether all evaluators had their turn; a signal breaks them off."""
         self.encoder.variables = state.variables()
+        results, failed = {}, []
         try:
-            self.results = evals_lib.run_evaluators(self.evaluators, self.encoder)
-        except ValueError as error:  # the input was checked before: now it is the run that failed
-            raise RuntimeError(f"step {step}: {error}") from error
-        self.evaluated_step = step
+            with stop.giving_up():
+                for evaluator in self.evaluators:
+                    try:
+                        results |= evals_lib.run_evaluators([evaluator], self.encoder)
+                    except (ValueError, RuntimeError) as error:
+                        if jax.process_count() > 1:  # the others wait for this one
+                            raise RuntimeError(f"step {step}: {error}") from error
+                        results[f"{evaluator.name}/failed"] = 1
+                        failed.append(" ".join(str(error).split()))
+        except signals.Interrupted:
+            return False
+        self.results, self.failed, self.evaluated_step = results, " ".join(failed), step
+        for line in failed:
+            self.progress.log(f"step {step}: {line} The run goes on without these numbers.")
         if not self.is_lead:
-            return
+            return True
         problems = evals_lib.problems_of(self.evaluators)
         if self.results:
-            self.writer.write(step, {f"eval/{key}": v for key, v in self.results.items()})
             self.progress.log(f"step {step}\n{evals_lib.format_table(self.results, problems)}")
             evals_lib.write_json(
                 self.path / "eval" / f"step_{step:08d}.json",
@@ -279,8 +313,11 @@ class _Run:
                 {"workdir": self.path.name, "step": step, "config": self.config.to_dict()},
                 problems,
             )
+            # After its file: where the line is, a resumed run does not evaluate again.
+            self.writer.write(step, {f"eval/{key}": v for key, v in self.results.items()})
         for evaluator in self.evaluators:
-            if isinstance(evaluator, evals_lib.Retrieval):
+            done = f"{evaluator.name}/failed" not in results
+            if done and isinstance(evaluator, evals_lib.Retrieval):
                 evals_lib.retrieval_gallery(
                     self.path / "plots" / f"gallery_{evaluator.name}.png",
                     evaluator.embeddings,
@@ -288,6 +325,7 @@ class _Run:
                 )
         plots.write_plots(self.path, chance_loss=2 * math.log(self.config.train.batch_size))
         self.progress.restart()
+        return True
 
 
 def memory_plan(compiled: Any, state: state_lib.TrainState) -> str:
@@ -321,29 +359,6 @@ def _naming(path: str):
         yield
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-class _stop_signals:
-    """Context in which SIGTERM and SIGINT set `requested` to their name instead of killing."""
-
-    def __enter__(self):
-        self.requested = ""
-        # Several processes must stop after the same step: they learn of it by multihost.preempted.
-        caught = _SIGNALS if jax.process_count() == 1 else ()
-        self._before = {s: signal.signal(s, self._on_signal) for s in caught}
-        return self
-
-    def __exit__(self, *exc_info):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number, frame):
-        self.requested = signal.Signals(number).name
-        # A second signal means it.
-        signal.signal(number, self._before[number])
-
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def _welcome(config, path, mesh, source, abstract, resume_step) -> None:

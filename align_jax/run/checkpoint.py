@@ -6,7 +6,11 @@ position follows from the step). Differs from the design's two items: inference 
 without reading LAMB's moments, twice their size.
 """
 
+import glob
+import logging
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +33,11 @@ class Checkpointer:
     def __init__(self, folder: str | os.PathLike, *, keep: int | None = None):
         policies = ocp.training.preservation_policies
         self.folder = Path(folder).absolute()
+        logging.getLogger("absl").addFilter(_is_not_orbax)  # adding it again changes nothing
+        self._link = _Link(self.folder) if glob.has_magic(str(self.folder)) else None
+        self._is_opened = False  # whether a checkpoint of this process is known to open
         self._checkpointer = ocp.training.Checkpointer(
-            self.folder,
+            self._link.path if self._link else self.folder,
             preservation_policy=policies.PreserveAll() if keep is None else policies.LatestN(keep),
             cleanup_tmp_directories=keep is not None,
         )
@@ -48,11 +55,15 @@ class Checkpointer:
         """Starts saving the state under its own step; training may go on meanwhile.
 
         A step that is already there is left as it is. A kill at any moment leaves either the whole
-        step or none of it.
+        step or none of it. The first one is waited for and opened: a run whose checkpoints cannot
+        be read must not go on for days.
 
         Args:
           state: to save; its arrays are copied off the device before this returns.
           data: small arrays that belong to the input.
+
+        Raises:
+          ValueError: the first checkpoint cannot be read back.
         """
         step = int(state.step)
         if step in self.steps():
@@ -64,6 +75,10 @@ class Checkpointer:
         }
         # Without force, Orbax skips a step while the previous one is still being written.
         self._checkpointer.save_checkpointables_async(step, items, force=True)
+        if not self._is_opened:
+            self.wait()
+            self._check(step, items)
+            self._is_opened = True
 
     def wait(self) -> None:
         """Blocks until everything that was started is on disk."""
@@ -114,7 +129,11 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits for pending saves and releases Orbax's threads."""
-        self._checkpointer.close()
+        try:
+            self._checkpointer.close()
+        finally:
+            if self._link:
+                self._link.remove()
 
     def _check(self, step: int, expected: dict[str, Any]) -> None:
         found = self._checkpointer.checkpointables_metadata(step).metadata
@@ -129,6 +148,25 @@ class Checkpointer:
                 raise ValueError(
                     f"Checkpoint {self.folder}, step {step}, does not fit the model: {difference}."
                 )
+
+
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    # Each of its threads logs the traceback of an error that is raised here as well: a full disk
+    # was 1,200 lines.
+    return "orbax" not in record.pathname
+
+
+class _Link:
+    """A link to a folder in whose name Orbax would see a pattern: it looks for files by globs."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._around = tempfile.mkdtemp(prefix="align_jax_")
+        self.path = Path(self._around) / "checkpoints"
+        self.path.symlink_to(folder)
+
+    def remove(self) -> None:
+        shutil.rmtree(self._around, ignore_errors=True)
 
 
 def _plain(tree: Any) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from align_jax.storage import writing
+
 _WINDOW_S = 30.0  # long enough to smooth a slow step, short enough to follow a change
 _TERMINAL_PERIOD_S = 0.2
 
@@ -37,15 +39,26 @@ class MetricWriter:
       workdir: folder of the run; created where missing.
       resume_step: step of the restored checkpoint: lines of later steps, and a last line torn by a
         kill, are cut off. None starts both files anew.
+      every: steps between training lines, to notice that the last ones are missing.
+      log: prints a line.
 
     Raises:
       ValueError: if a kept file holds a line that is no metric line (the torn last one excepted).
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, resume_step: int | None):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        resume_step: int | None,
+        every: int = 1,
+        log: Callable[[str], None] = print,
+    ):
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         self._metrics = _open_lines(workdir / "metrics.jsonl", resume_step)
+        if resume_step is not None:
+            _report_hole(workdir / "metrics.jsonl", resume_step, every, log)
         self._perf = _open_lines(workdir / "perf.jsonl", resume_step)
         next_step = 0 if resume_step is None else resume_step + 1
         self._tensorboard = _TensorBoardFile(workdir / "tensorboard", next_step)
@@ -63,6 +76,11 @@ class MetricWriter:
     def write_timing(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends one line to perf.jsonl: values that a clock measured (rates, seconds, shares)."""
         self._append(self._perf, step, values)
+
+    def sync(self) -> None:
+        """Returns when all lines are on disk: call it before a checkpoint that counts on them."""
+        for file in (self._metrics, self._perf):
+            os.fsync(file.fileno())
 
     def close(self) -> None:
         """Closes all files; closing twice is harmless."""
@@ -96,6 +114,9 @@ class NoWriter:
         """Does nothing."""
 
     write_timing = write
+
+    def sync(self) -> None:
+        """Does nothing."""
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -288,11 +309,19 @@ def _open_lines(path: Path, resume_step: int | None) -> TextIO:
     kept = []
     if resume_step is not None and path.exists():
         kept = [raw for raw, line in _parse_lines(path) if line["step"] <= resume_step]
-    # Rewritten beside and moved over: a kill here leaves the old file or the new one, never half.
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(b"".join(raw + b"\n" for raw in kept))
-    os.replace(temporary, path)
+    writing.write_bytes(path, b"".join(raw + b"\n" for raw in kept))
     return open(path, "a", encoding="utf-8", newline="\n")
+
+
+def _report_hole(path: Path, resume_step: int, every: int, log: Callable[[str], None]) -> None:
+    """Says so where the training lines end before the checkpoint that the run goes on from."""
+    lines = [line for _, line in _parse_lines(path) if "train/loss" in line]
+    last = lines[-1]["step"] if lines else 0
+    if last < resume_step - resume_step % every:
+        log(
+            f"{path} ends at step {last}, but the run goes on from step {resume_step}: the lines "
+            "between are lost, the checkpoint is not; metrics and plots will have a hole there."
+        )
 
 
 def _parse_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:

@@ -31,10 +31,11 @@ def processes(
 ) -> Iterator[None]:
     """Context of a run of one or several processes; enter it before anything touches a device.
 
-    On Cloud TPU VMs all is found by itself. Elsewhere, without arguments, the run has this process
-    only. An error inside is printed with the number of the process and ends it at once: leaving in
-    good order would wait for processes that wait for this one. The others stop when they miss its
-    heartbeat, after `HEARTBEAT_S` or a little more.
+    On Cloud TPU VMs, under Slurm's srun and under mpirun of Open MPI 2 to 4 all is found by itself.
+    Elsewhere, without arguments, the run has this process only. An error inside is printed with the
+    number of the process and ends it at once: leaving in good order would wait for processes that
+    wait for this one. The others stop when they miss its heartbeat, after `HEARTBEAT_S` or a little
+    more.
 
     Args:
       coordinator: "host:port" of process 0, reachable from all.
@@ -42,7 +43,8 @@ def processes(
       process_id: of this process, in [0, num_processes).
 
     Raises:
-      ValueError: some of the arguments are given and others are missing or out of range.
+      ValueError: some of the arguments are given and others are missing or out of range; or MPI has
+        started several processes that cannot find each other.
     """
     if coordinator:
         if not 0 <= process_id < num_processes:
@@ -53,6 +55,8 @@ def processes(
         _start(coordinator, num_processes, process_id)
     elif num_processes > 0 or process_id >= 0:
         raise ValueError("--processes and --process need --coordinator HOST:PORT of process 0.")
+    elif launcher := _find_launcher():
+        _start(cluster_detection_method=launcher)
     elif _on_cloud_tpu_vm():
         _start()
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
@@ -108,8 +112,42 @@ def preempted(step: int) -> bool:
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 
-def _start(*arguments) -> None:
-    jax.distributed.initialize(*arguments, heartbeat_timeout_seconds=HEARTBEAT_S)
+def _start(*arguments: object, **options: object) -> None:
+    jax.distributed.initialize(*arguments, heartbeat_timeout_seconds=HEARTBEAT_S, **options)
+
+
+def _find_launcher() -> str | None:
+    """Returns JAX's name of what has started several processes of this run, None if nothing has.
+
+    Raises:
+      ValueError: it does not tell where process 0 is.
+    """
+    env = os.environ
+    # A step of srun has several tasks, or this is one process of a job that could have had more.
+    if "SLURM_JOB_ID" in env and "SLURM_STEP_NODELIST" in env:
+        if _number(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS"))) > 1:
+            return "slurm"
+    for size, rank in _MPI:
+        if _number(env.get(size)) > 1:
+            if size.startswith("OMPI") and "OMPI_MCA_orte_hnp_uri" in env:
+                return "ompi"
+            raise ValueError(
+                f"MPI has started {env[size]} processes ({size}), which cannot find each other; "
+                f"give each --coordinator HOST:PORT --processes {env[size]} --process ${rank}."
+            )
+    return None
+
+
+# Environment of MPI's processes: how many there are, and which one this is.
+_MPI = (
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),  # Open MPI
+    ("PMI_SIZE", "PMI_RANK"),  # MPICH, Intel MPI
+    ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),  # MVAPICH2
+)
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text and text.isdecimal() else 0
 
 
 def _name() -> str:

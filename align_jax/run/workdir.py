@@ -3,14 +3,14 @@
 config.json          the run's configuration
 tokenizer/           Hugging Face tokenizer files
 preprocessing.json   image size, resize, tokens, and the tokenizer's fingerprint
-source.txt           what the training data says of itself, its number of pairs
+source.txt           what the training data says of itself, and its stamp (storage/identity.py)
 """
 
-import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -20,6 +20,7 @@ from align_jax.data import tokenizer as tokenizer_lib
 from align_jax.data.sources.open_source import PairSource
 from align_jax.data.sources.record import is_usable
 from align_jax.hf.processor import Preprocessing
+from align_jax.storage import identity, writing
 from align_jax.storage.problems import Problems, reason_of
 
 # Keys that may differ between the parts of one run: they change neither the numbers nor the data.
@@ -28,6 +29,7 @@ FREE_KEYS = (
     "checkpoint.",
     "data.num_threads",
     "data.num_workers",
+    "data.source",  # compared by stamp instead, as are those of a mixture
     "data.tokenizer",  # compared by fingerprint instead
     "eval.",
     "log.",
@@ -41,8 +43,17 @@ FREE_KEYS = (
 )
 
 
+_MIXTURE_SOURCE = re.compile(r"data\.mixture\..+\.source")
+_COUNT = re.compile(r"(\d+) (?:procedural pairs|pairs|archives|img2dataset shards)")
+_STAMP = "stamp "
+
+
 def open_for_training(
-    workdir: str | os.PathLike, config: ConfigDict, source: PairSource, *, log=print
+    workdir: str | os.PathLike,
+    config: ConfigDict,
+    source: PairSource,
+    *,
+    log: Callable[[str], None] = print,
 ) -> tuple[tokenizer_lib.Tokenizer, Preprocessing]:
     """Returns (tokenizer, preprocessing) of a new or continued run.
 
@@ -56,23 +67,14 @@ def open_for_training(
 
     Raises:
       ValueError: the workdir belongs to a run with another config, tokenizer, preprocessing or
-        number of pairs.
+        other pairs.
     """
     workdir = Path(workdir)
-    if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"--workdir {workdir} is a file; name a folder.")
-    if (workdir / "config.json").exists():
+    if is_run(workdir):
         _check_same_run(workdir, config)
-        _check_same_data(workdir, source)
+        _check_same_data(workdir, source, log)
         tokenizer, preprocessing = load(workdir)
-        if config.data.tokenizer:
-            given = tokenizer_lib.load_tokenizer(config.data.tokenizer)
-            if given.fingerprint() != tokenizer.fingerprint():
-                raise ValueError(
-                    f"config.data.tokenizer={config.data.tokenizer} has fingerprint "
-                    f"{given.fingerprint()}, but the run in {workdir} uses "
-                    f"{tokenizer.fingerprint()}; use that one or another --workdir."
-                )
+        _check_same_tokenizer(workdir, config.data.tokenizer, tokenizer)
     elif any((workdir / "checkpoints").glob("[0-9]*")):
         raise ValueError(
             f"{workdir} holds checkpoints but no config.json; put that file back or use another "
@@ -89,9 +91,21 @@ def open_for_training(
         preprocessing = _describe(config, tokenizer)
         workdir.mkdir(parents=True, exist_ok=True)
         tokenizer.save(workdir / "tokenizer")
-        _write(workdir / "preprocessing.json", json.dumps(dataclasses.asdict(preprocessing)))
-        _write(workdir / "source.txt", source.describe() + "\n")
+        writing.write_text(
+            workdir / "preprocessing.json", json.dumps(dataclasses.asdict(preprocessing))
+        )
+        _write_source(workdir, source.describe(), source)
     return tokenizer, preprocessing
+
+
+def is_run(workdir: str | os.PathLike) -> bool:
+    """Returns whether a run was started in the folder: what it is made from lies there then."""
+    return (Path(workdir) / "config.json").exists()
+
+
+def logged_every(workdir: str | os.PathLike) -> int:
+    """Returns the steps between the training lines that the run has written, 1 if none."""
+    return load_config(workdir).log.every_steps if is_run(workdir) else 1
 
 
 def write_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
@@ -99,7 +113,7 @@ def write_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
 
     Call it when nothing can be wrong with the config any more: a mistake is not to be remembered.
     """
-    _write(Path(workdir) / "config.json", config_lib.to_json(config))
+    writing.write_text(Path(workdir) / "config.json", config_lib.to_json(config))
 
 
 def load(
@@ -197,7 +211,7 @@ def _check_same_run(workdir, config):
     before = _flatten(load_config(workdir).to_dict())
     now = _flatten(config_lib.from_json(config_lib.to_json(config)).to_dict())
     for key in sorted(before | now):
-        if any(key == free or key.startswith(free) for free in FREE_KEYS):
+        if key.startswith(FREE_KEYS) or _MIXTURE_SOURCE.fullmatch(key):
             continue
         if before.get(key) != now.get(key):
             raise ValueError(
@@ -211,15 +225,43 @@ def _check_same_run(workdir, config):
         )
 
 
-def _check_same_data(workdir, source):
-    # The same path may hold other data by now; the order of the pairs would be another one.
-    with contextlib.suppress(FileNotFoundError):
-        before = (workdir / "source.txt").read_text().rstrip("\n")
-        if before != source.describe():
-            raise ValueError(
-                f"the training data is now '{source.describe()}', but the run in {workdir} was "
-                f"started on '{before}'; put that data back or use another --workdir."
-            )
+def _check_same_data(workdir: Path, source: PairSource, log: Callable[[str], None]) -> None:
+    """Refuses other data: the order of the pairs would be another one. The path may be another."""
+    try:
+        before, *rest = (workdir / "source.txt").read_text("utf-8").splitlines()
+    except FileNotFoundError:
+        return
+    if rest:
+        same = rest[0] == _STAMP + identity.stamp(source)
+    else:
+        same = _COUNT.findall(before) == _COUNT.findall(source.describe())
+        log(
+            f"{workdir} is of a version that did not record what the training data held: only "
+            "their number could be compared."
+        )
+    if not same:
+        raise ValueError(
+            f"the training data '{source.describe()}' is not what the run in {workdir} was started "
+            f"on, '{before}'; put that data back or use another --workdir."
+        )
+    if not rest:
+        _write_source(workdir, before, source)
+
+
+def _write_source(workdir: Path, described: str, source: PairSource) -> None:
+    writing.write_text(workdir / "source.txt", f"{described}\n{_STAMP}{identity.stamp(source)}\n")
+
+
+def _check_same_tokenizer(workdir: Path, given: str, tokenizer: tokenizer_lib.Tokenizer) -> None:
+    # The run has its own copy: the one that it was started with may be gone.
+    if not given or (given == load_config(workdir).data.tokenizer and not Path(given).exists()):
+        return
+    fingerprint = tokenizer_lib.load_tokenizer(given).fingerprint()
+    if fingerprint != tokenizer.fingerprint():
+        raise ValueError(
+            f"config.data.tokenizer={given} has fingerprint {fingerprint}, but the run in "
+            f"{workdir} uses {tokenizer.fingerprint()}; use that one or another --workdir."
+        )
 
 
 def _flatten(tree, prefix=""):
@@ -230,9 +272,3 @@ def _flatten(tree, prefix=""):
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _write(path, text):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

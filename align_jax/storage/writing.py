@@ -127,6 +127,8 @@ def locked(folder: _Path, work: str) -> Iterator[None]:
     """
     check_local(folder, "folder")
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder.")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     file = _take(folder / LOCK_FILE, work)
@@ -140,6 +142,18 @@ def locked(folder: _Path, work: str) -> Iterator[None]:
         with contextlib.suppress(OSError):
             for path in made:
                 path.rmdir()
+
+
+@contextlib.contextmanager
+def explaining_full_disk(folder: _Path) -> Iterator[None]:
+    """Context that ends with one OSError, see `explain_full_disk`, where the disk was full."""
+    try:
+        yield
+    except Exception as error:
+        full = explain_full_disk(error, folder)
+        if full is None:
+            raise
+        raise full from error
 
 
 def explain_full_disk(error: BaseException, folder: _Path) -> OSError | None:
