@@ -9,6 +9,8 @@ import importlib.util
 import json
 import os
 import posixpath
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,7 @@ def embed(
     """
     if shard_size < 1:
         raise ValueError(f"--shard-size {shard_size} must be at least 1.")
+    writing.check_local(out, "--out")
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; name a folder.")
@@ -180,8 +183,8 @@ def embed(
         "file_format": file_format,
         "shard_size": shard_size,
     }
-    with writing.locked(out, "align embed"):
-        _check_manifest(out, manifest)
+    with writing.locked(out, "align embed"), writing.explaining_full_disk(out):
+        _check_manifest(out, manifest, items.count)
         return _embed_shards(model, items, out, file_format, shard_size, on_error)
 
 
@@ -203,7 +206,7 @@ def _embed_shards(
     written = [json.loads((out / f"{k:05d}.json").read_text()) for k in range(len(starts))]
     problems = Problems()
     problems.merge(items.problems)
-    skipped = [item for shard in written for item in shard["skipped"]]
+    skipped = [item for shard in written for item in _skipped_of(shard)]
     for name, reason, _ in skipped:
         problems.add(reason, name)
     counts = {
@@ -285,7 +288,16 @@ def _embed_texts(
     return list(keys), model.encode_text(texts), skipped
 
 
-def _check_manifest(out: Path, manifest: dict[str, Any]) -> None:
+def _skipped_of(shard: dict[str, Any]) -> list[list[str]]:
+    """Returns name, reason and message of what a shard left out; 0.1.0 kept no reason."""
+    skipped = shard["skipped"]
+    if isinstance(skipped, dict):
+        return [[name, "record_unreadable", message] for name, message in skipped.items()]
+    return skipped
+
+
+def _check_manifest(out: Path, manifest: dict[str, Any], count: int) -> None:
+    """Writes the manifest of a new folder; refuses a folder of other embeddings."""
     path = out / _MANIFEST
     if not path.exists():
         if any(other.name != writing.LOCK_FILE for other in out.iterdir()):
@@ -296,12 +308,23 @@ def _check_manifest(out: Path, manifest: dict[str, Any]) -> None:
         before = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
+    is_older = not re.search(" [0-9a-f]{32}$", str(before.get("inputs")))
     for key, value in manifest.items():
-        if before.get(key) != value:
+        same = before.get(key) == value
+        if key == "inputs" and is_older:
+            same = str(count) in re.findall(r"\d+", str(before.get(key)))
+        if not same:
             raise ValueError(
                 f"{out} holds embeddings with {key}={before.get(key)!r}, not {value!r}; "
                 "name another folder."
             )
+    if is_older:
+        print(
+            f"{out} is of a version that did not record what its inputs held: only their number "
+            "could be compared.",
+            file=sys.stderr,
+        )
+        writing.write_json(path, manifest)
 
 
 def _write_shard(path: Path, keys: list[str], z: np.ndarray, skipped: list) -> None:

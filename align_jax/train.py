@@ -56,6 +56,8 @@ def train_and_evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str,
       OSError: the disk is full.
     """
     writing.check_local(path, "--workdir")
+    if os.path.isfile(path):
+        raise ValueError(f"--workdir {path} is a file; name a folder.")
     with contextlib.ExitStack() as stack:
         if multihost.is_lead():
             stack.enter_context(writing.locked(path, "align train"))
@@ -71,10 +73,13 @@ def _train_and_evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str
     source = mixture.open_sources(config.data)
     with _naming("config.eval.evaluators"):
         evaluators = evals_lib.make_evaluators(config.eval.evaluators.to_dict())
+    prepared = config
     if config.init_from and config.init_towers != "image" and not workdir.is_run(path):
         with _naming("config.init_from"):
-            config = init_from.with_tokenizer(config)
-    opened = multihost.lead_first(lambda: workdir.open_for_training(path, config, source, log=_log))
+            prepared = init_from.with_tokenizer(config)
+    opened = multihost.lead_first(
+        lambda: workdir.open_for_training(path, prepared, source, log=_log)
+    )
     tokenizer, preprocessing = opened or workdir.read(path)
 
     model, optimizer, abstract, step_fn = make_program(

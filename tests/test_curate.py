@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -351,3 +352,75 @@ def test_every_preset_runs_on_real_metadata(tmp_path, monkeypatch, name, detecto
     expected = (DROPPED_BY_LANGUAGE if detector else DROPPED_OF_LAION)[name]
     assert +dropped == expected
     assert (made["rows_read"], made["rows_kept"]) == (10_000, 10_000 - sum(expected.values()))
+
+
+def write_lines(path, count, changed=None):
+    rows = [f"http://x.org/{row:05d}.jpg,a picture of thing {row:05d}\n" for row in range(count)]
+    if changed is not None:
+        rows[changed] = rows[changed].replace("thing", "thxng")
+    path.write_text("url,text\n" + "".join(rows))
+
+
+def test_one_row_changed_amid_a_table_of_the_same_size_is_noticed(tmp_path):
+    table, preset = tmp_path / "t.csv", write_preset(tmp_path / "p.py", "has_text()")
+    write_lines(table, 8000)
+    first = curate_lib.curate(str(table), tmp_path / "out", preset=preset)
+    os.utime(table, (1e9, 1e9))
+    (tmp_path / "copy").mkdir()
+    copy = shutil.copy(table, tmp_path / "copy" / "t.csv")
+    for same in (table, copy):
+        assert curate_lib.curate(str(same), tmp_path / "out", preset=preset) == first
+    size = table.stat().st_size
+    write_lines(table, 8000, changed=4000)
+    assert table.stat().st_size == size
+    with pytest.raises(ValueError, match="holds the result of other input"):
+        curate_lib.curate(str(table), tmp_path / "out", preset=preset)
+
+
+@pytest.mark.parametrize("what", ["code", "version"])
+def test_result_of_other_code_or_of_another_version_is_not_returned(tmp_path, monkeypatch, what):
+    write_lines(tmp_path / "t.csv", 10)
+    preset = write_preset(tmp_path / "p.py", "has_text()")
+    arguments = (str(tmp_path / "t.csv"), tmp_path / "out")
+    curate_lib.curate(*arguments, preset=preset)
+    if what == "version":
+        monkeypatch.setattr(curate_lib, "__version__", "9.9")
+    else:
+        changed = shutil.copytree(os.path.dirname(curate_lib.__file__), tmp_path / "filter")
+        with open(changed / "rules.py", "a") as file:
+            file.write("# another rule\n")
+        monkeypatch.setattr(curate_lib.filter_package, "__file__", str(changed / "__init__.py"))
+    with pytest.raises(ValueError, match="holds the result of other input, rules"):
+        curate_lib.curate(*arguments, preset=preset)
+
+
+@pytest.mark.parametrize("name", ["set [v2]/cur", "a=b/{x}*?", "it's"])
+def test_out_whose_name_looks_like_a_pattern_gives_the_same_bytes(tmp_path, name):
+    pq.write_table(pa.table(make_table(300)), tmp_path / "t.parquet")
+    preset = write_preset(tmp_path / "p.py", *RULES)
+    for out in (name, "plain"):
+        curate_lib.curate(str(tmp_path / "t.parquet"), tmp_path / out, preset=preset)
+    assert snapshot(tmp_path / name) == snapshot(tmp_path / "plain")
+
+
+def test_second_curate_into_one_folder_is_refused_and_harms_nothing(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    pq.write_table(pa.table(make_table(50)), "t.parquet")
+    arguments = ["curate", "t.parquet", "--preset", "laion", "--out", "out"]
+    write, refused = report.write_results, []
+
+    def start_another(*given):
+        before = snapshot("out")
+        refused.append(run_align(*arguments, cwd=tmp_path, env=environment()))
+        assert snapshot("out") == before
+        return write(*given)
+
+    monkeypatch.setattr(report, "write_results", start_another)
+    assert cli.main(arguments) == 0
+    (done,) = refused
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"align: out is in use by align curate, process {os.getpid()} on {os.uname().nodename}; "
+        "wait for it, or name another folder.\n"
+    )
+    assert not os.path.exists("out/lock") and not os.path.exists("out/stages")

@@ -11,7 +11,7 @@ import zipfile
 import numpy as np
 import pyarrow
 import pytest
-from helpers import environment, error_of, run_align, start_align, write_table
+from helpers import environment, error_of, run_align, snapshot, start_align, write_table
 from PIL import Image
 from pyarrow import parquet
 from tiny_hf import IMAGE_SIZE
@@ -20,6 +20,7 @@ from transformers import AlignModel
 import align_jax
 from align_jax import embed, evals
 from align_jax.cli import main as cli
+from align_jax.storage import writing
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,59 @@ def test_folder_of_other_embeddings_is_refused(model, folder, change, message):
     with pytest.raises(ValueError) as error:
         embed.embed(model, embed.open_images(spec), "out", **({"shard_size": 10} | options))
     assert str(error.value).startswith("out holds embeddings with ") and message in str(error.value)
+
+
+def test_replaced_inputs_of_the_same_names_and_number_are_refused_a_copy_goes_on(
+    model, folder, capfd
+):
+    rows = [{"image": f"{n}/{n:04d}.png", "captions": [f"text {n}"]} for n in range(3)]
+    write_table(folder / "t.jsonl", rows)
+    (folder / "t.txt").write_text("one\ntwo\n")
+    inputs = {
+        "photos": lambda where: embed.open_images(f"{where}/photos"),
+        "pairs": lambda where: embed.open_texts(f"{where}/t.jsonl?images={where}/photos"),
+        "lines": lambda where: embed.open_texts(f"{where}/t.txt"),
+    }
+    for out, open_inputs in inputs.items():
+        embed.embed(model, open_inputs(folder), out + "_z", shard_size=2)
+    for name in ("photos", "t.jsonl", "t.txt"):
+        os.renames(name, f"moved/{name}")  # and elsewhere
+    for out, open_inputs in inputs.items():
+        counts = embed.embed(model, open_inputs(folder / "moved"), out + "_z", shard_size=2)
+        assert counts["shards_found"] == counts["shards"]
+    rows[1]["captions"] = ["text 7"]
+    write_table(folder / "moved" / "t.jsonl", rows)
+    (folder / "moved" / "t.txt").write_text("one\n2wo\n")
+    make_photos(folder / "other", 26)
+    shutil.copy(folder / "other" / "1" / "0025.png", folder / "moved" / "photos" / "0" / "0003.png")
+    before = snapshot(folder)
+    for out, open_inputs in inputs.items():
+        with pytest.raises(ValueError, match=f"{out}_z holds embeddings with inputs="):
+            embed.embed(model, open_inputs(folder / "moved"), out + "_z", shard_size=2)
+    assert snapshot(folder) == before
+
+
+def test_manifest_of_an_older_version_opens_with_a_note(model, folder, capfd):
+    embed.embed(model, embed.open_images("photos"), "out", shard_size=10)
+    path = folder / "out" / "manifest.json"
+    new = path.read_text()
+    for old, code in (("25 images, names 0a1b", 0), ("24 images, names 0a1b", 2)):
+        path.write_text(json.dumps(json.loads(new) | {"inputs": old}))
+        command = ["embed", "--model", "model", "--images", "photos", "--out", "out"]
+        assert cli.main([*command, "--shard-size", "10"]) == code
+        printed = capfd.readouterr().err
+        assert ("of a version that did not record what its inputs held" in printed) == (code == 0)
+        assert (path.read_text() == new) == (code == 0)
+
+
+def test_second_embed_into_one_folder_and_a_bucket_are_refused(model, folder):
+    items = embed.open_images("photos")
+    with writing.locked("out", "align embed"):
+        with pytest.raises(ValueError, match=r"out is in use by align embed, process \d+ on "):
+            embed.embed(model, items, "out")
+    with pytest.raises(ValueError, match="--out gs://bucket/x: gs:// is not a file system here"):
+        embed.embed(model, items, "gs://bucket/x")
+    assert not os.path.exists("out") and not os.path.exists("gs:")
 
 
 def test_folder_of_another_model_or_of_other_files_is_refused(model, folder, tiny_hf):

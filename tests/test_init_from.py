@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -136,6 +137,24 @@ def test_training_starts_from_the_folder_with_its_tokenizer(folder, monkeypatch)
     second = read_checkpoint(folder / "second", 1)
     name = "weights/params/image/stem_conv/kernel"
     np.testing.assert_array_equal(second[name], saved[name])
+
+
+def test_fine_tuned_run_continues_when_what_it_started_from_is_gone(folder, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    StubStep().patch(monkeypatch)
+    shutil.copytree("hf", "lent")
+    TOKENS.save(folder / "words")
+    command = [*TRAIN, "--workdir", "tuned", "--config.init_from=lent"]
+    command += ["--config.data.tokenizer=words"]
+    assert cli.main(command) == 0
+    shutil.rmtree("lent")
+    shutil.rmtree("words")
+    assert cli.main([*command, "--config.train.steps=2"]) == 0
+    assert "continuing from step 1 of tuned" in capfd.readouterr().err
+    # Before its first checkpoint a run still needs the weights.
+    shutil.rmtree("tuned/checkpoints")
+    assert cli.main([*command, "--config.train.steps=2"]) == 2
+    assert "align: lent does not exist; name a workdir" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,7 @@ def test_pack_killed_between_two_published_files_goes_on(tmp_path, monkeypatch):
 def test_second_pack_into_the_same_folder_is_refused_while_the_first_runs(tmp_path):
     class Nested(InMemory):
         def __getitem__(self, index):
-            with pytest.raises(ValueError, match="Another process is packing into"):
+            with pytest.raises(ValueError, match="out is in use by align pack, process"):
                 pack(InMemory(make_records(1)), tmp_path / "out")
             return super().__getitem__(index)
 

@@ -13,7 +13,7 @@ import zipfile
 import imagehash
 import numpy as np
 import pytest
-from helpers import environment, error_of, make_pairs, real_data, write_table
+from helpers import environment, error_of, make_pairs, real_data, snapshot, write_table
 from PIL import ExifTags, Image
 from pyarrow import parquet
 
@@ -22,6 +22,7 @@ from align_jax.curate import scan as scan_module
 from align_jax.curate.pack.pack import pack
 from align_jax.curate.scan import read_report, scan
 from align_jax.data.sources import open_source as sources
+from align_jax.storage import writing
 
 PAIRS = "captions.jsonl?images=images"
 
@@ -229,7 +230,7 @@ def test_image_whose_key_an_earlier_one_has_has_no_rows(inside):
         assert report["problems"]["key_duplicate"] == {"count": 2, "first": "a"}
 
 
-def test_other_data_under_the_same_name_are_scanned_anew(inside):
+def test_killed_scan_is_not_continued_on_other_data_but_is_on_a_copy(inside):
     make_pairs(inside, 12)
     scan(PAIRS, "wanted.parquet", part_size=6)
     shutil.copytree("images", "others")
@@ -237,10 +238,33 @@ def test_other_data_under_the_same_name_are_scanned_anew(inside):
         path.write_bytes(jpeg(noise(20, 30, int(path.stem))))
     _stop_after_one_part()
     assert list((inside / ".out.parquet.parts").glob("*.parquet"))
-    shutil.rmtree("images")
+    shutil.move("images", "moved")
     shutil.move("others", "images")
-    scan(PAIRS, "out.parquet", part_size=6)
-    assert (inside / "out.parquet").read_bytes() == (inside / "wanted.parquet").read_bytes()
+    before = snapshot(inside)
+    message = error_of_scan(PAIRS, part_size=6)
+    assert "holds an unfinished scan of other input (stamp changed); remove that folder" in message
+    elsewhere = "captions.jsonl?images=moved"
+    assert "(part_size changed)" in error_of_scan(elsewhere, part_size=7)
+    assert snapshot(inside) == before
+    scan(elsewhere, "out.parquet", part_size=6)
+    scan(elsewhere, "whole.parquet", part_size=6)
+    assert (inside / "out.parquet").read_bytes() == (inside / "whole.parquet").read_bytes()
+    shutil.rmtree("moved")
+    scan(PAIRS, "anew.parquet", part_size=6)
+    assert parquet.read_table("anew.parquet").equals(parquet.read_table("wanted.parquet"))
+
+
+def error_of_scan(spec, **options):
+    with pytest.raises(ValueError) as info:
+        scan(spec, "out.parquet", **options)
+    return str(info.value)
+
+
+def test_second_scan_into_one_file_is_refused(inside):
+    make_pairs(inside, 4)
+    with writing.locked(".out.parquet.parts", "align scan"):
+        assert "out.parquet is in use by align scan, process " in error_of_scan(PAIRS)
+    assert scan(PAIRS, "out.parquet")["images"] == 4
 
 
 def _stop_after_one_part():

@@ -88,7 +88,9 @@ def test_a_path_with_a_scheme_is_refused_and_makes_no_folder(path, tmp_path, mon
         with pytest.raises(ValueError, match=f"{path}: {scheme}:// is not a file system"):
             write()
     assert os.listdir(tmp_path) == []
-    for local in ("gs:/x", "a://b"[1:], "./gs://x", Path("x")):
+    with pytest.raises(ValueError, match="is not a file system"):
+        writing.check_local(Path("gs://bucket/x"), "--out")  # which is gs:/bucket/x by now
+    for local in ("C:/x", "/gs://x", "./gs://x", Path("x"), "a:b/c"):
         writing.check_local(local, "--out")
 
 

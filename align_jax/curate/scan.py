@@ -14,6 +14,7 @@ from types import ModuleType
 import grain
 import numpy as np
 
+from align_jax import __version__
 from align_jax.data import images
 from align_jax.data.perceptual_hash import phash
 from align_jax.data.sources import open_source as sources
@@ -71,9 +72,33 @@ def scan(
     import_parquet()  # a missing package is named before hours of work
     if os.path.exists(out):
         raise ValueError(f"{out} exists; name a new file.")
+    writing.check_local(out, "--out")
+    out = os.path.abspath(out)
     source = open_any(spec, labelled)
     content = {"stamp": identity.stamp(source), "labelled": labelled, "part_size": part_size}
-    parts_dir = _open_parts(os.path.abspath(out), content)
+    parts_dir = os.path.join(os.path.dirname(out), f".{os.path.basename(out)}.parts")
+    with (
+        writing.locked(parts_dir, "align scan", shown=out),
+        writing.explaining_full_disk(parts_dir),
+    ):
+        _check_parts(parts_dir, content | {"align_jax": __version__})
+        head = {"spec": spec, "labelled": labelled, "source": source.describe()}
+        made = _scan(source, head, out, part_size, num_threads, parts_dir)
+        shutil.rmtree(parts_dir)
+    if not made["images"]:
+        raise ValueError(f"{source.describe()} holds no usable image: {made['unusable']}.")
+    return made
+
+
+def _scan(
+    source: sources.PairSource,
+    head: dict,
+    out: str,
+    part_size: int,
+    num_threads: int,
+    parts_dir: str,
+) -> dict:
+    """Returns the report, see `scan`; finished parts in `parts_dir` are used."""
     starts = range(0, len(source), part_size)
     paths = [os.path.join(parts_dir, f"{number:06d}.parquet") for number in range(len(starts))]
     todo = [
@@ -85,14 +110,10 @@ def scan(
     results = iter(show_progress(_read(source, indices, num_threads), len(indices), "scan"))
     for path, part in todo:
         _write_part(path, [next(results) for _ in part])
-    head = {"spec": spec, "labelled": labelled, "source": source.describe()}
     repeated = find_repeated(lambda number: _hashed_keys(paths[number]), len(paths))
     made = _total(paths, repeated, source, head)
     if made["images"]:
-        _merge(paths, repeated, os.path.abspath(out), made)
-    shutil.rmtree(parts_dir)
-    if not made["images"]:
-        raise ValueError(f"{source.describe()} holds no usable image: {made['unusable']}.")
+        _merge(paths, repeated, out, made)
     return made
 
 
@@ -200,19 +221,25 @@ def _schema():
     return pa.schema(fields | {"sha256": pa.string(), "phash": pa.string()})
 
 
-def _open_parts(out: str, content: dict) -> str:
-    """Returns the folder of the parts; those of another source are removed."""
-    folder = os.path.join(os.path.dirname(out), f".{os.path.basename(out)}.parts")
+def _check_parts(folder: str, content: dict) -> None:
+    """Refuses the parts of other data, options or versions; writes what new ones are made from."""
     path = os.path.join(folder, "source.json")
     try:
         with open(path, encoding="utf-8") as file:
-            if json.load(file) == content:
-                return folder
+            before = json.load(file)
     except (OSError, ValueError):
-        pass
-    shutil.rmtree(folder, ignore_errors=True)
-    writing.write_json(path, content)
-    return folder
+        before = {}
+    if "stamp" not in before:  # nothing says what the parts are of, if there are any
+        for name in os.listdir(folder):
+            if name != writing.LOCK_FILE:
+                os.remove(os.path.join(folder, name))
+        writing.write_json(path, content)
+    elif before != content:
+        changed = [name for name in content if before.get(name) != content[name]]
+        raise ValueError(
+            f"{folder} holds an unfinished scan of other input ({', '.join(changed)} changed); "
+            "remove that folder or name another --out."
+        )
 
 
 def _write_part(path: str, results: list[tuple[str, str | None, list[dict]]]) -> None:

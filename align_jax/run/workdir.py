@@ -240,9 +240,11 @@ def _check_same_data(workdir: Path, source: PairSource, log: Callable[[str], Non
             "their number could be compared."
         )
     if not same:
+        described = source.describe()
+        content = " with other content" if described == before else ""
         raise ValueError(
-            f"the training data '{source.describe()}' is not what the run in {workdir} was started "
-            f"on, '{before}'; put that data back or use another --workdir."
+            f"the training data is now '{described}'{content}, but the run in {workdir} was "
+            f"started on '{before}'; put that data back or use another --workdir."
         )
     if not rest:
         _write_source(workdir, before, source)

@@ -8,6 +8,7 @@ shards and pictures, which may be terabytes, their index, sizes and evenly space
 import hashlib
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -72,8 +73,16 @@ def of_content(path: _Path) -> str:
 
 
 def of_code(*modules: ModuleType) -> str:
-    """Returns 32 hex digits of the source of modules, for results that depend on their code."""
-    return digest(of_content(module.__file__) for module in modules if module.__file__)
+    """Returns 32 hex digits of the source of modules, for results that depend on their code.
+
+    Args:
+      modules: of a package, its folder without sub-folders counts.
+    """
+    files = []
+    for module in modules:
+        file = Path(module.__file__)
+        files += sorted(file.parent.glob("*.py")) if hasattr(module, "__path__") else [file]
+    return digest((file.name, of_content(file)) for file in files)
 
 
 def _plain(value: Any) -> Any:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 LOCK_FILE = "lock"
-_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_REMOTE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # pathlib makes gs:/ of gs://
 _LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.tmp")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_TEXT = re.compile(
@@ -41,11 +41,10 @@ def check_local(path: _Path, what: str) -> None:
     Raises:
       ValueError: the path has a scheme.
     """
-    if _REMOTE.match(os.fspath(path)):
-        scheme = os.fspath(path).partition("://")[0]
+    if remote := _REMOTE.match(os.fspath(path)):
         raise ValueError(
-            f"{what} {os.fspath(path)}: {scheme}:// is not a file system here; name a local path, "
-            "or mount the bucket (gcsfuse, s3fs) and name the mounted path."
+            f"{what} {os.fspath(path)}: {remote[1]}:// is not a file system here; name a "
+            "local path, or mount the bucket (gcsfuse, s3fs) and name the mounted path."
         )
 
 
@@ -96,7 +95,7 @@ def write_bytes(path: _Path, content: bytes) -> None:
 
 
 def write_text(path: _Path, text: str) -> None:
-    """Writes UTF-8 with lines that end at `\\n`; half surrogate pairs become U+FFFD."""
+    """Writes UTF-8 with lines that end at `\\n`; half surrogate pairs become `?`."""
     write_bytes(path, text.encode("utf-8", "replace"))
 
 
@@ -111,7 +110,7 @@ def write_json(path: _Path, content: Any, **options: Any) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: _Path, work: str) -> Iterator[None]:
+def locked(folder: _Path, work: str, *, shown: _Path | None = None) -> Iterator[None]:
     """Context in which no other process is in `folder` by this function.
 
     Makes the folder, and takes it away again if nothing was put into it. `folder/lock` names host
@@ -121,6 +120,7 @@ def locked(folder: _Path, work: str) -> Iterator[None]:
     Args:
       folder: that is written into.
       work: what is done, e.g. "align train".
+      shown: what to call the folder in messages, where the user knows another one.
 
     Raises:
       ValueError: another process has the lock; nothing has been touched then. The line names it.
@@ -131,12 +131,12 @@ def locked(folder: _Path, work: str) -> Iterator[None]:
         raise ValueError(f"{folder} is a file; name a folder.")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    file = _take(folder / LOCK_FILE, work)
+    file = _take(folder / LOCK_FILE, work, shown or folder)
     try:
         _remove_leftovers(folder)
         yield
     finally:
-        with contextlib.suppress(OSError):
+        if _is_at(file, folder / LOCK_FILE):  # not where the folder was removed meanwhile
             os.unlink(folder / LOCK_FILE)  # while it is held: nobody else can hold this file
         os.close(file)
         with contextlib.suppress(OSError):
@@ -186,7 +186,7 @@ def explain_full_disk(error: BaseException, folder: _Path) -> OSError | None:
     return None
 
 
-def _take(path: Path, work: str) -> int:
+def _take(path: Path, work: str, shown: _Path) -> int:
     """Returns a descriptor of the lock file, locked."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -196,7 +196,7 @@ def _take(path: Path, work: str) -> int:
             owner = os.pread(file, 1000, 0).decode("utf-8", "replace").strip()
             os.close(file)
             raise ValueError(
-                f"{path.parent} is in use by {owner or 'another process'}; wait for it, or name "
+                f"{shown} is in use by {owner or 'another process'}; wait for it, or name "
                 "another folder."
             ) from None
         except OSError as error:  # file systems without locks

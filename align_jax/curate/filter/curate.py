@@ -9,7 +9,6 @@ engines only ever say which rows go; all files are written here, so they are equ
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -22,17 +21,19 @@ import ibis
 import numpy as np
 import pyarrow as pa
 
+from align_jax import __version__
+from align_jax import storage as storage_package
+from align_jax.curate import filter as filter_package
 from align_jax.curate.filter import columns as columns_lib
 from align_jax.curate.filter import engines, ingest, report, unigrams
 from align_jax.curate.filter import rules as rules_lib
 from align_jax.curate.filter.metadata_table import PROBLEMS
 from align_jax.curate.filter.presets import Preset, load_preset
-from align_jax.storage import problems
+from align_jax.storage import identity, problems, writing
 
 KEPT = 255
 _FORMAT = "2"  # of the stages; change it when a rule or a part changes its meaning
 _CONFIG, _REASONS = "config.json", "reasons.npz"
-_EDGE_BYTES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,39 +88,40 @@ def curate(
     engines.check_engine(engine)
     files = ingest.find_files(source)
     present = ingest.present_columns(files, chosen)
+    writing.check_local(out_dir, "--out")
     out = Path(out_dir).absolute()
     plan = _Plan(rules, present, ingest.other_columns(files, chosen))
-    config = _config(files, chosen, rules, plan, metadata, seed)
-    if _is_done(out, config):
-        shutil.rmtree(out / "stages", ignore_errors=True)
-        return json.loads((out / report.JSON_FILE).read_text("utf-8"))
-    stages = out / "stages"
-    stages.mkdir(parents=True, exist_ok=True)
-    _write_atomically(stages / _CONFIG, json.dumps(config, indent=2).encode())
-
-    table_dir = str(stages / "table")
-    num_rows = ingest.write_parts(files, chosen, present, table_dir, plan.others)
-    if not num_rows:
+    with (
+        writing.locked(out, "align curate", shown=out_dir),
+        writing.explaining_full_disk(out_dir),
+    ):
+        config = _config(files, chosen, rules, plan, metadata, seed)
+        if _is_done(out, config):
+            shutil.rmtree(out / "stages", ignore_errors=True)
+            return json.loads((out / report.JSON_FILE).read_text("utf-8"))
+        stages = out / "stages"
+        writing.write_json(stages / _CONFIG, config)
+        table_dir = str(stages / "table")
+        num_rows = ingest.write_parts(files, chosen, present, table_dir, plan.others)
+        if not num_rows:
+            shutil.rmtree(stages)
+            raise ValueError(f"{source} has no rows.")
+        options = Options(_read_entries(rules, metadata), seed, str(stages / "metaclip"))
+        reasons = _apply(plan, num_rows, stages, engine, memory_gib, options)
+        head = {
+            "preset": rules.name,
+            "seed": seed,
+            "segmenter": unigrams.segmenter(),
+            "input": [os.path.basename(path) for path in files],
+            "columns": plan.columns,
+            "not_covered": list(rules.not_covered),
+            "config": identity.digest([json.dumps(config)]),
+        }
+        parts = part_files(table_dir)
+        head["text_repaired"] = ingest.count_repaired(parts)
+        head["problems"] = problems.report(_problems_of_scans(files), source)
+        made = report.write_results(parts, reasons, plan, head, str(out))
         shutil.rmtree(stages)
-        out.rmdir()
-        raise ValueError(f"{source} has no rows.")
-    options = Options(_read_entries(rules, metadata), seed, str(stages / "metaclip"))
-    reasons = _apply(plan, num_rows, stages, engine, memory_gib, options)
-
-    head = {
-        "preset": rules.name,
-        "seed": seed,
-        "segmenter": unigrams.segmenter(),
-        "input": [os.path.basename(path) for path in files],
-        "columns": plan.columns,
-        "not_covered": list(rules.not_covered),
-        "config": hashlib.sha256(json.dumps(config).encode()).hexdigest(),
-    }
-    parts = part_files(table_dir)
-    head["text_repaired"] = ingest.count_repaired(parts)
-    head["problems"] = problems.report(_problems_of_scans(files), source)
-    made = report.write_results(parts, reasons, plan, head, str(out))
-    shutil.rmtree(stages)
     return made
 
 
@@ -295,10 +297,9 @@ def _drop(reasons, rows, codes):
     reasons[rows] = np.minimum(reasons[rows], np.asarray(codes).astype(np.uint8))
 
 
-def _save_reasons(path, reasons, done):
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, reasons=reasons, done=np.array(done, dtype=str))
-    os.replace(temporary, path)
+def _save_reasons(path: Path, reasons: np.ndarray, done: list[str]) -> None:
+    with writing.replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, reasons=reasons, done=np.array(done, dtype=str))
 
 
 def _check_options(rules, metadata, seed, memory_gib):
@@ -324,39 +325,26 @@ def _read_entries(rules, metadata):
     return metadata_entries.read_entries(metadata, log=_say)
 
 
-def _config(files, chosen, rules, plan, metadata, seed):
-    """Returns what the result depends on; files by their size and what stands at both ends."""
+def _config(files, chosen, rules, plan, metadata, seed) -> dict:
+    """Returns what the result depends on: the bytes of the input, options, and the code."""
     return {
         "format": _FORMAT,
-        "files": [[os.path.basename(path), *_file_digest(path)] for path in files],
+        "align_jax": __version__,
+        "code": identity.of_code(filter_package, storage_package),
+        "files": [[os.path.basename(path), identity.of_content(path)] for path in files],
         "columns": chosen,
         "others": plan.others,
         "preset": rules.digest,
         "rules": [[rule.name, rule.keeps] for rule in plan.rules],
-        "metadata": None if metadata is None else _file_digest(metadata),
+        "metadata": None if metadata is None else identity.of_content(metadata),
         "seed": seed,
         "segmenter": unigrams.segmenter(),
     }
 
 
-def _file_digest(path):
-    size = os.path.getsize(path)
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        digest.update(file.read(_EDGE_BYTES))
-        file.seek(max(0, size - _EDGE_BYTES))
-        digest.update(file.read(_EDGE_BYTES))
-    return [size, digest.hexdigest()]
-
-
-def _is_done(out, config):
+def _is_done(out: Path, config: dict) -> bool:
     """Returns whether the folder holds this result; raises if it holds anything else."""
-    if not out.exists():
-        return False
-    if not out.is_dir():
-        raise ValueError(f"{out} is a file; --out names a folder.")
     stages = out / "stages" / _CONFIG
-    digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()
     if stages.exists():
         if json.loads(stages.read_text("utf-8")) != config:
             raise ValueError(
@@ -365,20 +353,15 @@ def _is_done(out, config):
             )
         return False
     if (out / report.JSON_FILE).exists():
-        if json.loads((out / report.JSON_FILE).read_text("utf-8")).get("config") != digest:
+        made = json.loads((out / report.JSON_FILE).read_text("utf-8"))
+        if made.get("config") != identity.digest([json.dumps(config)]):
             raise ValueError(
                 f"{out} holds the result of other input, rules or options; name another --out."
             )
         return True
-    if any(out.iterdir()) and [path.name for path in out.iterdir()] != ["stages"]:
+    if any(path.name not in ("stages", writing.LOCK_FILE) for path in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no result of align curate; name another.")
     return False
-
-
-def _write_atomically(path, content):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def _say(line):

@@ -6,8 +6,10 @@ spark://local, spark://host  a session here, or the master of a cluster that can
 bigquery://project/dataset   canonical parts are uploaded to temporary tables
 """
 
+import glob
 import importlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,8 @@ import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+_SPARK_PATTERN = re.compile(r"([\[\]{}*?\\])")
 
 
 class Engine:
@@ -35,7 +39,7 @@ class Engine:
 
     def read(self, path: str) -> ir.Table:
         """Returns the rows of a Parquet file, or of a folder of Parquet files of one schema."""
-        return self.con.read_parquet(path)
+        return self.con.read_parquet(_SPARK_PATTERN.sub(r"\\\1", path))
 
     def upload(self, table: pa.Table) -> ir.Table:
         """Returns a table from here as one of the engine."""
@@ -96,9 +100,7 @@ class _Hashing(Engine):
     """
 
     def read(self, path):
-        return self.con.read_parquet(
-            os.path.join(path, "*.parquet") if os.path.isdir(path) else path
-        )
+        return self.con.read_parquet(_files_of(path))
 
     def short(self, value):
         return value.hash()
@@ -109,6 +111,10 @@ class _Hashing(Engine):
 
 class _DuckDB(_Hashing):
     """Ibis 12 cannot stream results of DuckDB 2 nor drop its tables: both are done here."""
+
+    def read(self, path):
+        # DuckDB takes folders named a=b for columns.
+        return self.con.read_parquet(_files_of(path), hive_partitioning=False)
 
     def batches(self, table):
         yield from pa.RecordBatchReader.from_stream(self.con.con.sql(self.con.compile(table)))
@@ -125,6 +131,12 @@ class _DuckDB(_Hashing):
 
     def close(self):
         self.con.con.close()
+
+
+def _files_of(path: str) -> str:
+    """Returns the pattern of a file or of the Parquet files of a folder, whose name is none."""
+    escaped = glob.escape(path)
+    return os.path.join(escaped, "*.parquet") if os.path.isdir(path) else escaped
 
 
 def _quoted(path):

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from align_jax.curate.filter import columns, unigrams
 from align_jax.curate.filter.metadata_table import Metadata, as_integer
 from align_jax.run.progress import show_progress
+from align_jax.storage import writing
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 COUNTS = ("num_words", "num_parts", "num_chars")
@@ -143,15 +144,17 @@ def count_repaired(parts: Sequence[str]) -> int:
 
 
 def _write_part(reader, name, part, target, first_row):
-    temporary = part + ".tmp"
-    writer = pq.ParquetWriter(temporary, target, compression="lz4")
     row = first_row
 
     def finish(job):
         fields, problem, start = job
         return _canonical(fields, problem, target, name, start, first_row)
 
-    with ThreadPoolExecutor(_THREADS) as pool, writer:
+    with (
+        writing.replacing(part) as temporary,
+        ThreadPoolExecutor(_THREADS) as pool,
+        pq.ParquetWriter(temporary, target, compression="lz4") as writer,
+    ):
         waiting = []
         for fields, problem in reader.batches():
             waiting.append(pool.submit(finish, (fields, problem, row)))
@@ -162,7 +165,6 @@ def _write_part(reader, name, part, target, first_row):
         for job in waiting:
             writer.write_table(job.result())
         writer.add_key_value_metadata({_REPAIRED: str(reader.repaired)})
-    os.replace(temporary, part)
 
 
 def _canonical(fields, problem, target, name, start, first_row):

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from align_jax.run.progress import show_progress
+from align_jax.storage import writing
 
 _ROWS_PER_PART = 2**18
 _ROWS_PER_SEARCH = 2**10  # a half faster than 2**14: lists of matches stay small
@@ -255,9 +256,9 @@ def _make_part(path, table, digest, search, pool):
     hashes = (_hash((text or "").encode(), b"") for text in texts.to_pylist())
     hashes = pa.array(np.fromiter(hashes, np.uint64, len(texts)))
     part = pa.table({"key": batch["key"], "text_hash": hashes, "entries": held})
-    temporary = path.with_name(path.name + ".tmp")
-    pq.write_table(part.replace_schema_metadata({"rows": digest}), temporary, compression="zstd")
-    os.replace(temporary, path)
+    part = part.replace_schema_metadata({"rows": digest})
+    with writing.replacing(path) as temporary:
+        pq.write_table(part, temporary, compression="zstd")
     return ids, offsets
 
 

@@ -6,7 +6,6 @@ reasons are found is in curate.py and rules.py.
 
 import collections
 import heapq
-import json
 import os
 from collections.abc import Iterator, Sequence
 
@@ -16,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from align_jax.curate.filter import unigrams
+from align_jax.storage import writing
 
 KEPT_FILE, DROPPED_FILE = "kept.parquet", "dropped.parquet"
 JSON_FILE, PAGE_FILE = "report.json", "report.md"
@@ -61,9 +61,8 @@ def write_results(
         seen.add(batch, codes)
     tables.close()
     made = {**head, **_counts(reasons, plan, seen), **seen.summary()}
-    text = json.dumps(made, indent=1, ensure_ascii=False)
-    _write(os.path.join(out_dir, PAGE_FILE), _page(made))
-    _write(os.path.join(out_dir, JSON_FILE), text + "\n")
+    writing.write_text(os.path.join(out_dir, PAGE_FILE), _page(made))
+    writing.write_json(os.path.join(out_dir, JSON_FILE), made, indent=1, ensure_ascii=False)
     return made
 
 
@@ -81,8 +80,9 @@ class _Tables:
             (DROPPED_FILE, schema.append(pa.field("reason", pa.string()))),
         ):
             path = os.path.join(out_dir, name)
-            writer = pq.ParquetWriter(path + ".tmp", kind, compression="zstd")
-            self._files[name] = (path, writer, [])
+            temporary = writing.temporary_path(path)
+            writer = pq.ParquetWriter(temporary, kind, compression="zstd")
+            self._files[name] = (path, temporary, writer, [])
 
     def write(self, batch, codes):
         rows = pa.table(batch).select(self._columns)
@@ -92,7 +92,7 @@ class _Tables:
         self._add(DROPPED_FILE, goes.append_column("reason", self._names.take(codes[~stays])))
 
     def _add(self, name, rows):
-        _, writer, waiting = self._files[name]
+        *_, writer, waiting = self._files[name]
         waiting.append(rows)
         if sum(len(rows) for rows in waiting) >= _GROUP_ROWS:
             table = pa.concat_tables(waiting)
@@ -100,11 +100,11 @@ class _Tables:
             waiting[:] = [table.slice(_GROUP_ROWS)]
 
     def close(self):
-        for path, writer, waiting in self._files.values():
+        for path, temporary, writer, waiting in self._files.values():
             if waiting and len(pa.concat_tables(waiting)):
                 writer.write_table(pa.concat_tables(waiting), row_group_size=_GROUP_ROWS)
             writer.close()
-            os.replace(path + ".tmp", path)
+            writing.move(temporary, path)
 
 
 class _Seen:
@@ -330,9 +330,3 @@ def _cell(value):
     for sign in "\\`*_[]<>|#":
         text = text.replace(sign, "\\" + sign)
     return text
-
-
-def _write(path, text):
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(path + ".tmp", path)

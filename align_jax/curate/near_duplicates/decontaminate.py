@@ -5,9 +5,8 @@ image_sets.py, the search itself is in search.py and data/perceptual_hash.py.
 """
 
 import dataclasses
-import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from align_jax.curate.near_duplicates import image_sets, match_sheet
 from align_jax.curate.near_duplicates import search as near_duplicates
 from align_jax.curate.scan import import_parquet
 from align_jax.data.perceptual_hash import check_distance, hamming_pairs
+from align_jax.storage import writing
 
 MAX_DISTANCE, MAX_DISTANCE_INSIDE = 8, 4
 REPORT_FILE = "report.json"
@@ -59,6 +59,7 @@ def decontaminate(
         different models, or a sheet of images that no scan has located.
     """
     import_parquet()  # a missing package is named before hours of work
+    writing.check_local(out_dir, "--out")
     if max_distance is None:
         max_distance = MAX_DISTANCE if against else MAX_DISTANCE_INSIDE
     check_distance(max_distance)
@@ -93,13 +94,14 @@ def decontaminate(
             [(pictures[number], row) for number, row in zip(rows.sets, rows.others, strict=True)],
             [f"distance {score}" for score in rows.scores],
         )
-        _replace(os.path.join(out_dir, "sheet.png"), lambda path: drawn.save(path, "PNG"))
+        with writing.replacing(os.path.join(out_dir, "sheet.png")) as path:
+            drawn.save(path, "PNG")
     matched, drop = _tables(sets, matches, method)
-    write = import_parquet().write_table
-    _replace(os.path.join(out_dir, "matches.parquet"), lambda path: write(matched, path))
-    _replace(os.path.join(out_dir, "drop.parquet"), lambda path: write(drop, path))
+    for name, table in (("matches.parquet", matched), ("drop.parquet", drop)):
+        with writing.replacing(os.path.join(out_dir, name)) as path:
+            import_parquet().write_table(table, path)
     report = {"method": method, **limit, **_report(sets, matches)}
-    _replace(os.path.join(out_dir, REPORT_FILE), lambda path: _write_json(path, report))
+    writing.write_json(os.path.join(out_dir, REPORT_FILE), report, ensure_ascii=False)
     return report
 
 
@@ -247,13 +249,3 @@ def _spread(matches):
     starts = np.cumsum(counts) - counts
     turn = np.arange(len(order)) - np.repeat(starts, counts)  # within its distance
     return matches[order[np.sort(np.argsort(turn, kind="stable")[:_SHEET_PAIRS])]]
-
-
-def _replace(path, write: Callable[[str], object]):
-    write(path + ".tmp")
-    os.replace(path + ".tmp", path)
-
-
-def _write_json(path, content):
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)

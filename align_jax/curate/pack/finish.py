@@ -15,6 +15,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from align_jax.curate.pack import unit as pack_unit
 from align_jax.data.sources.shards import find_repeated
+from align_jax.storage import writing
 from align_jax.storage.problems import Problems, from_json
 from align_jax.storage.problems import report as say_problems
 
@@ -106,7 +107,7 @@ def finish(
     dataset = os.path.join(staging, "dataset")
     os.makedirs(dataset, exist_ok=True)
     _place(shards, dataset, split, pack_unit.features(settings.columns))
-    pack_unit.write_json(os.path.join(dataset, REPORT_FILE), {split: report})
+    writing.write_json(os.path.join(dataset, REPORT_FILE), {split: report}, ensure_ascii=False)
     _publish(dataset, out_dir)
     return report
 
@@ -170,7 +171,7 @@ def _place(
             if not os.path.exists(path):
                 _copy_without(shard, path)
         elif os.path.exists(shard.path):  # else an interrupted call has moved it already
-            os.replace(shard.path, path)
+            writing.move(shard.path, path)
     info = tfds.core.SplitInfo(
         name=split,
         shard_lengths=[shard.length for shard in shards],
@@ -187,7 +188,7 @@ def _place(
 
 
 def _copy_without(shard, path):
-    temporary = pack_unit.temporary_path(shard.path)
+    temporary = str(writing.temporary_path(shard.path))
     left_out = set(shard.rows.tolist())
     reader, writer = ArrayRecordReader(shard.path), pack_unit.open_shard(temporary)
     for row in range(reader.num_records()):
@@ -195,20 +196,20 @@ def _copy_without(shard, path):
             writer.write(reader.read([row])[0])
     writer.close()
     reader.close()
-    os.replace(temporary, path)
+    writing.move(temporary, path)
 
 
 def _publish(dataset, out_dir):
     os.makedirs(out_dir, exist_ok=True)
     if not os.listdir(out_dir):
-        os.rename(dataset, out_dir)
+        writing.move(dataset, out_dir)
         return
     for name in (REPORT_FILE, _INFO_FILE):
         new, old = (read_json(os.path.join(folder, name)) for folder in (dataset, out_dir))
         merged = old | new
         if name == _INFO_FILE:
             merged["splits"] = old["splits"] + new["splits"]
-        pack_unit.write_json(os.path.join(dataset, name), merged)
+        writing.write_json(os.path.join(dataset, name), merged, ensure_ascii=False)
     # The list of splits last: until it is replaced, readers see the old ones only.
     for name in sorted(os.listdir(dataset), key=lambda name: name == _INFO_FILE):
-        os.replace(os.path.join(dataset, name), os.path.join(out_dir, name))
+        writing.move(os.path.join(dataset, name), os.path.join(out_dir, name))

@@ -6,9 +6,6 @@ can be. The result has random access (global shuffle, exact resume) and opens wi
 `tfds.builder_from_directory` and with data/sources/open_source.py.
 """
 
-import contextlib
-import fcntl
-import hashlib
 import multiprocessing
 import os
 import re
@@ -28,6 +25,7 @@ from align_jax.curate.pack.key_lists import KeyList, write_key_list
 from align_jax.curate.pack.unit import SKIP_REASONS, Unit
 from align_jax.data.sources.open_source import PairSource
 from align_jax.run.progress import show_progress
+from align_jax.storage import identity, writing
 
 __all__ = ["REPORT_FILE", "SKIP_REASONS", "pack"]
 
@@ -106,12 +104,15 @@ def pack(
     for name, path in (("keep", keep), ("drop", drop)):
         if path is not None and not os.path.isfile(path):
             raise ValueError(f"--{name} {path} does not exist; it is a Parquet file of keys.")
+    writing.check_local(out_dir, "--out")
     out_dir = os.path.abspath(out_dir)
     staging = os.path.join(os.path.dirname(out_dir), f".{os.path.basename(out_dir)}.{split}.tmp")
     kinds = metadata.choose(columns, keep, source)
     pack_finish.check_out_dir(out_dir, split, staging, kinds)
-    os.makedirs(staging, exist_ok=True)
-    with _locked(staging, out_dir):
+    with (
+        writing.locked(staging, "align pack", shown=out_dir),
+        writing.explaining_full_disk(out_dir),
+    ):
         try:
             units = _plan(source, unit_records)
             lists = {"keep": keep, "drop": drop}
@@ -151,19 +152,6 @@ def pack(
     return report
 
 
-@contextlib.contextmanager
-def _locked(staging, out_dir):
-    # The kernel lets go of the lock however this process ends.
-    with open(os.path.join(staging, "lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"Another process is packing into {out_dir}; wait for it or choose another folder."
-            ) from error
-        yield
-
-
 def _plan(source, unit_records):
     if hasattr(source, "parts"):
         parts = enumerate(source.parts)
@@ -183,29 +171,13 @@ def _plan(source, unit_records):
 
 def _stamp(source, units, lists, options):
     """What decides the bytes written; finished units count only where it is the same."""
-    files = {name: _file_stamp(path) for name, path in lists.items() if path is not None}
-    if hasattr(source, "parts"):
-        content = [_file_stamp(unit.source.path) for unit in units]
-    elif hasattr(source, "stamp"):
-        content = source.stamp()
-    else:
-        content = None
-    digest = hashlib.sha256(repr((content, len(units), files)).encode()).hexdigest()
     return {
         "align_jax": __version__,
-        "source": source.describe(),
-        "sha256": digest,
+        "source": identity.stamp(source),
+        "lists": {name: identity.of_content(path) for name, path in lists.items() if path},
         **options,
         "units": len(units),
     }
-
-
-def _file_stamp(path):
-    try:
-        status = os.stat(path)
-    except OSError:
-        return path, None
-    return path, status.st_size, status.st_mtime_ns
 
 
 def _units_left(staging, stamp, units, title):
@@ -216,11 +188,8 @@ def _units_left(staging, stamp, units, title):
             if name != "lock":
                 shutil.rmtree(os.path.join(staging, name), ignore_errors=True)
         os.makedirs(folder)
-        pack_unit.write_json(plan, stamp)
+        writing.write_json(plan, stamp)
         return units
-    for name in os.listdir(folder):
-        if name.endswith(".tmp"):  # of a killed worker
-            os.remove(os.path.join(folder, name))
     left = [u for u in units if not os.path.exists(pack_unit.result_path(folder, u.number))]
     if len(left) < len(units):
         kept = len(units) - len(left)

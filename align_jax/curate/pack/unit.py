@@ -7,9 +7,7 @@ workers, in any order, and again after a crash. Planning and putting together is
 import collections
 import dataclasses
 import io
-import json
 import os
-import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,7 +21,7 @@ from align_jax.curate.pack import metadata
 from align_jax.curate.pack.key_lists import KeyList
 from align_jax.data import images
 from align_jax.data.sources.record import UNUSABLE_REASONS, hash_key, is_usable
-from align_jax.storage import text
+from align_jax.storage import text, writing
 from align_jax.storage.problems import reason_of
 
 SKIP_REASONS = (
@@ -113,7 +111,8 @@ def pack_unit(unit: Unit, settings: Settings) -> Iterator[None]:
             count_skipped(skipped, skipped_keys, reason, [key])
         yield
     shards.close()
-    with _replacing(hashes_path(settings.folder, unit.number)) as path, open(path, "wb") as file:
+    path = hashes_path(settings.folder, unit.number)
+    with writing.replacing(path) as temporary, open(temporary, "wb") as file:
         np.save(file, np.fromiter(hashes, np.uint64, len(hashes)))
     result = {
         "records_read": stop - unit.start,
@@ -124,7 +123,7 @@ def pack_unit(unit: Unit, settings: Settings) -> Iterator[None]:
     }
     if unit.stop is None:
         result["problems"] = source.problems.to_json()
-    write_json(result_path(settings.folder, unit.number), result)
+    writing.write_json(result_path(settings.folder, unit.number), result, ensure_ascii=False)
 
 
 def count_skipped(
@@ -155,12 +154,6 @@ def result_path(folder: str, unit: int) -> str:
     return os.path.join(folder, f"{unit:07d}.json")
 
 
-def write_json(path: str, content: object) -> None:
-    """Writes a file that is there whole or not at all."""
-    with _replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-
-
 class ShardWriter:
     """Writes records one after another into files of limited size.
 
@@ -178,8 +171,8 @@ class ShardWriter:
     def write(self, data: bytes) -> None:
         """Adds a serialized record."""
         if self._writer is None:
-            self._temporary = temporary_path(shard_path(self._folder, self._unit, 0))
-            self._writer = open_shard(self._temporary)
+            self._temporary = writing.temporary_path(shard_path(self._folder, self._unit, 0))
+            self._writer = open_shard(str(self._temporary))
             self.lengths.append(0)
             self.sizes.append(0)
         self._writer.write(data)
@@ -194,31 +187,12 @@ class ShardWriter:
             self._writer.close()
             self._writer = None
             path = shard_path(self._folder, self._unit, len(self.lengths) - 1)
-            os.replace(self._temporary, path)
+            writing.move(self._temporary, path)
 
 
 def open_shard(path: str) -> ArrayRecordWriter:
     """Returns a writer of records that can each be read alone, which a global shuffle needs."""
     return ArrayRecordWriter(path, "group_size:1")
-
-
-def temporary_path(path: str) -> str:
-    """Returns a path beside `path` that no other process uses."""
-    return f"{path}.{uuid.uuid4().hex}.tmp"
-
-
-class _replacing:
-    """Context: a temporary path, whose file takes the place of `path` when all went well."""
-
-    def __init__(self, path):
-        self._path, self._temporary = path, temporary_path(path)
-
-    def __enter__(self):
-        return self._temporary
-
-    def __exit__(self, kind, *_):
-        if kind is None:
-            os.replace(self._temporary, self._path)
 
 
 def _checked(source, start, stop, settings):
