@@ -22,6 +22,7 @@ from align_jax.hf import convert, hub, model_card, processor
 from align_jax.hf import weights as weights_file
 from align_jax.models import dual_encoder
 from align_jax.run import trained
+from align_jax.storage import writing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +233,7 @@ class Align:
             config=origin.config,
             version=__version__,
         )
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        writing.write_text(folder / "README.md", card)
         config.save_pretrained(folder)
 
     def fingerprint(self) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -349,3 +350,32 @@ def test_module_runs_as_a_program(project):
         text=True,
     )
     assert done.returncode == 0 and done.stdout.strip().count(".") >= 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "--config", "config.py", "--workdir", "gs://bucket/run"),
+        (
+            "train",
+            "--config",
+            "config.py",
+            "--workdir",
+            "no",
+            "--config.data.source=gs://bucket/x?split=train",
+        ),
+        ("eval", "--workdir", "run", "--retrieval", "data", "--out", "gs://bucket/x.json"),
+        ("eval", "--workdir", "run", "--retrieval", "s3://bucket/data"),
+        ("pack", "captions.jsonl?images=images", "--out", "gs://bucket/x"),
+        ("pack", "captions.jsonl?images=gs://bucket/images", "--out", "no"),
+        ("curate", "gs://bucket/t.parquet", "--preset", "align", "--out", "no"),
+        ("curate", "captions.jsonl", "--preset", "align", "--out", "gs://bucket/x"),
+        ("scan", "data", "--out", "gs://bucket/x.parquet"),
+        ("vocab", "data", "--out", "gs://bucket/x"),
+        ("embed", "--model", "run", "--images", "gs://bucket/x", "--out", "no"),
+        ("convert", "run", "gs://bucket/x"),
+    ],
+)
+def test_a_bucket_is_refused_in_one_line_and_no_folder_appears(inside, capfd, arguments):
+    assert re.search(r"(gs|s3):// is not a file system here; name", error_of(capfd, *arguments))
+    assert not os.path.exists("gs:") and not os.path.exists("s3:")

@@ -202,3 +202,63 @@ def test_one_process_leads_and_agrees_with_itself():
     done = []
     multihost.lead_first(lambda: done.append(os.getpid()))
     assert done == [os.getpid()]
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Sets the environment of a launcher; whatever started the tests is forgotten."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM", "OMPI", "PMI", "MV2")):
+            monkeypatch.delenv(name)
+
+    def launch(**env):
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        return multihost._find_launcher()
+
+    return launch
+
+
+def test_launchers_are_told_from_jobs_with_room_for_more(launched):
+    assert launched() is None
+    assert launched(SLURM_JOB_ID="7", SLURM_NTASKS="8") is None  # a script of sbatch
+    assert launched(SLURM_STEP_NODELIST="a[1-2]", SLURM_STEP_NUM_TASKS="1") is None  # salloc
+    assert launched(SLURM_STEP_NUM_TASKS="8") == "slurm"
+    assert launched(SLURM_STEP_NUM_TASKS="1", OMPI_COMM_WORLD_SIZE="1") is None
+
+
+def test_open_mpi_is_found_and_what_cannot_find_itself_is_refused(launched):
+    assert launched(OMPI_COMM_WORLD_SIZE="2", OMPI_MCA_orte_hnp_uri="4096.0;tcp://h:1") == "ompi"
+
+
+@pytest.mark.parametrize(("size", "rank"), multihost._MPI)
+def test_mpi_without_a_meeting_place_is_one_line(launched, size, rank):
+    message = rf"MPI has started 4 processes \({size}\), .* --processes 4 --process \${rank}\.$"
+    with pytest.raises(ValueError, match=message):
+        launched(**{size: "4", rank: "1"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["slurm", "ompi"])
+def test_processes_of_a_launcher_train_one_run(project, straight, launcher):
+    started = []
+    for number in range(2):
+        env = environment(
+            cache=project / "cache2",
+            JAX_NUM_CPU_DEVICES="4",
+            XLA_FLAGS="--xla_backend_optimization_level=0",
+        )
+        if launcher == "slurm":
+            env |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
+            env |= {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
+            env |= {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}
+        else:
+            env["OMPI_MCA_orte_hnp_uri"] = f"{os.getpid() * 4096}.0;tcp://127.0.0.1:34911"
+            env |= {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": str(number)}
+            env["OMPI_COMM_WORLD_LOCAL_RANK"] = str(number)
+        log = (project / f"{launcher}.{number}.log").open("w")
+        started.append(start_align(*TRAIN, "--workdir", launcher, cwd=project, env=env, stderr=log))
+    for number, process in enumerate(started):
+        assert process.wait(timeout=600) == 0, (project / f"{launcher}.{number}.log").read_text()
+    assert "process 0 of 2" in (project / f"{launcher}.0.log").read_text()
+    assert_same_lines(read_lines(project / launcher / "metrics.jsonl"), straight)

@@ -1,6 +1,7 @@
 """The shape of the code base: imports go down the layers, few jit sites, small modules."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -204,3 +205,72 @@ def test_every_function_has_types_on_its_parameters_and_result(path):
             if untyped or (node.returns is None and node.name != "__init__"):
                 missing.append(f"{place}:{node.lineno} {node.name} {untyped}")
     assert not missing
+
+
+# Files are written by storage/writing.py. What else opens one for writing, and why it may:
+WRITERS = {
+    "storage/writing.py": "the one door",
+    "run/metrics.py": "appends lines, and TensorBoard's records, to files that grow",
+    "data/vocabulary.py": "sorted runs in a temporary folder",
+    "curate/filter/engines.py": "tables of the engine in the spill folder, gone at the end",
+    "curate/pack/key_lists.py": "arrays in the staging folder of a pack, made again if unfinished",
+}
+LIBRARY_CALLS = {"write_table", "ParquetWriter", "savez", "save_file", "savefig"}
+
+
+def writing_calls(tree: ast.Module) -> list[str]:
+    """Calls that put a file at a path which is not that of writing.replacing or temporary_path."""
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        function, arguments = node.func, [*node.args, *(k.value for k in node.keywords)]
+        name = getattr(function, "attr", getattr(function, "id", ""))
+        owner = function.value if isinstance(function, ast.Attribute) else None
+        names = {a.id for a in ast.walk(ast.Tuple(node.args)) if isinstance(a, ast.Name)}
+        beside = names & {"temporary", "file"}
+        modes = [a.value for a in arguments if isinstance(a, ast.Constant)]
+        if name == "open" and any(isinstance(m, str) and re.fullmatch("[wax]b?", m) for m in modes):
+            found += [] if beside else [f"{node.lineno}: open for writing"]
+        elif name in {"replace", "rename", "renames"}:
+            # str.replace takes two strings, dataclasses.replace keywords; os.replace two paths
+            if isinstance(owner, ast.Name) and owner.id == "os":
+                found.append(f"{node.lineno}: os.{name}")
+        elif name in {"write_text", "write_bytes"}:
+            if not (isinstance(owner, ast.Name) and owner.id == "writing"):
+                found.append(f"{node.lineno}: {name}")
+        elif name in LIBRARY_CALLS and not beside and getattr(owner, "id", "") != "writer":
+            found.append(f"{node.lineno}: {name}")
+    return found
+
+
+def test_files_are_written_by_one_door():
+    found = {
+        path.relative_to(PACKAGE).as_posix(): calls
+        for path in MODULES
+        if (calls := writing_calls(ast.parse(path.read_text())))
+    }
+    assert not {path: calls for path, calls in found.items() if path not in WRITERS}
+    assert set(WRITERS) <= set(found), "an entry of WRITERS that is not needed any more"
+
+
+def test_calls_that_write_are_seen():
+    seen = [
+        "open(path, 'w')",
+        "open(path, mode='ab')",
+        "os.replace(a, b)",
+        "path.write_text('x')",
+        "Path(p).write_bytes(b'')",
+        "figure.savefig(path)",
+        "pq.write_table(table, path + '.tmp')",
+    ]
+    for code in seen:
+        assert len(writing_calls(ast.parse(code))) == 1, code
+    for code in (
+        "open(path)",
+        "open(temporary, 'wb')",
+        "writing.write_text(path, 'x')",
+        "name.replace('w', 'a')",
+        "pq.write_table(table, temporary)",
+    ):
+        assert not writing_calls(ast.parse(code)), code

@@ -165,8 +165,9 @@ def test_failed_write_leaves_the_old_file(tmp_path):
         weights_file.write_safetensors(file, {"b": np.ones(3, np.complex128)})
     assert file.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
-    with pytest.raises(OSError, match="nowhere/model.safetensors cannot be written: .*No such"):
-        weights_file.write_safetensors(tmp_path / "nowhere" / file.name, {})
+    (tmp_path / "nowhere").write_text("a file")
+    with pytest.raises(OSError, match="nowhere"):
+        weights_file.write_safetensors(tmp_path / "nowhere" / "model.safetensors", {})
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])

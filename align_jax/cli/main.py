@@ -12,6 +12,7 @@ from pathlib import Path
 
 from align_jax import __version__
 from align_jax.cli import bench_verbs, data_verbs, model_verbs, output
+from align_jax.storage import writing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, rest: list[str]) -> int:
     try:
+        _check_paths(args)
         args.run(args, rest)
     except (ValueError, *_WRONG_PATH) as error:
         return _fail(error, args.debug, 2)
@@ -56,6 +58,15 @@ def _use_huge_pages() -> None:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _check_paths(args: argparse.Namespace) -> None:
+    """Refuses paths in buckets before any work, see writing.check_local."""
+    for name, value in vars(args).items():
+        if name not in ("engine", "beam", "coordinator"):
+            for path in value if isinstance(value, list) else [value]:
+                if isinstance(path, str):
+                    writing.check_local(path, f"--{name}")
 
 
 def _fail(error: BaseException, debug: bool, code: int) -> int:

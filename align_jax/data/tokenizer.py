@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from align_jax.data import vocabulary
-from align_jax.storage import text
+from align_jax.storage import text, writing
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -130,13 +130,13 @@ class Tokenizer:
                 "strip_accents": options["strip_accents"],
                 "tokenize_chinese_chars": options["split_chinese"],
             }
-            _write(folder / "vocab.txt", "".join(f"{token}\n" for token in self.tokens))
+            writing.write_text(folder / "vocab.txt", "".join(f"{token}\n" for token in self.tokens))
         else:  # the class that takes tokenizer.json as it is
             config = {"tokenizer_class": "PreTrainedTokenizerFast"}
         config |= self._special | {"padding_side": "right", "truncation_side": "right"}
         config |= {_SEAL: _seal(self._content, config), "model_max_length": max_tokens}
-        _write(folder / "tokenizer.json", self._content)
-        _write(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+        writing.write_text(folder / "tokenizer.json", self._content)
+        writing.write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
     def _options(self, content: dict[str, Any]) -> dict[str, Any] | None:
         """Returns the options of BERT's tokenizer, None if this is another one."""
@@ -409,7 +409,3 @@ def _seal(content: str, config: Mapping[str, Any]) -> str:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def _write(path: Path, content: str) -> None:
-    path.write_text(content, encoding="utf-8", newline="\n")

@@ -7,15 +7,14 @@ training loop's task.
 
 import difflib
 import inspect
-import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from align_jax.evals.gallery import retrieval_gallery
 from align_jax.evals.retrieval import Retrieval
 from align_jax.evals.zeroshot import ZeroShot
+from align_jax.storage import writing
 from align_jax.storage.problems import Problems
 
 __all__ = [
@@ -186,14 +185,10 @@ def write_json(
       provenance: what was evaluated (workdir or folder, step, config, versions); must suit JSON.
       problems: from `problems_of`.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"provenance": dict(provenance), "results": dict(results)}
     if problems:
         content["problems"] = {name: found.to_json() for name, found in problems.items()}
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    writing.write_json(path, content, sort_keys=True, allow_nan=False)
 
 
 def _retrieval_rows(by_name: Mapping[str, Mapping[str, float]]) -> list[list[str]]:

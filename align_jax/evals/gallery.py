@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from align_jax.evals.retrieval import RetrievalEmbeddings
+from align_jax.storage import writing
 
 _TILE = 148  # px, side of an image
 _GAP = 14
@@ -63,7 +64,8 @@ def retrieval_gallery(
         _draw_below(draw, top, y, f"rank {own_rank:,} · {scores[own]:.3f}", color, 2 * _GAP)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, format="PNG")
+    with writing.replacing(path) as temporary:
+        sheet.save(temporary, format="PNG")
     return path
 
 

@@ -20,6 +20,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from align_jax.storage import writing
+
 # In this order, as transformers looks for them.
 FILES = (
     "model.safetensors",
@@ -80,7 +82,8 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
     # The library writes the memory as it lies; np.ascontiguousarray would make scalars vectors.
     arrays = {name: np.require(array, requirements="C") for name, array in tensors.items()}
     try:
-        safetensors.numpy.save_file(arrays, path, {"format": "pt"})
+        with writing.replacing(path) as temporary:
+            safetensors.numpy.save_file(arrays, temporary, {"format": "pt"})
     except safetensors.SafetensorError as error:
         if "I/O error" in str(error):
             raise OSError(f"{path} cannot be written: {error}") from error

@@ -7,14 +7,12 @@ TPU. Nothing runs. What a program's text says is read in hlo.py, chips are liste
 import dataclasses
 import importlib.metadata
 import importlib.util
-import json
 import math
 import os
 import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +26,7 @@ from align_jax.data import tokenizer as tokenizer_lib
 from align_jax.models import flops
 from align_jax.models.dual_encoder import DualEncoder
 from align_jax.plan import chips, hlo
+from align_jax.storage import writing
 
 GIB = 2**30
 
@@ -174,9 +173,7 @@ def format_report(report: dict[str, Any]) -> str:
 
 def write_report(path: str | os.PathLike, report: dict[str, Any]) -> None:
     """Writes the report as indented JSON; makes the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    writing.write_json(path, report, indent=1)
 
 
 def _step_report(fn: Callable, arguments: tuple, *, square: int) -> dict[str, Any]:

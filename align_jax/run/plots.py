@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from align_jax.run.metrics import read_metrics
+from align_jax.storage import writing
 
 _RECALL_KS = (1, 5, 10)
 _COLORS = ("#1f6fb4", "#d1602c", "#3d8f4f", "#8a5fb0", "#b8912a", "#5b6770")
@@ -51,8 +52,8 @@ def write_plots(
     for name, figure in figures.items():
         if figure is not None:
             path = workdir / "plots" / f"{name}.png"
-            path.parent.mkdir(exist_ok=True)
-            figure.savefig(path)
+            with writing.replacing(path) as temporary:
+                figure.savefig(temporary, format="png")
             paths.append(path)
     return paths
 

@@ -3,6 +3,8 @@
 import glob
 import os
 
+from align_jax.storage.writing import check_local
+
 
 def find_paths(pattern: str) -> list[str]:
     """Returns the paths that a path or a glob pattern (with `**`) names, sorted.
@@ -10,6 +12,7 @@ def find_paths(pattern: str) -> list[str]:
     A path that exists is no pattern, nor is the part of one that exists: `set [v2]/*.tar` looks
     into the folder `set [v2]`.
     """
+    check_local(pattern, "input")
     if os.path.lexists(pattern):
         return [pattern]
     there, rest = pattern, []

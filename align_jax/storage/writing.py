@@ -68,9 +68,12 @@ def replacing(path: _Path) -> Iterator[Path]:
     try:
         yield temporary
         move(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise
+        full = explain_full_disk(error, path.parent)
+        if full is None:
+            raise
+        raise full from error
 
 
 def temporary_path(path: _Path) -> Path:

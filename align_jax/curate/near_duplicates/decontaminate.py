@@ -94,12 +94,12 @@ def decontaminate(
             [(pictures[number], row) for number, row in zip(rows.sets, rows.others, strict=True)],
             [f"distance {score}" for score in rows.scores],
         )
-        with writing.replacing(os.path.join(out_dir, "sheet.png")) as path:
-            drawn.save(path, "PNG")
+        with writing.replacing(os.path.join(out_dir, "sheet.png")) as temporary:
+            drawn.save(temporary, "PNG")
     matched, drop = _tables(sets, matches, method)
     for name, table in (("matches.parquet", matched), ("drop.parquet", drop)):
-        with writing.replacing(os.path.join(out_dir, name)) as path:
-            import_parquet().write_table(table, path)
+        with writing.replacing(os.path.join(out_dir, name)) as temporary:
+            import_parquet().write_table(table, temporary)
     report = {"method": method, **limit, **_report(sets, matches)}
     writing.write_json(os.path.join(out_dir, REPORT_FILE), report, ensure_ascii=False)
     return report

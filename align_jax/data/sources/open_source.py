@@ -19,7 +19,7 @@ from align_jax.data.sources.record import LabelledImage, Record
 from align_jax.data.sources.scenes import LabelledScenes, Scenes
 from align_jax.data.sources.shards import Archives
 from align_jax.data.sources.table_files import TABLE_SUFFIXES
-from align_jax.storage import identity
+from align_jax.storage import identity, writing
 from align_jax.storage.problems import Problems
 
 _ACCEPTED = (
@@ -200,6 +200,7 @@ class InMemory:
 def _parse(spec: str) -> tuple[str, dict[str, str]]:
     if os.path.exists(spec):
         return spec, {}
+    writing.check_local(spec, "source")
     path, _, query = spec.partition("?")
     options = {}
     for part in filter(None, query.split("&")):
