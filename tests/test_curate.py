@@ -424,3 +424,12 @@ def test_second_curate_into_one_folder_is_refused_and_harms_nothing(tmp_path, mo
         "wait for it, or name another folder.\n"
     )
     assert not os.path.exists("out/lock") and not os.path.exists("out/stages")
+
+
+def test_tables_in_a_folder_with_brackets_are_found_by_a_pattern(tmp_path):
+    folder = tmp_path / "set [v2]"
+    made, _ = curate_table(folder, make_table(50), *RULES)
+    again = curate_lib.curate(
+        f"{folder}/*.parquet", folder / "again", preset=str(folder / "preset.py")
+    )
+    assert again["rows_kept"] == made["rows_kept"]

@@ -4,7 +4,6 @@ Parquet, CSV, TSV and JSONL; a file, a glob or a folder of parts. What can diffe
 decided here once: types, lower case, white space, what a broken line is. Rules are in rules.py.
 """
 
-import glob
 import os
 import types
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from align_jax.curate.filter import columns, unigrams
 from align_jax.curate.filter.metadata_table import Metadata, as_integer
 from align_jax.run.progress import show_progress
 from align_jax.storage import writing
+from align_jax.storage.paths import find_paths
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 COUNTS = ("num_words", "num_parts", "num_chars")
@@ -45,7 +45,7 @@ def find_files(source: str) -> list[str]:
     elif os.path.isfile(source):
         found = [source]
     else:
-        found = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
+        found = [path for path in find_paths(source) if os.path.isfile(path)]
     if not found:
         raise ValueError(f"{source}: no such table; expected {', '.join(SUFFIXES)} files.")
     kinds = sorted({os.path.splitext(path)[1].lower() for path in found})

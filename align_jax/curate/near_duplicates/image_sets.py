@@ -15,6 +15,7 @@ import numpy as np
 
 from align_jax.curate.scan import import_parquet, read_report, scan
 from align_jax.data.perceptual_hash import parse_hashes
+from align_jax.storage.paths import find_paths
 
 _KEY_COLUMNS = ("key", "id", "uid")
 _HASH_COLUMNS = ("phash", "image_phash", "image_hash")  # of scan, COYO, align curate
@@ -58,7 +59,7 @@ def open_hashes(name: str, number: int, out_dir: str | os.PathLike) -> ImageSet:
     Raises:
       ValueError: no such table, no usable columns, or the scan of another source.
     """
-    paths = sorted(glob.glob(name))
+    paths = find_paths(name)
     if not name.endswith(".parquet"):
         paths = [os.path.join(out_dir, f"scan-{number}.parquet")]
         os.makedirs(out_dir, exist_ok=True)

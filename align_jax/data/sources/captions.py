@@ -4,13 +4,13 @@ Tables whose rows belong to images are read by tables.py, sources of pairs opene
 all tables go through table_files.py.
 """
 
-import glob
 import os
 from collections.abc import Iterator
 
 from align_jax.data.sources.column_names import CAPTION_COLUMNS, find_column
 from align_jax.data.sources.table_files import TABLE_SUFFIXES, Table, open_table
 from align_jax.data.sources.tables import batch_captions
+from align_jax.storage.paths import find_paths
 from align_jax.storage.problems import Problems
 
 
@@ -26,7 +26,7 @@ def find_tables(spec: str) -> list[str]:
     Raises:
       ValueError: there is none, or a file is of another format.
     """
-    paths = [spec] if os.path.isfile(spec) else glob.glob(spec, recursive=True)
+    paths = find_paths(spec)
     for path in paths:
         if not is_table(path):
             raise ValueError(f"{path} is no table of captions; known: {', '.join(TABLE_SUFFIXES)}.")
