@@ -112,7 +112,7 @@ def test_signal_during_compilation_ends_the_run_without_a_step(inside, monkeypat
 
 def test_metric_lines_are_on_disk_before_the_checkpoint_counts(inside, monkeypatch):
     order = []
-    sync, save = train.metrics.MetricWriter.sync, train.checkpoint.Checkpointer.save
+    sync, save = train.report.metrics.MetricWriter.sync, train.checkpoint.Checkpointer.save
 
     def synced(writer):
         order.append("sync")
@@ -123,7 +123,7 @@ def test_metric_lines_are_on_disk_before_the_checkpoint_counts(inside, monkeypat
         order.append(("save", int(state.step), steps[-1]))
         save(checkpointer, state, data)
 
-    monkeypatch.setattr(train.metrics.MetricWriter, "sync", synced)
+    monkeypatch.setattr(train.report.metrics.MetricWriter, "sync", synced)
     monkeypatch.setattr(train.checkpoint.Checkpointer, "save", saved)
     StubStep().patch(monkeypatch)
     command = ("train", "--config", "config.py:plain", "--workdir", "synced")

@@ -92,11 +92,9 @@ NOT_YET_TYPED = (
     "embed.py",
     "hf",
     "run/metrics.py",
-    "run/multihost.py",
     "run/signals.py",
     "run/workdir.py",
     "storage/text.py",
-    "train.py",
 )
 
 

@@ -118,6 +118,8 @@ class NoWriter:
     def sync(self) -> None:
         """Does nothing."""
 
+    close = sync
+
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Returns the lines of a metrics.jsonl or perf.jsonl as dicts, in file order.

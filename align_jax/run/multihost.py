@@ -79,6 +79,12 @@ def is_lead() -> bool:
     return jax.process_index() == 0
 
 
+def log(text: str) -> None:
+    """Prints a line to standard error, in process 0 alone."""
+    if is_lead():
+        print(text, file=sys.stderr, flush=True)
+
+
 def lead_first(prepare: Callable[[], T]) -> T | None:
     """Returns what `prepare` does, on process 0; None in the others, once that is done."""
     prepared = prepare() if is_lead() else None
