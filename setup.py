@@ -57,6 +57,7 @@ setup(
         "test": [
             *CURATE,
             "imagehash",
+            "pandas",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.14",
