@@ -122,3 +122,14 @@ def test_commands_of_the_readme_run_on_a_small_dataset(tmp_path):
     assert verbs == ["pack", "vocab", "train", "eval", *data_verbs, *use_verbs]
     assert (tmp_path / "embeddings/mine/00000.npy").exists()
     assert (tmp_path / "runs/mine/plots/gallery_dev.png").stat().st_size > 1000
+
+
+def test_tree_names_every_folder_and_every_file_at_the_top_of_the_package():
+    tree = (ROOT / "README.md").read_text().split("## Where is what")[1].split("```")[1]
+    top = tree.split("  models/")[0].splitlines()
+    names = {word for line in top for word in line[:36].split()} - {"align_jax/"}
+    assert names == {path.stem for path in (ROOT / "align_jax").glob("*.py")}
+    folders = {f"{path.parent.name}/" for path in (ROOT / "align_jax").rglob("__init__.py")}
+    assert folders - {"presets/"} <= set(tree.replace(",", " ").split())
+    for folder in re.findall(r"^ *(\w+)/", tree, re.MULTILINE):
+        assert folder == "align_jax" or list(ROOT.glob(f"**/{folder}/")), folder
