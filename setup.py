@@ -14,6 +14,7 @@ CURATE = [
     "icu4py>=1.2,<2",  # words of scripts that have no spaces between them
     "pyarrow>=17",
 ]
+SEARCH = ["pymilvus>=3.0,<4", "milvus-lite>=3.2.2,<4"]  # 3.2.0 of Lite drops nprobe and ef
 
 setup(
     name="align_jax",
@@ -49,6 +50,7 @@ setup(
     extras_require={
         "curate": CURATE,
         "parquet": ["pyarrow>=17"],
+        "search": SEARCH,
         "fast": ["simplejpeg>=1.9,<2"],
         "spark": ["ibis-framework[pyspark]>=12,<13"],  # and Java 17 or later
         "beam": ["apache-beam>=2.77,<3"],
@@ -56,6 +58,7 @@ setup(
         "cuda": ["jax[cuda13]"],
         "test": [
             *CURATE,
+            *SEARCH,
             "imagehash",
             "pandas",
             "pytest>=8",

@@ -1,10 +1,11 @@
 """align_jax: train, evaluate and use ALIGN (EfficientNet + BERT) in JAX. Importing it is free."""
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from align_jax.align import Align
+    from align_jax.search.index import Index
 
 __version__ = "0.1.0"
 
@@ -23,3 +24,15 @@ def load(
     from align_jax import align
 
     return align.load(name_or_path, dtype=dtype, batch_size=batch_size, step=step)
+
+
+def open_index(
+    uri: str | os.PathLike, model: Any = None, *, index_type: str | None = None
+) -> "Index":
+    """Returns the vector index at `uri`; with a model, makes it where there is none.
+
+    Arguments and errors are those of `align_jax.search.index.open_index`.
+    """
+    from align_jax.search import index
+
+    return index.open_index(uri, model, index_type=index_type)

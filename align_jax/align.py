@@ -33,11 +33,13 @@ class Origin:
       name: of the folder, or the hub id.
       step: of the checkpoint, if a workdir of ours.
       config: of the run, likewise.
+      path: what `load` takes to load them again: an absolute path or the hub id.
     """
 
     name: str
     step: int | None = None
     config: ConfigDict | None = None
+    path: str = ""
 
 
 class Align:
@@ -293,13 +295,14 @@ def load(
     folder = hub.find_folder(name_or_path)
     is_local = Path(name_or_path).is_dir()
     name = folder.resolve().name if is_local else str(name_or_path)
+    path = str(folder.resolve()) if is_local else name
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} is no model: config.json is missing; name a workdir of `align train` or a "
             "Hugging Face folder."
         )
     if not hub.is_hugging_face(folder):
-        return _load_workdir(folder, name, dtype, batch_size, step)
+        return _load_workdir(folder, name, path, dtype, batch_size, step)
     if step is not None:
         raise ValueError(f"{name_or_path} is no workdir, so it has no step {step}.")
     tokenizer, preprocessing = processor.read_processor(folder)
@@ -319,16 +322,21 @@ def load(
         dataclasses.replace(preprocessing, max_tokens=max_tokens),
         mesh,
         batch_size=64 if batch_size is None else batch_size,
-        origin=Origin(name),
+        origin=Origin(name, path=path),
         hf_extras=loaded.extras,
         show_progress=True,
     )
 
 
 def _load_workdir(
-    path: Path, name: str, dtype: str | None, batch_size: int | None, step: int | None
+    folder: Path,
+    name: str,
+    path: str,
+    dtype: str | None,
+    batch_size: int | None,
+    step: int | None,
 ) -> Align:
-    found = trained.load_trained(path, dtype=dtype, step=step)
+    found = trained.load_trained(folder, dtype=dtype, step=step)
     return Align(
         found.model,
         found.variables,
@@ -336,6 +344,6 @@ def _load_workdir(
         found.preprocessing,
         found.mesh,
         batch_size=found.config.eval.batch_size if batch_size is None else batch_size,
-        origin=Origin(name, found.step, found.config),
+        origin=Origin(name, found.step, found.config, path),
         show_progress=True,
     )

@@ -48,7 +48,8 @@ ONLY_IN = {
     "torch": (),
     "transformers": ("hf", "data/tokenizer.py"),
     "safetensors": ("hf",),
-    "pymilvus": ("search/index.py",),
+    "pymilvus": ("search/milvus.py",),
+    "milvus_lite": ("search/milvus.py",),
     "starlette": ("serve",),
 }
 
