@@ -32,7 +32,8 @@ from align_jax.storage.text import check_caption, read_blocks
 
 FORMATS = ("npy", "parquet")
 
-_MANIFEST, _REPORT = "manifest.json", "report.json"
+MANIFEST, SOURCE_FILE = "manifest.json", "source.txt"
+_REPORT = "report.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +223,17 @@ def _embed_shards(
     return counts
 
 
+def read_shard(path: Path) -> tuple[list[str], np.ndarray]:
+    """Returns the keys and embeddings [rows, D] of a data file that `embed` has written."""
+    if path.suffix == ".npy":
+        return json.loads(path.with_suffix(".json").read_text())["keys"], np.load(path)
+    from pyarrow import parquet
+
+    table = parquet.read_table(path).combine_chunks()
+    z = table["embedding"].combine_chunks().flatten().to_numpy()
+    return table["key"].to_pylist(), z.reshape(table.num_rows, -1)
+
+
 def _source_items(source: sources.PairSource, kind: str, rows_of: Callable) -> Items:
     return Items(
         kind,
@@ -298,7 +310,7 @@ def _skipped_of(shard: dict[str, Any]) -> list[list[str]]:
 
 def _check_manifest(out: Path, manifest: dict[str, Any], count: int) -> None:
     """Writes the manifest of a new folder; refuses a folder of other embeddings."""
-    path = out / _MANIFEST
+    path = out / MANIFEST
     if not path.exists():
         if any(other.name != writing.LOCK_FILE for other in out.iterdir()):
             raise ValueError(f"{out} holds other files; name a new folder.")

@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 
+import faiss
 import numpy as np
 import pytest
 from helpers import environment
@@ -41,8 +42,12 @@ def test_search_equals_exact_numpy(folder):
     with align_jax.open_index(folder, FakeModel()) as index:
         z = fill(index, 3000)
         index.flush()
-        queries = random_unit(50, seed=1)
-        expected = exact(queries, z, 10)
+    queries = random_unit(50, seed=1)
+    expected = exact(queries, z, 10)
+    with align_jax.open_index(folder) as index:
+        # What the flush built in the background is complete after opening.
+        (built,) = folder.rglob("*.idx")
+        assert faiss.extract_index_ivf(faiss.read_index(str(built))).nlist == 1
         for hits, query, rows in zip(index.search(queries), queries, expected, strict=True):
             assert [hit.key for hit in hits] == [f"k{row}" for row in rows]
             np.testing.assert_allclose([hit.score for hit in hits], z[rows] @ query, atol=1e-6)

@@ -6,6 +6,7 @@ The work is done in embed.py and align.py, which are imported when it begins.
 import argparse
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from align_jax.storage.text import read_lines
 
@@ -81,6 +82,8 @@ def _add_batches(parser):
 
 def _embed(args, rest) -> None:
     from align_jax import align, embed
+    from align_jax.search.ingest import absolute
+    from align_jax.storage import writing
 
     embed.check_format(args.format)
     items = embed.open_images(args.images) if args.images else embed.open_texts(args.texts)
@@ -93,6 +96,8 @@ def _embed(args, rest) -> None:
         shard_size=args.shard_size,
         on_error=args.on_error,
     )
+    # An index finds captions and pictures by it.
+    writing.write_text(Path(args.out) / embed.SOURCE_FILE, absolute(args.images or args.texts))
     print(
         f"{args.out}: {counts['rows']:,} rows in {counts['shards']:,} shards "
         f"({counts['shards_found']:,} were there), {counts['skipped']:,} items left out"

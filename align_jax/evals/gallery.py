@@ -54,7 +54,7 @@ def retrieval_gallery(
         own_rank = int(embeddings.text_ranks[query]) + 1
         y = _HEADER_HEIGHT + row * (_ROW_HEIGHT + _GAP)
         draw.line([(_MARGIN, y - _GAP), (width - _MARGIN, y - _GAP)], fill=_RULE)
-        _draw_text_block(draw, (_MARGIN, y), captions[query])
+        draw_text_block(draw, (_MARGIN, y), captions[query])
         for column, found in enumerate(np.argsort(-scores, kind="stable")[:top]):
             is_own = int(found) == own
             _draw_tile(sheet, draw, column, y, load_image(int(found)), is_own)
@@ -77,40 +77,43 @@ def _draw_header(
         f"{num_queries} queries at even distances in the list of {num_captions:,} captions. "
         "None was chosen by hand. Below each image: cosine similarity. Green: its own image."
     )
-    draw.text((_MARGIN, 20), title, font=_font(22, bold=True), fill=_INK)
-    draw.text((_MARGIN, 52), note, font=_font(13), fill=_SOFT)
+    draw.text((_MARGIN, 20), title, font=font(22, bold=True), fill=_INK)
+    draw.text((_MARGIN, 52), note, font=font(13), fill=_SOFT)
     for column in range(top):
         _draw_centred(draw, _column_x(column), 78, f"{column + 1}", _SOFT)
     _draw_centred(draw, _column_x(top) + 2 * _GAP, 78, "its image", _SOFT)
 
 
-def _draw_text_block(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str) -> None:
-    font, line_height = _font(16), 22
+def draw_text_block(
+    draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, width: int = _TEXT_WIDTH
+) -> None:
+    """Draws a text in lines of at most `width` px, as high as an image, cut where it is longer."""
+    letters, line_height = font(16), 22
     # Lone surrogates cannot be drawn and control characters are no text.
     text = text.encode("utf-8", "replace").decode("utf-8")
     text = "".join(char if char.isprintable() else " " for char in text)
-    lines = _wrap(text, font, _TEXT_WIDTH)
+    lines = _wrap(text, letters, width)
     max_lines = _TILE // line_height
     if len(lines) > max_lines:
         lines = lines[:max_lines]
-        while lines[-1] and font.getlength(lines[-1] + "…") > _TEXT_WIDTH:
+        while lines[-1] and letters.getlength(lines[-1] + "…") > width:
             lines[-1] = lines[-1][:-1]
         lines[-1] += "…"
     for number, line in enumerate(lines):
-        draw.text((corner[0], corner[1] + number * line_height), line, font=font, fill=_INK)
+        draw.text((corner[0], corner[1] + number * line_height), line, font=letters, fill=_INK)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+def _wrap(text: str, letters: ImageFont.FreeTypeFont, width: float) -> list[str]:
     lines, line = [], ""
     for word in text.split():
         longer = f"{line} {word}".strip()
-        if font.getlength(longer) <= width:
+        if letters.getlength(longer) <= width:
             line = longer
             continue
         if line:
             lines.append(line)
-        while font.getlength(word) > width:  # addresses, and scripts without spaces
-            cut = next(n for n in range(1, len(word) + 1) if font.getlength(word[:n]) > width)
+        while letters.getlength(word) > width:  # addresses, and scripts without spaces
+            cut = next(n for n in range(1, len(word) + 1) if letters.getlength(word[:n]) > width)
             lines.append(word[: cut - 1])
             word = word[cut - 1 :]
         line = word
@@ -141,14 +144,15 @@ def _draw_below(
 
 
 def _draw_centred(draw: ImageDraw.ImageDraw, x: int, y: int, text: str, color: str) -> None:
-    draw.text((x + _TILE // 2, y), text, font=_font(13), fill=color, anchor="ma")
+    draw.text((x + _TILE // 2, y), text, font=font(13), fill=color, anchor="ma")
 
 
 def _column_x(column: int) -> int:
     return _MARGIN + _TEXT_WIDTH + _GAP + column * (_TILE + _GAP)
 
 
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """Returns the font of all sheets."""
     # Matplotlib brings DejaVu (Latin, Greek, Cyrillic, Arabic and more) with it on every machine.
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}", size)

@@ -100,6 +100,11 @@ class Index:
         self.close()
 
     @property
+    def uri(self) -> str:
+        """As given, less its password."""
+        return self._rows.uri
+
+    @property
     def is_local(self) -> bool:
         """Whether it is a folder of this machine."""
         return self._rows.is_local
@@ -147,15 +152,17 @@ class Index:
         columns = (captions or none, sources or none, metadata or [{}] * len(keys))
         vectors = rows.check_vectors(vectors, keys, self.identity.dim)
         new = [
-            Row(key, kind, caption, source, extra, rows.content(vector))
+            rows.make_row(key, kind, caption, source, extra, vector)
             for key, vector, caption, source, extra in zip(keys, vectors, *columns, strict=True)
         ]
-        changed, counts = self.changed(new)
+        changed, there = self.changed(new)
         self.put([new[i] for i in changed], vectors[changed])
-        return counts
+        added = sum(row.key not in there for row in new)
+        counts = {"added": added, "updated": len(changed) - added}
+        return counts | {"unchanged": len(new) - len(changed)}
 
-    def changed(self, new: Sequence[Row]) -> tuple[list[int], dict[str, int]]:
-        """Returns which of the rows are not there as they are, and the counts of `add`.
+    def changed(self, new: Sequence[Row]) -> tuple[list[int], set[str]]:
+        """Returns which of the rows are not there as they are, and which keys are there.
 
         Raises:
           ValueError: a row is refused, or two have one key.
@@ -168,9 +175,7 @@ class Index:
             seen.add(row.key)
         stored = self._rows.digests([row.key for row in new])
         changed = [i for i, row in enumerate(new) if stored.get(row.key) != row.digest]
-        added = sum(row.key not in stored for row in new)
-        counts = {"added": added, "updated": len(changed) - added}
-        return changed, counts | {"unchanged": len(new) - len(changed)}
+        return changed, set(stored)
 
     def put(self, checked: Sequence[Row], vectors: np.ndarray) -> None:
         """Stores rows that `changed` has seen, with their vectors [N, D]."""

@@ -11,6 +11,7 @@ rows and errors that nobody would want is kept from the user here:
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -27,11 +28,12 @@ from align_jax.storage import identity, writing
 INDEX_TYPES = ("IVF_FLAT", "HNSW")
 
 _BUILD = {"IVF_FLAT": {"nlist": 1}, "HNSW": {"M": 16, "efConstruction": 200}}
+_ALL_LISTS = 65_536
 _LEAST_EF = 64
 _SCHEMES = ("http://", "https://", "tcp://")
 _NAME = "align"
 _DATA, _SIDE_FILE = "milvus.db", "align.json"
-_FIELDS = ["key", "kind", "caption", "source", "metadata"]
+_FIELDS = [field.name for field in dataclasses.fields(Row)]
 _PROPERTY = "align.about"
 _CALL_ROWS = 1000  # rows or queries; a message to a server is at most 64 MiB
 _CALL_HITS = 50_000
@@ -105,7 +107,6 @@ class Collection:
                     "id": _id(row.key),
                     "vector": vector,
                     **{name: getattr(row, name) for name in _FIELDS},
-                    "digest": row.digest,
                 }
                 for row, vector in zip(part, vectors[start : start + _CALL_ROWS], strict=True)
             ]
@@ -147,7 +148,10 @@ class Collection:
 
     def search(self, vectors: np.ndarray, k: int, where: str) -> list[list[tuple[Row, float]]]:
         """Returns for each of the vectors [N, D] at most k rows and their cosines, best first."""
-        parameters = {"nprobe": 1} if self.is_exact else {"ef": max(_LEAST_EF, 2 * k)}
+        if self.is_exact:
+            parameters = {"nprobe": _ALL_LISTS if self.is_local else 1}
+        else:
+            parameters = {"ef": max(_LEAST_EF, 2 * k)}
         queries = max(1, min(_CALL_ROWS, _CALL_HITS // k))
         found: list[list[tuple[Row, float]]] = []
         for start in range(0, len(vectors), queries):
@@ -196,9 +200,10 @@ class Collection:
         schema.add_field("metadata", kinds.JSON)
         schema.add_field("digest", kinds.VARCHAR, max_length=32)
         parameters = self._pymilvus.MilvusClient.prepare_index_params()
-        parameters.add_index(
-            "vector", index_type=index_type, metric_type="IP", params=_BUILD[index_type]
-        )
+        build = _BUILD[index_type]
+        # Its client sends each by itself; Lite reads them from "params" only.
+        build = {"params": build} if self.is_local else build
+        parameters.add_index("vector", index_type=index_type, metric_type="IP", params=build)
         self._client.create_collection(
             self._name,
             schema=schema,
@@ -225,7 +230,7 @@ def _import() -> Any:
         raise ValueError(
             f"An index needs {error.name}, which is not installed: pip install 'align_jax[search]'."
         ) from None
-    for name in ("pymilvus", "milvus_lite"):
+    for name in ("pymilvus", "milvus_lite", "grpc._server"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     return pymilvus
 

@@ -31,22 +31,28 @@ class Row:
       caption: of an image, or the text itself.
       source: how to read the picture again; "" if unknown.
       metadata: column -> value, as JSON has them.
-      content: identifies what was embedded, so that a rerun embeds only what has changed.
+      digest: of all these and of what was embedded: a rerun embeds only what has changed.
     """
 
     key: str
     kind: str
-    caption: str = ""
-    source: str = ""
-    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    content: str = ""
+    caption: str
+    source: str
+    metadata: Mapping[str, Any]
+    digest: str
 
-    @property
-    def digest(self) -> str:
-        """32 hex digits, equal if and only if all attributes are."""
-        metadata = json.dumps(self.metadata, sort_keys=True)
-        parts = (self.key, self.kind, self.caption, self.source, metadata, self.content)
-        return identity.digest(parts)
+
+def make_row(
+    key: str, kind: str, caption: str, source: str, metadata: Mapping[str, Any], value: Any
+) -> Row:
+    """Returns a row with the digest of what is embedded: a text, encoded bytes, or an array."""
+    if isinstance(value, np.ndarray):
+        value = repr((value.shape, value.dtype)).encode() + value.tobytes()
+    elif isinstance(value, str):
+        value = value.encode("utf-8", "replace")
+    content = hashlib.blake2b(value, digest_size=16).hexdigest()
+    parts = (key, kind, caption, source, json.dumps(metadata, sort_keys=True, default=repr))
+    return Row(key, kind, caption, source, metadata, identity.digest([*parts, content]))
 
 
 class Hit(NamedTuple):
@@ -104,15 +110,6 @@ def check_vectors(vectors: np.ndarray, names: Sequence[str], dim: int) -> np.nda
         what = f"has norm {norms[row]:.4g}, not 1" if np.isfinite(norms[row]) else "is not finite"
         raise ValueError(f"{shorten(names[row])}: its vector {what}.")
     return vectors
-
-
-def content(value: Any) -> str:
-    """Returns hex digits that identify what is embedded: text, encoded bytes or an array."""
-    if isinstance(value, np.ndarray):
-        value = repr((value.shape, value.dtype)).encode() + value.tobytes()
-    elif isinstance(value, str):
-        value = value.encode("utf-8", "replace")
-    return hashlib.blake2b(value, digest_size=16).hexdigest()
 
 
 def check_k(k: int) -> None:
