@@ -193,6 +193,25 @@ def test_no_port_is_opened(folder):
         assert not listening() - before
 
 
+LOGGING = """
+import logging, sys, align_jax
+from align_jax.search.index import Identity, Index
+handler = logging.FileHandler(sys.argv[1] + ".log")
+logging.getLogger().addHandler(handler)
+stream = handler.stream
+with Index(sys.argv[1], Identity("f" * 16, 4)):
+    logging.getLogger().warning("still here")
+assert handler.stream is stream and not stream.closed and logging.getLogger().level == 30
+"""
+
+
+def test_logging_of_the_program_stays_as_it_is(tmp_path):
+    command = [sys.executable, "-c", LOGGING, tmp_path / "index"]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert (found.returncode, found.stderr) == (0, "")
+    assert (tmp_path / "index.log").read_text() == "still here\n"
+
+
 OTHER = """
 import sys, align_jax
 try:

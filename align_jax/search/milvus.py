@@ -7,13 +7,15 @@ rows and errors that nobody would want is kept from the user here:
   IVF_FLAT with one list, which compares with all rows whatever a search says.
 - Lite has no password. It is reached by a socket in a folder of this user, not by a port.
 - Its client puts keys into expressions unquoted. The primary key is a hash of the key instead.
-- Its loggers print a traceback for every error that is raised as well.
+- Its loggers print a traceback for every error that is raised as well, and importing it sets up
+  logging anew for the whole program.
 """
 
 import contextlib
 import dataclasses
 import json
 import logging
+import logging.config
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -223,6 +225,9 @@ class Collection:
 
 
 def _import() -> Any:
+    configure = logging.config.dictConfig
+    # It would set up logging for the whole program, which closes the handlers that are there.
+    logging.config.dictConfig = lambda config: None
     try:
         import milvus_lite  # noqa: F401
         import pymilvus
@@ -230,6 +235,8 @@ def _import() -> Any:
         raise ValueError(
             f"An index needs {error.name}, which is not installed: pip install 'align_jax[search]'."
         ) from None
+    finally:
+        logging.config.dictConfig = configure
     for name in ("pymilvus", "milvus_lite", "grpc._server"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     return pymilvus
