@@ -388,6 +388,12 @@ def test_bad_input_is_one_line(inside, capfd, monkeypatch, tmp_path, arguments, 
     assert message in error_of(capfd, *arguments)
 
 
+def test_server_that_does_not_answer_is_one_line(capfd):
+    assert cli.main(["index", "info", "--index", "http://127.0.0.1:9"]) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("align: http://127.0.0.1:9: ")
+
+
 def test_second_process_is_refused_and_works_afterwards(photos, tmp_path):
     env = environment()
     with Index(str(photos), work="align index add"):

@@ -60,10 +60,13 @@ def _use_huge_pages() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+_NO_PATHS = ("engine", "beam", "coordinator", "index", "to", "text", "add", "remove", "filter")
+
+
 def _check_paths(args: argparse.Namespace) -> None:
     """Refuses paths in buckets before any work, see writing.check_local."""
     for name, value in vars(args).items():
-        if name not in ("engine", "beam", "coordinator"):
+        if name not in _NO_PATHS:
             for path in value if isinstance(value, list) else [value]:
                 if isinstance(path, str):
                     writing.check_local(path, f"--{name}")
