@@ -5,7 +5,6 @@ but not embedded again. Rows say where their picture is read again, by source an
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,6 +21,7 @@ from align_jax.run.progress import show_progress
 from align_jax.search.index import Index
 from align_jax.search.rows import KINDS, Row, check_row, make_row, shorten
 from align_jax.storage.problems import Problems
+from align_jax.storage.text import read_json, read_text
 
 CHOICES = (*KINDS, "both")
 LITE_COSTLY_ROWS, LITE_MOST_ROWS = 100_000, 1_000_000
@@ -249,10 +249,10 @@ def _read(items: Items, numbers: range) -> tuple[list[tuple[Row, Any]], list[tup
 def _open_shards(folder: str, index: Index) -> tuple[Items, Iterator[_Batch]]:
     """The rows of a folder of `align embed`; captions and columns come from its source."""
     try:
-        manifest = json.loads((Path(folder) / embed.MANIFEST).read_text())
+        manifest = read_json(Path(folder) / embed.MANIFEST)
         size, kind, suffix = (manifest[key] for key in ("shard_size", "kind", "file_format"))
         model = manifest["model"]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}/{embed.MANIFEST} cannot be used: {error!r}.") from None
     if model != index.identity.fingerprint:
         raise ValueError(
@@ -263,7 +263,7 @@ def _open_shards(folder: str, index: Index) -> tuple[Items, Iterator[_Batch]]:
     items = Items(folder, len(paths) * size, lambda number: [], Problems())
     named = Path(folder) / embed.SOURCE_FILE
     if named.is_file():
-        items = open_items(named.read_text().strip(), kind)
+        items = open_items(read_text(named).strip(), kind)
 
     def batches() -> Iterator[_Batch]:
         for path in paths:
