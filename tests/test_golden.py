@@ -13,7 +13,9 @@ import shutil
 
 import golden
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from helpers import read_checkpoint, read_lines, write_table
@@ -22,7 +24,7 @@ from PIL import Image
 from tokenizers import BertWordPieceTokenizer
 
 from align_jax import config as config_lib
-from align_jax import train, trees
+from align_jax import optim, train, trees
 from align_jax.models import layers
 
 STEPS, BATCH = 6, 16
@@ -230,6 +232,53 @@ def test_every_step_is_that_of_the_second_implementation(finished):
             wrong = np.abs(found - value) > 0.01 * moved + 1e-6 * np.abs(value).max() + 1e-7
             # Where the gradient of an element is nearly zero, rounding decides its sign.
             assert wrong.mean() <= 0.01 or wrong.sum() <= 1, (name, wrong.mean(), moved)
+
+
+PARAMETERS = {
+    "image/stem_conv/kernel": (3, 3, 3, 8),
+    "image/stem_bn/scale": (8,),
+    "image/stage2/block0/expand_bn/scale": (8,),
+    "image/stage2/block0/project_bn/bias": (8,),
+    "image_projection/kernel": (8, 4),
+    "text/embeddings_norm/scale": (6,),
+    "text/encoder/layer0/query/bias": (6,),
+    "text_projection/kernel": (6, 4),
+    "temperature": (),
+    "bias": (),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_optimizer_alone_is_that_of_the_second_implementation(run):
+    config, rng = make_config(run), np.random.default_rng(0)
+    expected = {n: np.float64(0.5 + rng.random(shape)) for n, shape in PARAMETERS.items()}
+    optimizer = optim.make_optimizer(
+        config.optim, optim.make_schedule(config.optim, config.train.steps)
+    )
+    params = nested(expected)
+    state, oracle = optimizer.init(params), golden.Optimizer(config)
+    for step in range(STEPS):
+        # Clipped at some steps and not at others.
+        gradients = {n: rng.standard_normal(s) * 0.02 * 2**step for n, s in PARAMETERS.items()}
+        before = expected
+        expected = oracle.update(expected, gradients, golden.learning_rate(config, step))
+        updates, state = optimizer.update(nested(gradients), state, params)
+        params = optax.apply_updates(params, updates)
+        for name, leaf in trees.named_leaves(params):
+            moved = np.abs(expected[name] - before[name]).max()
+            np.testing.assert_allclose(leaf, expected[name], rtol=1e-6, atol=2e-3 * moved)
+            assert (moved > 0) == (step > 0) or config.optim.temperature == "fixed", name
+
+
+def nested(flat):
+    tree = {}
+    for name, value in flat.items():
+        *path, last = name.split("/")
+        leaf = tree
+        for part in path:
+            leaf = leaf.setdefault(part, {})
+        leaf[last] = jnp.asarray(value, jnp.float32)
+    return tree
 
 
 def test_batches_hold_the_pixels_captions_and_hashes_of_the_config(finished, folder):
