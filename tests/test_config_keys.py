@@ -310,15 +310,16 @@ class Lab:
             self._runs[key] = Run(self, config, self.folder / f"run{len(self._runs)}")
         return self._runs[key]
 
-    def until_program(self, changes):
+    def until_program(self, changes, workdir="mesh"):
         def make_program(config, mesh_, **kwargs):
             raise Stop(dict(mesh_.shape))
 
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.folder)
             patch.setattr(train, "make_program", make_program)
+            patch.setattr(train.jax, "device_count", lambda: 1)  # microbatches need their share
             try:
-                train.train_and_evaluate(self.config(changes), self.folder / "mesh")
+                train.train_and_evaluate(self.config(changes), self.folder / workdir)
             except (Stop, ValueError) as end:
                 return str(end)
 
@@ -397,6 +398,25 @@ def test_values_of_a_key_differ_from_each_other(lab, key):
     cases = [case for case in TABLE[key] if len(case) == 2 and case[1] is program]
     seen = [program(lab, {key: value}) for value, _ in cases]
     assert len(set(seen)) == len(cases)
+
+
+# What may be another in a later part of a run: neither its numbers nor its data follow from it.
+FREE = {
+    *("data.num_threads", "data.num_workers", "loss.form", "loss.tile_size", "mesh.fsdp"),
+    *("model.remat", "model.scan_layers", "train.microbatches", "train.steps"),
+    *(key for key in TABLE if key.split(".")[0] in ("checkpoint", "eval", "log")),
+}
+NEEDED = {"data.mixture": {"data.source": ""}, "loss.kind": {"loss.label_smoothing": 0.0}}
+
+
+@pytest.mark.parametrize("key", sorted(TABLE.keys() - {"mesh.data"}))
+def test_run_goes_on_with_another_value_only_of_a_key_that_changes_no_number(lab, key):
+    workdir = lab.run({}).workdir
+    end = lab.until_program({key: TABLE[key][0][0]} | NEEDED.get(key, {}), workdir)
+    if key in FREE:
+        assert end.startswith("{"), end  # as far as the mesh
+    else:
+        assert "but the run in" in end and "another --workdir" in end
 
 
 def test_equal_configs_show_no_difference(lab):

@@ -176,6 +176,12 @@ def test_a_byte_in_a_block_of_a_large_file_changes_its_digest(tmp_path):
     )
 
 
+def test_files_of_equal_blocks_and_other_sizes_differ(tmp_path):
+    for size in (2**20, 2**21):
+        (tmp_path / f"{size}").write_bytes(bytes(size))
+    assert identity.of_files([tmp_path / f"{2**20}"]) != identity.of_files([tmp_path / f"{2**21}"])
+
+
 def test_a_digest_tells_where_values_end_and_reads_lists_as_tuples():
     assert identity.digest(["ab", "c"]) != identity.digest(["a", "bc"])
     assert identity.digest([("a", "b")]) == identity.digest([["a", "b"]])
