@@ -20,6 +20,7 @@ from PIL import Image
 from align_jax import align, config_checks, mesh, train, trees
 from align_jax import config as config_lib
 from align_jax.models import layers
+from align_jax.run import plots
 
 BASE = {
     "model.image.variant": "pico",
@@ -216,7 +217,7 @@ class Run:
             stub = StubStep(self._count_children).patch(patch)
             self._watch_source(patch)
             self._watch_evaluators(patch)
-            patch.setattr(train.plots, "write_plots", lambda *args, **kwargs: None)
+            patch.setattr(plots, "write_plots", lambda *args, **kwargs: None)
             train.train_and_evaluate(config, workdir)
         self.threads = len(self._readers)
         self.batches = {
