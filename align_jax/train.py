@@ -23,7 +23,7 @@ from align_jax import evals as evals_lib
 from align_jax import mesh as mesh_lib
 from align_jax import state as state_lib
 from align_jax.data import mixture, pipeline
-from align_jax.evals import in_training
+from align_jax.evals import in_training, tables
 from align_jax.models import dual_encoder
 from align_jax.run import checkpoint, init_from, multihost, report, signals, welcome, workdir
 from align_jax.storage import writing
@@ -101,7 +101,7 @@ class _Run:
         if step and evaluations.due(step):  # the run was stopped before it
             evaluations.run(step, state.variables(), stop)
         elif step == last and evaluations.results:
-            multihost.log(evals_lib.format_table(evaluations.results))
+            multihost.log(tables.format_table(evaluations.results, evaluations.evaluators))
         if step == last:
             multihost.log(
                 f"step {step}: this run is complete; a larger config.train.steps continues it."

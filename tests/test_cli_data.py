@@ -59,7 +59,7 @@ def test_wrong_eval_arguments_are_one_line(inside, capfd, arguments, message):
 
 def test_eval_of_a_workdir_without_evaluators_says_what_to_give(inside, capfd):
     assert error_of(capfd, "eval", "--workdir", "run") == (
-        "run names no evaluators; give --retrieval or --zeroshot."
+        "run has no evaluator to run: give --config, --retrieval or --zeroshot."
     )
 
 

@@ -278,7 +278,7 @@ class Run:
             "make_evaluators",
             lambda config: [Probe([evaluator.name for evaluator in make(config)])],
         )
-        patch.setattr(train.evals_lib, "format_table", lambda results, *_: str(results))
+        patch.setattr(train.tables, "format_table", lambda results, *_: str(results))
 
 
 class Lab:

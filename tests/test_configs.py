@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from align_jax import config, config_checks, trees
+from align_jax import config, config_checks, evals, trees
 from align_jax.models import dual_encoder
 
-FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+ALL_FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+EVALS = [path for path in ALL_FILES if path.name.startswith("eval_")]
+FILES = [path for path in ALL_FILES if path not in EVALS]
 
 # batch, steps, peak rate, warm-up (align_paper, section 3), parameters of image and text side with
 # the vocabulary the config names: 100,000 wordpieces in the paper, 30,522 in COYO. By hand, from
@@ -34,6 +36,14 @@ def test_config_is_valid_and_opens_with_its_command(path):
     text = path.read_text()
     assert f"align train --config configs/{path.name}" in text
     assert "ublished" in text
+
+
+@pytest.mark.parametrize("path", EVALS, ids=lambda path: path.stem)
+def test_config_of_evaluators_takes_a_root_and_says_its_command(path):
+    entries = config.load_config(f"{path}:elsewhere").eval.evaluators.to_dict()
+    assert "elsewhere/" in str(entries) and "data/" not in str(entries)
+    assert {entry["type"] for entry in entries.values()} <= set(evals.TYPES)
+    assert f"--config configs/{path.name}" in path.read_text()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -18,8 +18,9 @@ from tiny_hf import IMAGE_SIZE
 from transformers import AlignModel
 
 import align_jax
-from align_jax import embed, evals
+from align_jax import embed
 from align_jax.cli import main as cli
+from align_jax.evals import tables
 from align_jax.storage import writing
 
 
@@ -322,7 +323,7 @@ def test_classify_verb_prints_a_table_of_probabilities(model, folder, capsys):
 def test_many_labels_are_shown_best_first():
     labels = [f"label {n}" for n in range(9)]
     probabilities = np.array([[0, 0.1, 0.4, 0.05, 0.2, 0.05, 0.15, 0.03, 0.02]])
-    _, _, row = evals.format_probabilities(["a.jpg"], labels, probabilities).splitlines()
+    _, _, row = tables.format_probabilities(["a.jpg"], labels, probabilities).splitlines()
     assert (
         row.split()
         == (

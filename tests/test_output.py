@@ -11,6 +11,7 @@ from helpers import environment
 
 from align_jax import align, evals
 from align_jax.cli import main as cli
+from align_jax.evals import tables
 
 PRINT = """
 import sys
@@ -67,11 +68,14 @@ def test_results_are_written_before_they_are_printed(tmp_path, monkeypatch, capf
     def fail(*_):
         raise RuntimeError("the terminal is gone")
 
-    model = SimpleNamespace(origin=SimpleNamespace(config=None, name="m", step=3))
+    model = SimpleNamespace(
+        origin=SimpleNamespace(config=None, name="m", step=3), fingerprint=lambda: "0" * 16
+    )
     monkeypatch.setattr(align, "load", lambda *_, **__: model)
-    monkeypatch.setattr(evals, "make_evaluators", lambda chosen: [SimpleNamespace(name="r")])
+    monkeypatch.setattr(evals, "make_evaluator", lambda *_: SimpleNamespace(name="r"))
+    monkeypatch.setattr(evals, "protocols", lambda *_: {})
     monkeypatch.setattr(evals, "run_evaluators", lambda *_: {"r/num_images": 5})
-    monkeypatch.setattr(evals, "format_table", fail)
+    monkeypatch.setattr(tables, "format_table", fail)
     out = tmp_path / "z.json"
     command = ["eval", "--model", "m", "--retrieval", "scenes?size=4", "--out", str(out)]
     assert cli.main(command) == 1 and "the terminal is gone" in capfd.readouterr().err

@@ -12,6 +12,7 @@ from PIL import Image
 
 from align_jax import evals
 from align_jax.cli import main as cli
+from align_jax.evals import tables
 from align_jax.evals.retrieval import Retrieval
 from align_jax.evals.zeroshot import ZeroShot
 from align_jax.storage.problems import Problems, from_json, report
@@ -91,7 +92,7 @@ def test_recall_over_a_part_says_so_in_metrics_and_table(part):
     assert results["tar/problems/tar_truncated"] == results["tar/problems/caption_missing"] == 1
     assert results["tar/num_skipped"] == 2
     assert results["tar/num_images"] < 10
-    table = evals.format_table(results, evals.problems_of(evaluators))
+    table = tables.format_table(results, evaluators)
     row = next(line for line in table.splitlines() if line.startswith("table "))
     assert row.split()[-3:] == ["8", "24", "12"]
     assert (
@@ -99,7 +100,7 @@ def test_recall_over_a_part_says_so_in_metrics_and_table(part):
         in table
     )
     assert "\ntar: 2 left out, the scores are over the rest: tar_truncated: 1 (first: cut" in table
-    assert "image_missing: 12" in evals.format_table(results)  # of an earlier run, without names
+    assert "image_missing: 12" in tables.format_table(results)  # of an earlier run, without names
 
 
 def test_zeroshot_counts_what_lies_beside_and_what_cannot_be_read(part):

@@ -1,6 +1,5 @@
 """Recalls of known rankings, the Retrieval evaluator, the evaluator contract, the gallery."""
 
-import dataclasses
 import io
 import json
 
@@ -9,16 +8,19 @@ import pytest
 from helpers import decoded
 from PIL import Image
 
-from align_jax.data.sources.open_source import InMemory
-from align_jax.evals import (
+from align_jax import evals
+from align_jax.data.sources.open_source import InMemory, open_labelled
+from align_jax.data.sources.record import Record
+from align_jax.evals import make_evaluators, run_evaluators, write_json
+from align_jax.evals.gallery import retrieval_gallery
+from align_jax.evals.retrieval import (
     Retrieval,
-    format_table,
-    make_evaluators,
-    retrieval_gallery,
-    run_evaluators,
-    write_json,
+    RetrievalEmbeddings,
+    retrieval_ranks,
+    retrieval_recalls,
 )
-from align_jax.evals.retrieval import RetrievalEmbeddings, retrieval_ranks, retrieval_recalls
+from align_jax.evals.tables import format_table
+from align_jax.evals.zeroshot import ZeroShot
 
 
 def _unit(rng, *shape):
@@ -110,13 +112,6 @@ def test_bad_embeddings_raise(change, message):
         retrieval_ranks(**arguments)
 
 
-@dataclasses.dataclass
-class _Record:
-    key: str
-    image: np.ndarray | bytes
-    captions: tuple[str, ...]
-
-
 class _Model:
     """Image of grey level g and the text "g" have the same embedding."""
 
@@ -146,12 +141,12 @@ def _png(level):
 
 def test_retrieval_of_known_model_is_perfect_and_skips_what_is_broken():
     source = [
-        _Record("a", _grey(10), ("10",)),
-        _Record("b", b"<html>not an image</html>", ("20",)),
-        _Record("c", _png(30), ("30", " ", "30")),
-        _Record("d", _grey(40), ()),
-        _Record("e", _grey(50), ("", "  ")),
-        _Record("f", _grey(60), ("60",)),
+        Record("a", _grey(10), ("10",)),
+        Record("b", b"<html>not an image</html>", ("20",)),
+        Record("c", _png(30), ("30", " ", "30")),
+        Record("d", _grey(40), ()),
+        Record("e", _grey(50), ("", "  ")),
+        Record("f", _grey(60), ("60",)),
     ]
     evaluator = Retrieval("dev", InMemory(source))
     metrics = evaluator(_Model())
@@ -165,15 +160,15 @@ def test_retrieval_of_known_model_is_perfect_and_skips_what_is_broken():
 
 
 def test_retrieval_keeps_the_order():
-    source = [_Record(str(i), _grey(7 * i), (str(7 * i),)) for i in range(11)]
-    source[5] = _Record("5", _grey(35), ())
+    source = [Record(str(i), _grey(7 * i), (str(7 * i),)) for i in range(11)]
+    source[5] = Record("5", _grey(35), ())
     metrics = Retrieval("dev", InMemory(source))(_Model())
     assert metrics["num_images"] == 10
     assert metrics["mean_recall"] == 100.0
 
 
 def test_retrieval_max_pairs_takes_the_first_records():
-    source = [_Record(str(i), _grey(i), (str(i), str(i))) for i in range(9)]
+    source = [Record(str(i), _grey(i), (str(i), str(i))) for i in range(9)]
     assert Retrieval("dev", InMemory(source), max_pairs=4)(_Model())["num_captions"] == 8
     assert Retrieval("dev", InMemory(source), max_pairs=40)(_Model())["num_images"] == 9
     with pytest.raises(ValueError, match="max_pairs=0 of evaluator 'dev' must be at least 1"):
@@ -183,13 +178,13 @@ def test_retrieval_max_pairs_takes_the_first_records():
 def test_retrieval_without_any_usable_record_raises():
     with pytest.raises(ValueError, match="holds no record"):
         Retrieval("dev", InMemory([]))
-    evaluator = Retrieval("dev", InMemory([_Record("a", _grey(1), ())]))
+    evaluator = Retrieval("dev", InMemory([Record("a", _grey(1), ())]))
     with pytest.raises(ValueError, match="Evaluator 'dev': None of the 1 records"):
         run_evaluators([evaluator], _Model())
 
 
 def test_make_evaluators_builds_in_order_with_arguments():
-    source = [_Record("a", _grey(10), ("10",))] * 3
+    source = [Record("a", _grey(10), ("10",))] * 3
     config = {
         "second": {"type": "retrieval", "source": InMemory(source), "max_pairs": 2},
         "first": {"type": "retrieval", "source": InMemory(source)},
@@ -206,9 +201,9 @@ def test_make_evaluators_builds_in_order_with_arguments():
     [
         (
             {"type": "retrival", "source": []},
-            "Unknown evaluator 'retrival'. Did you mean 'retrieval'? Known: retrieval, zeroshot.",
+            "Unknown evaluator 'retrival'. Did you mean 'retrieval'? Known: KNOWN.",
         ),
-        ({"source": []}, "Evaluator 'dev' needs 'type', one of: retrieval, zeroshot."),
+        ({"source": []}, "Evaluator 'dev' needs 'type', one of: KNOWN."),
         (
             {"type": "retrieval", "sorce": "x"},
             "Evaluator 'dev': Unknown argument of retrieval 'sorce'. Did you mean 'source'? "
@@ -224,7 +219,8 @@ def test_make_evaluators_builds_in_order_with_arguments():
 def test_make_evaluators_with_bad_entry_says_what_is_wrong(entry, message):
     with pytest.raises(ValueError) as error:
         make_evaluators({"dev": entry})
-    assert str(error.value) == message
+    known = ", ".join(sorted(evals.TYPES))
+    assert str(error.value) == message.replace("KNOWN", known)
 
 
 def test_run_evaluators_names_the_evaluator_that_failed():
@@ -248,7 +244,10 @@ def test_format_table_aligns_columns_and_shows_chance():
     results |= {"dev/num_images": 1000, "dev/num_captions": 5000, "dev/num_skipped": 2}
     results |= {"shape/top1": 91.5, "shape/mean_per_class": 90.25, "shape/num_classes": 4}
     results |= {"shape/num_images": 512, "shape/num_skipped": 0}
-    retrieval, zeroshot = format_table(results).split("\n\n")
+    source = InMemory([Record("a", _grey(10), ("10",))])
+    classes = open_labelled("scenes?size=4&label=shape")
+    evaluators = [Retrieval("dev", source), ZeroShot("shape", classes)]
+    retrieval, zeroshot = format_table(results, evaluators).split("\n\n")
     header, rule, row, chance = retrieval.splitlines()
     assert len(header) == len(rule) == len(row)
     assert row.split() == "dev 1.0 5.0 10.0 1.0 5.0 10.0 1,000 5,000 2".split()
@@ -264,7 +263,8 @@ def test_format_table_chance_is_exact_for_a_small_set():
         for k in (1, 5, 10)
     }
     results |= {"dev/num_images": 2, "dev/num_captions": 6}
-    chance = format_table(results).splitlines()[3]
+    evaluator = Retrieval("dev", InMemory([Record("a", _grey(10), ("10",))]))
+    chance = format_table(results, [evaluator]).splitlines()[3]
     assert chance.split() == "chance 50.0 100.0 100.0 50.0 100.0 100.0".split()
 
 
@@ -321,7 +321,7 @@ def test_gallery_draws_any_caption_without_warning(tmp_path, recwarn, caption):
 
 
 def test_gallery_of_an_evaluator_takes_queries_at_even_distances(tmp_path):
-    source = [_Record(str(i), _grey(i), (str(i),)) for i in range(100)]
+    source = [Record(str(i), _grey(i), (str(i),)) for i in range(100)]
     evaluator = Retrieval("dev", InMemory(source))
     evaluator(_Model())
     loaded = []

@@ -327,7 +327,7 @@ class SignallingEvaluator:
 def test_signal_during_an_evaluation_loses_no_step(inside, monkeypatch, capfd):
     evaluator = SignallingEvaluator()
     monkeypatch.setattr(train.evals_lib, "make_evaluators", lambda config: [evaluator])
-    monkeypatch.setattr(train.evals_lib, "format_table", lambda results, *_: str(results))
+    monkeypatch.setattr(train.tables, "format_table", lambda results, *_: str(results))
     command = (
         *("train", "--config", "config.py:plain", "--workdir", "signalled"),
         "--config.eval.every_steps=15",
@@ -346,7 +346,7 @@ def test_signal_at_the_last_step_leaves_its_evaluation_to_the_next_run(inside, m
     evaluator = SignallingEvaluator()
     evaluator.calls = 1  # sends no signal of its own
     monkeypatch.setattr(train.evals_lib, "make_evaluators", lambda config: [evaluator])
-    monkeypatch.setattr(train.evals_lib, "format_table", lambda results, *_: str(results))
+    monkeypatch.setattr(train.tables, "format_table", lambda results, *_: str(results))
     command = (
         *("train", "--config", "config.py:plain", "--workdir", "last"),
         "--config.train.steps=10",

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from helpers import decoded
 
-from align_jax.evals import ZeroShot, make_evaluators, run_evaluators
+from align_jax.evals import make_evaluators, run_evaluators
 from align_jax.evals.templates import GENERIC, SIMPLE, load_templates
-from align_jax.evals.zeroshot import class_vectors, zeroshot_accuracy
+from align_jax.evals.zeroshot import ZeroShot, class_vectors, zeroshot_accuracy
 
 
 def _unit(rng, *shape):

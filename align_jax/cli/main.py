@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from align_jax import __version__
-from align_jax.cli import bench_verbs, data_verbs, model_verbs, output, search_verbs
+from align_jax.cli import bench_verbs, data_verbs, eval_verbs, model_verbs, output, search_verbs
 from align_jax.storage import writing
 
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _use_huge_pages()
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and not args.takes_config:
+    if rest and not (args.takes_config and args.config):
         parser.error(f"unrecognised argument {rest[0]!r}; see `align {args.verb} --help`.")
     with output.kept_safe() as printed:
         code = _run(args, rest)
@@ -102,35 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     several.add_argument("--processes", type=int, default=0, metavar="N", help="of the run")
     several.add_argument("--process", type=int, default=-1, metavar="I", help="this one, from 0")
 
-    evaluate = _verb(verbs, "eval", _evaluate, "run evaluators on a trained model")
-    evaluate.epilog = (
-        "example: align eval --workdir runs/quickstart --retrieval 'scenes?size=256&seed=5' "
-        "--zeroshot 'scenes?size=256&seed=6&label=shape' --template 'a picture of a {}'"
-    )
-    model_verbs.add_model(evaluate, "--workdir", "--model")
-    evaluate.add_argument(
-        "--retrieval", action="append", default=[], metavar="SOURCE", help="pairs; repeatable"
-    )
-    evaluate.add_argument(
-        "--zeroshot",
-        action="append",
-        default=[],
-        metavar="SOURCE",
-        help="labelled images; repeatable. With neither, the config's evaluators run",
-    )
-    evaluate.add_argument(
-        "--template",
-        action="append",
-        default=[],
-        help="prompt with {} for the class name; repeatable, or one .json/.txt file of prompts",
-    )
-    evaluate.add_argument(
-        "--out", metavar="FILE", help="JSON; default for a workdir: WORKDIR/eval/align_eval.json"
-    )
-
     data_verbs.add_verbs(partial(_verb, verbs))
     model_verbs.add_verbs(partial(_verb, verbs))
     search_verbs.add_verbs(partial(_verb, verbs))
+    eval_verbs.add_verbs(partial(_verb, verbs))
     bench_verbs.add_verbs(partial(_verb, verbs))
 
     compile_ = _verb(
@@ -175,38 +150,6 @@ def _train(args, rest) -> None:
 
     with multihost.processes(args.coordinator, args.processes, args.process):
         train.train_and_evaluate(config, args.workdir)
-
-
-def _evaluate(args, rest) -> None:
-    from align_jax import align, evals
-
-    if args.template and not args.zeroshot:
-        raise ValueError("--template is of no use without --zeroshot SOURCE.")
-    chosen = {}
-    for number, source in enumerate(args.retrieval):
-        chosen[f"retrieval{number or ''}"] = {"type": "retrieval", "source": source}
-    for number, source in enumerate(args.zeroshot):
-        entry = {"type": "zeroshot", "source": source}
-        if args.template:
-            entry["templates"] = model_verbs.read_templates(args.template)
-        chosen[f"zeroshot{number or ''}"] = entry
-    evaluators = evals.make_evaluators(chosen)
-    model = align.load(args.model, step=args.step)
-    config = model.origin.config  # None: no workdir of ours
-    if config is not None and not chosen:
-        chosen = config.eval.evaluators.to_dict()
-        evaluators = evals.make_evaluators(chosen)
-    if not evaluators:
-        raise ValueError(f"{args.model} names no evaluators; give --retrieval or --zeroshot.")
-    results = evals.run_evaluators(evaluators, model)
-    problems = evals.problems_of(evaluators)
-    out = args.out or (config is not None and Path(args.model) / "eval" / "align_eval.json")
-    if out:
-        origin = {"workdir": model.origin.name, "step": model.origin.step}
-        evals.write_json(out, results, {**origin, "evaluators": chosen}, problems)
-    print(evals.format_table(results, problems))
-    if out:
-        print(f"wrote {out}")
 
 
 def _compile(args, rest) -> None:

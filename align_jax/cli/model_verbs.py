@@ -105,14 +105,15 @@ def _embed(args, rest) -> None:
 
 
 def _classify(args, rest) -> None:
-    from align_jax import align, evals
+    from align_jax import align
+    from align_jax.evals import tables
 
     labels = _labels(args.labels)
     model = align.load(args.model, step=args.step, dtype=args.dtype, batch_size=args.batch_size)
     probabilities = model.classify(
         args.images, labels, read_templates(args.templates), on_error=args.on_error
     )
-    print(evals.format_probabilities(args.images, labels, probabilities))
+    print(tables.format_probabilities(args.images, labels, probabilities))
 
 
 def _labels(given: str) -> list[str]:

@@ -1,40 +1,44 @@
 """Evaluators: made from a plain config, run on a model, reported as a table and as JSON.
 
-An evaluator is a name and a call from a model to metrics; the model has `encode_image` (images to
-[N, D]) and `encode_text` (texts to [N, D]), both float32 of unit norm. Writing metrics.jsonl is the
-training loop's task.
+An evaluator is a class in a file of its own and a line in `TYPES`. It has a name and is called with
+a model, which has `encode_image` (images to [N, D]) and `encode_text` (texts to [N, D]), both
+float32 of unit norm. The training loop and the command line know none of them by name; how to add
+one is in docs/evaluation.md. Writing metrics.jsonl is the training loop's task.
 """
 
+import dataclasses
 import difflib
+import importlib
+import importlib.util
 import inspect
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
-from align_jax.evals.gallery import retrieval_gallery
-from align_jax.evals.retrieval import Retrieval
-from align_jax.evals.zeroshot import ZeroShot
-from align_jax.storage import writing
+from align_jax.evals.records import EncodeOnce
+from align_jax.storage import identity, writing
 from align_jax.storage.problems import Problems
 
-__all__ = [
-    "Evaluator",
-    "Retrieval",
-    "ZeroShot",
-    "format_probabilities",
-    "format_table",
-    "make_evaluators",
-    "problems_of",
-    "retrieval_gallery",
-    "run_evaluators",
-    "write_json",
-]
-
-_TYPES = {"retrieval": Retrieval, "zeroshot": ZeroShot}
+# type in a config -> module:class below align_jax.evals, imported when it is used
+TYPES = {
+    "knn": "knn:Knn",
+    "retrieval": "retrieval:Retrieval",
+    "similarity": "similarity:Similarity",
+    "words": "similarity:Words",
+    "zeroshot": "zeroshot:ZeroShot",
+}
 
 
 class Evaluator(Protocol):
-    """What the training loop and `align eval` need of an evaluator."""
+    """What the training loop and `align eval` need of an evaluator.
+
+    It may also have: `table(metrics)`, header and rows of its part of the table (rows of equal
+    headers stand together; without it, each metric is a row); `write_plots(folder)`, pictures of
+    its last call; `problems`, what its last call left out; `stamps`, what identifies its data,
+    argument -> stamp.
+    """
 
     name: str
 
@@ -47,47 +51,50 @@ def make_evaluators(config: Mapping[str, Mapping[str, Any]]) -> list[Evaluator]:
     """Returns the evaluators of a config `{name: {"type": ..., "source": ..., ...}}`, in its order.
 
     Args:
-      config: for each name the `type` (`retrieval` or `zeroshot`) and that class's arguments.
+      config: for each name the `type` (one of `TYPES`, or `file.py:Class`) and that class's
+        arguments.
 
     Raises:
       ValueError: for an unknown type or argument, a missing argument, or a source that cannot be
         opened; the message names the evaluator.
     """
-    evaluators = []
-    for name, entry in config.items():
-        arguments = dict(entry)
-        if "type" not in arguments:
-            raise ValueError(
-                f"Evaluator '{name}' needs 'type', one of: {', '.join(sorted(_TYPES))}."
-            )
-        evaluator_type = arguments.pop("type")
-        if evaluator_type not in _TYPES:
-            raise ValueError(_unknown("evaluator", evaluator_type, _TYPES))
-        make = _TYPES[evaluator_type]
-        parameters = dict(inspect.signature(make).parameters)
-        del parameters["name"]
-        for argument in arguments:
-            if argument not in parameters:
-                problem = _unknown(f"argument of {evaluator_type}", argument, parameters)
-                raise ValueError(f"Evaluator '{name}': {problem}")
-        for parameter in parameters.values():
-            if parameter.default is parameter.empty and parameter.name not in arguments:
-                raise ValueError(f"Evaluator '{name}' needs '{parameter.name}'.")
-        try:
-            evaluators.append(make(name, **arguments))
-        except ValueError as error:
-            raise ValueError(f"Evaluator '{name}': {error}") from error
-    return evaluators
+    return [make_evaluator(name, entry) for name, entry in config.items()]
+
+
+def make_evaluator(name: str, entry: Mapping[str, Any]) -> Evaluator:
+    """Returns one evaluator, see `make_evaluators`."""
+    arguments = dict(entry)
+    if "type" not in arguments:
+        raise ValueError(f"Evaluator '{name}' needs 'type', one of: {', '.join(sorted(TYPES))}.")
+    evaluator_type = arguments.pop("type")
+    make = _find_class(evaluator_type)
+    parameters = dict(inspect.signature(make).parameters)
+    del parameters["name"]
+    for argument in arguments:
+        if argument not in parameters:
+            problem = _unknown(f"argument of {evaluator_type}", argument, parameters)
+            raise ValueError(f"Evaluator '{name}': {problem}")
+    for parameter in parameters.values():
+        if parameter.default is parameter.empty and parameter.name not in arguments:
+            raise ValueError(f"Evaluator '{name}' needs '{parameter.name}'.")
+    try:
+        return make(name, **arguments)
+    except ValueError as error:
+        raise ValueError(f"Evaluator '{name}': {error}") from error
 
 
 def run_evaluators(evaluators: Sequence[Evaluator], model: Any) -> dict[str, float]:
     """Returns all metrics as `<name>/<metric>`.
+
+    Images that several evaluators want, from sources of equal data, are embedded once.
 
     Raises:
       ValueError: if an evaluator raises it, with the evaluator's name.
       RuntimeError: if an evaluator fails otherwise, with its name.
     """
     results = {}
+    if len(evaluators) > 1:
+        model = EncodeOnce(model)
     for evaluator in evaluators:
         try:
             metrics = evaluator(model)
@@ -106,68 +113,40 @@ def problems_of(evaluators: Sequence[Evaluator]) -> dict[str, Problems]:
     return {e.name: e.problems for e in evaluators if getattr(e, "problems", None)}
 
 
-def format_table(
-    results: Mapping[str, float], problems: Mapping[str, Problems] | None = None
-) -> str:
-    """Returns the results of `run_evaluators` as text tables, one for each kind of evaluator.
-
-    Recalls and accuracies are in percent; each has the chance level of a random ranking beside it.
-    Both are over what was evaluated; what was left out follows, a line an evaluator.
-
-    Args:
-      results: `<name>/<metric>` -> value.
-      problems: from `problems_of`, to name the first of each kind.
-    """
-    by_name: dict[str, dict[str, float]] = {}
-    for key, value in results.items():
-        name, mark, metric = key.partition("/problems/")
-        name, metric = (name, mark[1:] + metric) if mark else key.rsplit("/", 1)
-        by_name.setdefault(name, {})[metric] = value
-    retrieval = {name: m for name, m in by_name.items() if "image_to_text_r1" in m}
-    zeroshot = {name: m for name, m in by_name.items() if "top1" in m}
-    tables = []
-    if retrieval:
-        tables.append(_align_columns(_retrieval_rows(retrieval)))
-    if zeroshot:
-        tables.append(_align_columns(_zeroshot_rows(zeroshot)))
-    notes = [_note(name, metrics, (problems or {}).get(name)) for name, metrics in by_name.items()]
-    notes = "\n".join(filter(None, notes))
-    return "\n\n".join([*tables, notes] if notes else tables)
+def write_plots(evaluators: Iterable[Evaluator], folder: str | os.PathLike) -> None:
+    """Lets those evaluators that have pictures of their last call write them into a folder."""
+    for evaluator in evaluators:
+        if hasattr(evaluator, "write_plots"):
+            evaluator.write_plots(Path(folder))
 
 
-def _note(name: str, metrics: Mapping[str, float], problems: Problems | None) -> str:
-    counts = {k.partition("/")[2]: v for k, v in metrics.items() if k.startswith("problems/")}
-    if not counts:
-        return ""
-    text = problems or "; ".join(f"{reason}: {count:,}" for reason, count in counts.items())
-    if not metrics["num_skipped"]:
-        return f"{name}: nothing left out; beside the data: {text}"
-    return f"{name}: {metrics['num_skipped']:,} left out, the scores are over the rest: {text}"
+def protocols(
+    config: Mapping[str, Mapping[str, Any]], evaluators: Iterable[Evaluator], model: Any
+) -> dict[str, dict[str, Any]]:
+    """Returns for each evaluator what its numbers depend on besides weights, and a `fingerprint`.
 
-
-def format_probabilities(
-    names: Sequence[str], labels: Sequence[str], probabilities: Any, *, max_columns: int = 6
-) -> str:
-    """Returns one line an image: its probability for each label, or its best few with names.
+    Type, arguments (given or by default), the stamps of the data in place of paths, and the model's
+    preprocessing with its tokenizer. Numbers of different fingerprints cannot be compared.
 
     Args:
-      names: of N images.
-      labels: C labels.
-      probabilities: [N, C], 0 to 1; NaN in the rows of images that could not be read.
-      max_columns: number of labels above which only the best of each image are shown.
+      config: that the evaluators were made from.
+      evaluators: in its order.
+      model: with `preprocessing`.
     """
-    if len(labels) <= max_columns:
-        rows = [["", *labels]]
-        rows += [
-            [name, *(f"{p:.4f}" for p in row)]
-            for name, row in zip(names, probabilities, strict=True)
-        ]
-        return _align_columns(rows)
-    rows = [["", *(f"{place + 1}." for place in range(max_columns))]]
-    for name, row in zip(names, probabilities, strict=True):
-        best = sorted(range(len(labels)), key=lambda k: -row[k])[:max_columns]
-        rows.append([name, *(f"{labels[k]} {row[k]:.4f}" for k in best)])
-    return _align_columns(rows)
+    found = {}
+    for evaluator in evaluators:
+        entry = config[evaluator.name]
+        bound = inspect.signature(_find_class(entry["type"])).parameters.values()
+        arguments = {p.name: entry.get(p.name, p.default) for p in bound if p.name != "name"}
+        arguments |= getattr(evaluator, "stamps", {})
+        content = {
+            "type": entry["type"],
+            "arguments": arguments,
+            "preprocessing": dataclasses.asdict(model.preprocessing),
+        }
+        text = json.dumps(content, sort_keys=True, default=str)
+        found[evaluator.name] = content | {"fingerprint": identity.digest([text])[:16]}
+    return found
 
 
 def write_json(
@@ -191,52 +170,21 @@ def write_json(
     writing.write_json(path, content, sort_keys=True, allow_nan=False)
 
 
-def _retrieval_rows(by_name: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
-    ks = (1, 5, 10)
-    header = ["retrieval [%]"] + [f"I→T R@{k}" for k in ks] + [f"T→I R@{k}" for k in ks]
-    rows = [[*header, "images", "captions", "skipped"]]
-    for name, metrics in by_name.items():
-        row = [name]
-        for direction in ("image_to_text", "text_to_image"):
-            row += [f"{metrics[f'{direction}_r{k}']:.1f}" for k in ks]
-        num_images, num_captions = metrics["num_images"], metrics["num_captions"]
-        row += [f"{num_images:,}", f"{num_captions:,}", f"{metrics.get('num_skipped', 0):,}"]
-        rows.append(row)
-        chances = [_chance(k, num_captions / num_images, num_captions) for k in ks]
-        chances += [_chance(k, 1, num_images) for k in ks]
-        rows.append(["  chance", *(f"{chance:.1f}" for chance in chances), "", "", ""])
-    return rows
-
-
-def _chance(k: int, num_right: float, num_candidates: int) -> float:
-    """Percentage of random rankings with a right candidate among the first k."""
-    miss = 1.0
-    for drawn in range(min(k, num_candidates)):
-        miss *= max(0.0, 1 - num_right / (num_candidates - drawn))
-    return 100 * (1 - miss)
-
-
-def _zeroshot_rows(by_name: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
-    header = ["zero-shot [%]", "top-1", "top-5", "mean per class"]
-    rows = [[*header, "chance top-1", "classes", "images", "skipped"]]
-    for name, metrics in by_name.items():
-        top5 = f"{metrics['top5']:.1f}" if "top5" in metrics else "-"
-        row = [name, f"{metrics['top1']:.1f}", top5, f"{metrics['mean_per_class']:.1f}"]
-        row.append(f"{100 / metrics['num_classes']:.1f}")
-        row += [f"{metrics[key]:,}" for key in ("num_classes", "num_images", "num_skipped")]
-        rows.append(row)
-    return rows
-
-
-def _align_columns(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)
+def _find_class(evaluator_type: str) -> Callable[..., Evaluator]:
+    module_name, _, class_name = str(TYPES.get(evaluator_type, evaluator_type)).rpartition(":")
+    if evaluator_type in TYPES:
+        return getattr(importlib.import_module(f"align_jax.evals.{module_name}"), class_name)
+    if not module_name.endswith(".py"):
+        raise ValueError(_unknown("evaluator", evaluator_type, TYPES))
+    if not os.path.isfile(module_name):
+        raise ValueError(f"{module_name} of evaluator type {evaluator_type!r} does not exist.")
+    spec = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return getattr(module, class_name)
+    except Exception as error:
+        raise ValueError(f"{module_name}: {type(error).__name__}: {error}") from error
 
 
 def _unknown(what: str, given: Any, known: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from align_jax import evals
+from align_jax.evals import records, tables
 from align_jax.run import metrics, multihost, plots, signals
 from align_jax.run.report import Reporter
 
@@ -20,6 +21,7 @@ class Evaluations:
     """Evaluates a model in training, and knows what of that was done before.
 
     Attributes:
+      evaluators: that are run.
       results: of the last evaluation, `<evaluator>/<metric>`; empty if there was none.
       failed: what its evaluators failed by, "" if by nothing.
     """
@@ -43,7 +45,7 @@ class Evaluations:
         """
         self._path = Path(path)
         self._config = config
-        self._evaluators = evaluators
+        self.evaluators = evaluators
         self._model = model
         self._reporter = reporter
         self.results: dict[str, float] = {}
@@ -77,11 +79,14 @@ class Evaluations:
         """
         self._model.variables = variables
         results, failed = {}, []
+        model = self._model
+        if len(self.evaluators) > 1:
+            model = records.EncodeOnce(model)
         try:
             with stop.giving_up():
-                for evaluator in self._evaluators:
+                for evaluator in self.evaluators:
                     try:
-                        results |= evals.run_evaluators([evaluator], self._model)
+                        results |= evals.run_evaluators([evaluator], model)
                     except (ValueError, RuntimeError) as error:
                         if jax.process_count() > 1:
                             raise RuntimeError(f"step {step}: {error}") from error
@@ -101,23 +106,16 @@ class Evaluations:
 
     def _write(self, step: int) -> None:
         if self.results:
-            problems = evals.problems_of(self._evaluators)
-            table = evals.format_table(self.results, problems)
+            table = tables.format_table(self.results, self.evaluators)
             self._reporter.progress.log(f"step {step}\n{table}")
             evals.write_json(
                 self._path / "eval" / f"step_{step:08d}.json",
                 self.results,
                 {"workdir": self._path.name, "step": step, "config": self._config.to_dict()},
-                problems,
+                evals.problems_of(self.evaluators),
             )
             # After its file: where the line is, a resumed run does not evaluate again.
             self._reporter.writer.write(step, {f"eval/{k}": v for k, v in self.results.items()})
-        for evaluator in self._evaluators:
-            done = f"{evaluator.name}/failed" not in self.results
-            if done and isinstance(evaluator, evals.Retrieval):
-                evals.retrieval_gallery(
-                    self._path / "plots" / f"gallery_{evaluator.name}.png",
-                    evaluator.embeddings,
-                    evaluator.load_image,
-                )
+        done = [e for e in self.evaluators if f"{e.name}/failed" not in self.results]
+        evals.write_plots(done, self._path / "plots")
         plots.write_plots(self._path, chance_loss=2 * math.log(self._config.train.batch_size))

@@ -5,7 +5,9 @@ results is in gallery.py. Source: Jia et al. 2021, section 5.2 (Flickr30K and MS
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from align_jax.data.sources.open_source import open_source
 from align_jax.data.sources.record import is_usable
 from align_jax.evals.ranking import pair_ranks
 from align_jax.evals.records import count_problems, encode_records, name_of
+from align_jax.storage import identity
 from align_jax.storage.problems import Problems, reason_of
 
 
@@ -126,6 +129,32 @@ class Retrieval:
         self.embeddings = RetrievalEmbeddings(z_image, z_text, rows, text_ranks, texts, records)
         return retrieval_recalls(image_ranks, text_ranks) | count_problems(problems)
 
+    @cached_property
+    def stamps(self) -> dict[str, str]:
+        """What identifies the data."""
+        return {"source": identity.stamp(self.source)}
+
+    def table(self, metrics: Mapping[str, float]) -> list[list[str]]:
+        """Returns header and rows of the table of results."""
+        ks = (1, 5, 10)
+        header = ["retrieval [%]"] + [f"I→T R@{k}" for k in ks] + [f"T→I R@{k}" for k in ks]
+        row = [self.name]
+        for direction in ("image_to_text", "text_to_image"):
+            row += [f"{metrics[f'{direction}_r{k}']:.1f}" for k in ks]
+        num_images, num_captions = metrics["num_images"], metrics["num_captions"]
+        row += [f"{num_images:,}", f"{num_captions:,}", f"{metrics.get('num_skipped', 0):,}"]
+        chances = [_chance(k, num_captions / num_images, num_captions) for k in ks]
+        chances += [_chance(k, 1, num_images) for k in ks]
+        chance = ["  chance", *(f"{chance:.1f}" for chance in chances), "", "", ""]
+        return [[*header, "images", "captions", "skipped"], row, chance]
+
+    def write_plots(self, folder: Path) -> None:
+        """Draws the gallery of the last call: `gallery_<name>.png`."""
+        from align_jax.evals.gallery import retrieval_gallery
+
+        path = folder / f"gallery_{self.name}.png"
+        retrieval_gallery(path, self.embeddings, self.load_image)
+
     def load_image(self, row: int) -> np.ndarray:
         """Returns the image [H, W, 3] uint8 of a row of `self.embeddings.z_image`."""
         return decode_image(self.source[self.embeddings.records[row]].image)
@@ -139,6 +168,14 @@ class Retrieval:
             reason = reason_of(error)
         self.problems.add(reason, name_of(self.source, index))
         return []
+
+
+def _chance(k: int, num_right: float, num_candidates: int) -> float:
+    """Percentage of random rankings with a right candidate among the first k."""
+    miss = 1.0
+    for drawn in range(min(k, num_candidates)):
+        miss *= max(0.0, 1 - num_right / (num_candidates - drawn))
+    return 100 * (1 - miss)
 
 
 def _check_embeddings(z_image: np.ndarray, z_text: np.ndarray, text_to_image: np.ndarray) -> None:

@@ -3,23 +3,26 @@
 The prompts themselves are in templates.py. Source: Jia et al. 2021, section 5.3.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from align_jax.data.sources.open_source import open_labelled
-from align_jax.data.sources.record import LabelledImage
 from align_jax.evals.ranking import pair_ranks
-from align_jax.evals.records import count_problems, encode_records
+from align_jax.evals.records import count_problems, encode_labelled
 from align_jax.evals.templates import SIMPLE, load_templates
-from align_jax.run import multihost
+from align_jax.evals.top_k import top_k
+from align_jax.storage import identity
 from align_jax.storage.problems import Problems
+
+TIES = ("index", "against")
 
 
 def class_vectors(
     encode_text: Callable[[Sequence[str]], np.ndarray],
-    class_names: Sequence[str],
+    class_names: Sequence[str | Sequence[str]],
     templates: Sequence[str],
 ) -> np.ndarray:
     """Returns one vector a class, [C, D] float32, unit norm.
@@ -29,7 +32,7 @@ def class_vectors(
 
     Args:
       encode_text: texts to [N, D] embeddings of unit norm.
-      class_names: C names, put where a template has `{}`.
+      class_names: C names, put where a template has `{}`; or lists of several names of a class.
       templates: T templates; C x T prompts are encoded.
 
     Raises:
@@ -41,9 +44,12 @@ def class_vectors(
     templates = load_templates(tuple(templates))
     if not class_names:
         raise ValueError("Zero-shot classification needs at least one class name.")
-    prompts = [template.replace("{}", name) for name in class_names for template in templates]
+    names = [[name] if isinstance(name, str) else list(name) for name in class_names]
+    prompts = [t.replace("{}", name) for group in names for name in group for t in templates]
     z_prompt = np.asarray(encode_text(prompts), np.float32)
-    z_class = z_prompt.reshape(len(class_names), len(templates), -1).mean(axis=1)  # [C, D]
+    ends = np.cumsum([len(group) * len(templates) for group in names])
+    parts = np.split(z_prompt, ends[:-1])
+    z_class = np.stack([part.mean(axis=0) for part in parts])  # [C, D]
     norm = np.linalg.norm(z_class, axis=1, keepdims=True)
     # Prompts that cancel leave rounding noise of about 1e-8 a component.
     bad = np.flatnonzero(~(norm[:, 0] > 1e-6))
@@ -60,18 +66,21 @@ def zeroshot_accuracy(
     z_class: np.ndarray,
     labels: np.ndarray,
     ks: Sequence[int] = (1, 5),
+    ties: str = "against",
 ) -> dict[str, float]:
     """Returns accuracies in percent (0 to 100): `top<k>` and `mean_per_class`.
 
-    A `top<k>` above 1 is left out where there are not more than k classes. Ties count against the
-    model: the label's rank is the number of other classes that score at least as high, see
-    `ranking.pair_ranks`. `mean_per_class` is the mean of the top-1 accuracies of the classes that
-    occur.
+    A `top<k>` above 1 is left out where there are not more than k classes. `mean_per_class` is the
+    mean of the top-1 accuracies of the classes that occur.
 
     Args:
       z_image: [N, D] float32, unit norm.
       z_class: [C, D] float32, unit norm.
       labels: [N] int in 0..C-1.
+      ks: cut-offs.
+      ties: "index", of equal scores that of the lower class comes first, as in the peers' code; or
+        "against" the model: all other classes that score as high as the label come before it, see
+        `ranking.pair_ranks`, so a model that maps everything to one vector scores 0.
 
     Raises:
       ValueError: if shapes disagree, there is no image, a label is out of range or an embedding
@@ -80,8 +89,14 @@ def zeroshot_accuracy(
     z_image, labels = np.asarray(z_image), np.asarray(labels)
     num_classes = len(z_class)
     _check_labelled(z_image, z_class, labels)
-    _, ranks = pair_ranks(z_class, z_image, labels)
-    metrics = {f"top{k}": 100 * float(np.mean(ranks < k)) for k in ks if k == 1 or num_classes > k}
+    ks = [k for k in ks if k == 1 or num_classes > k]
+    if ties == "against":
+        _, ranks = pair_ranks(z_class, z_image, labels)
+    else:
+        nearest, _ = top_k(z_image, z_class, max(ks))
+        is_label = nearest == labels[:, None]
+        ranks = np.where(is_label.any(axis=1), is_label.argmax(axis=1), num_classes)
+    metrics = {f"top{k}": 100 * float(np.mean(ranks < k)) for k in ks}
     num_images = np.bincount(labels, minlength=num_classes)
     num_hits = np.bincount(labels, weights=ranks == 0, minlength=num_classes)
     occurs = num_images > 0
@@ -96,7 +111,9 @@ class ZeroShot:
       name: prefix of its metrics.
       source: what `open_labelled` takes, or an open labelled source.
       templates: see `load_templates`.
-      class_names: words for the classes, in label order; the source's own names by default.
+      class_names: words for the classes, in label order; the source's own names by default. Several
+        names of a class are a list: the prompts of all of them are averaged.
+      ties: see `zeroshot_accuracy`.
 
     Raises:
       ValueError: if the source or the templates cannot be read, or the number of names is wrong.
@@ -107,12 +124,17 @@ class ZeroShot:
         name: str,
         source: Any,
         templates: str | Sequence[str] = SIMPLE,
-        class_names: Sequence[str] | None = None,
+        class_names: Sequence[str | Sequence[str]] | None = None,
+        ties: str = "index",
     ):
         self.name = name
         self.source = open_labelled(source) if isinstance(source, str) else source
         self.templates = load_templates(templates)
-        self.class_names = tuple(self.source.classes if class_names is None else class_names)
+        if ties not in TIES:
+            raise ValueError(f"ties={ties!r} is unknown; use one of: {', '.join(TIES)}.")
+        self.ties = ties
+        names = self.source.classes if class_names is None else class_names
+        self.class_names = tuple(n if isinstance(n, str) else tuple(n) for n in names)
         if len(self.class_names) != len(self.source.classes):
             raise ValueError(
                 f"Evaluator '{name}' has {len(self.class_names)} class_names, its source "
@@ -124,29 +146,39 @@ class ZeroShot:
 
     def __call__(self, model: Any) -> dict[str, float]:
         """Returns `top1`, `top5`, `mean_per_class` (percent), `num_images`, `num_classes`,
-        `num_skipped`, the images left out or missing, and `problems/<reason>`.
+        `num_skipped`, the images left out or missing, and `problems/<reason>`; where several
+        classes have the same words, `num_repeated_names`.
 
         Raises:
           ValueError: if no image can be read.
         """
         z_class = class_vectors(model.encode_text, self.class_names, self.templates)
-        labels = np.zeros(len(self.source), np.int64)
+        self.problems = Problems()
+        images = encode_labelled(model, self.source, self.problems)
+        counts = {"num_images": len(images.labels), "num_classes": len(self.class_names)}
+        # Classes of the same words cannot be told apart: ties decide between them.
+        if repeated := len(self.class_names) - len(set(self.class_names)):
+            counts["num_repeated_names"] = repeated
+        metrics = zeroshot_accuracy(images.z, z_class, images.labels, ties=self.ties)
+        return metrics | counts | count_problems(self.problems)
 
-        def note(row: int, item: LabelledImage) -> None:
-            labels[row] = item.label
+    @cached_property
+    def stamps(self) -> dict[str, Any]:
+        """What identifies the data, and the words in use."""
+        return {
+            "source": identity.stamp(self.source),
+            "templates": self.templates,
+            "class_names": self.class_names,
+        }
 
-        self.problems = problems = Problems()
-        problems.merge(getattr(self.source, "problems", {}))
-        indices = range(len(labels))
-        z_image, is_readable = encode_records(model, self.source, indices, problems, note)
-        if not is_readable.any():
-            raise ValueError(f"None of the {len(self.source)} images can be read: {problems}.")
-        labels = multihost.total(labels)[is_readable]
-        counts = {
-            "num_images": len(labels),
-            "num_classes": len(self.class_names),
-        } | count_problems(problems)
-        return zeroshot_accuracy(z_image[is_readable], z_class, labels) | counts
+    def table(self, metrics: Mapping[str, float]) -> list[list[str]]:
+        """Returns header and rows of the table of results."""
+        header = ["zero-shot [%]", "top-1", "top-5", "mean per class"]
+        top5 = f"{metrics['top5']:.1f}" if "top5" in metrics else "-"
+        row = [self.name, f"{metrics['top1']:.1f}", top5, f"{metrics['mean_per_class']:.1f}"]
+        row.append(f"{100 / metrics['num_classes']:.1f}")
+        row += [f"{metrics[key]:,}" for key in ("num_classes", "num_images", "num_skipped")]
+        return [[*header, "chance top-1", "classes", "images", "skipped"], row]
 
 
 def _check_labelled(z_image: np.ndarray, z_class: np.ndarray, labels: np.ndarray) -> None:

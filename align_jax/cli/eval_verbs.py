@@ -1,0 +1,165 @@
+"""The verb `align eval`: arguments and what it prints. The work is done in evals/."""
+
+import argparse
+import ast
+import difflib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from align_jax.cli import model_verbs
+
+
+def add_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """Adds the verb by `add_verb(name, function of (args, rest), help) -> parser`."""
+    evaluate = add_verb("eval", _evaluate, "run evaluators on a trained model")
+    evaluate.epilog = (
+        "example: align eval --workdir runs/quickstart --retrieval 'scenes?size=256&seed=5' "
+        "--zeroshot 'scenes?size=256&seed=6&label=shape' --template 'a picture of a {}'; "
+        "or align eval --model kakaobrain/align-base --config configs/eval_small.py --skip-missing"
+    )
+    evaluate.set_defaults(takes_config=True)
+    model_verbs.add_model(evaluate, "--workdir", "--model")
+    evaluate.add_argument(
+        "--config", metavar="FILE", help="config whose eval.evaluators run; FILE:ROOT names data"
+    )
+    evaluate.add_argument(
+        "--only", default="", metavar="NAME,...", help="of the config's evaluators, these"
+    )
+    evaluate.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME.KEY=VALUE",
+        help="argument of an evaluator of the config; repeatable",
+    )
+    evaluate.add_argument(
+        "--skip-missing",
+        action="store_true",
+        help="leave out evaluators whose data are not there, and say which",
+    )
+    evaluate.add_argument(
+        "--retrieval", action="append", default=[], metavar="SOURCE", help="pairs; repeatable"
+    )
+    evaluate.add_argument(
+        "--zeroshot",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help="labelled images; repeatable. With neither nor --config, the run's evaluators run",
+    )
+    evaluate.add_argument(
+        "--template",
+        action="append",
+        default=[],
+        help="prompt with {} for the class name; repeatable, or one .json/.txt file of prompts",
+    )
+    evaluate.add_argument(
+        "--out", metavar="FILE", help="JSON; default for a workdir: WORKDIR/eval/align_eval.json"
+    )
+
+
+def _evaluate(args, rest) -> None:
+    from align_jax import align, evals
+    from align_jax.evals import tables
+
+    chosen = _choose(args, rest)
+    evaluators, skipped = _make(chosen, args.skip_missing)
+    model = align.load(args.model, step=args.step)
+    config = model.origin.config  # None: no workdir of ours
+    if not chosen and config is not None:
+        chosen = _change(config.eval.evaluators.to_dict(), args)
+        evaluators, skipped = _make(chosen, args.skip_missing)
+    if not evaluators:
+        reason = "; ".join(skipped.values()) or "give --config, --retrieval or --zeroshot"
+        raise ValueError(f"{args.model} has no evaluator to run: {reason}.")
+    results = evals.run_evaluators(evaluators, model)
+    out = args.out or (config is not None and Path(args.model) / "eval" / "align_eval.json")
+    if out:
+        provenance = {
+            "workdir": model.origin.name,
+            "step": model.origin.step,
+            "model_fingerprint": model.fingerprint(),
+            "evaluators": chosen,
+            "protocols": evals.protocols(chosen, evaluators, model),
+            "skipped": skipped,
+        }
+        evals.write_json(out, results, provenance, evals.problems_of(evaluators))
+    print(tables.format_table(results, evaluators))
+    for name, reason in skipped.items():
+        print(f"{name}: not run: {reason}")
+    if out:
+        print(f"wrote {out}")
+
+
+def _choose(args: argparse.Namespace, rest: list[str]) -> dict[str, dict[str, Any]]:
+    """Returns the evaluators that the arguments name: name -> type and arguments."""
+    from align_jax import config as config_lib
+
+    if args.template and not args.zeroshot:
+        raise ValueError("--template is of no use without --zeroshot SOURCE.")
+    chosen = {}
+    for number, source in enumerate(args.retrieval):
+        chosen[f"retrieval{number or ''}"] = {"type": "retrieval", "source": source}
+    for number, source in enumerate(args.zeroshot):
+        entry = {"type": "zeroshot", "source": source}
+        if args.template:
+            entry["templates"] = model_verbs.read_templates(args.template)
+        chosen[f"zeroshot{number or ''}"] = entry
+    if args.config and chosen:
+        raise ValueError("Give either --config or --retrieval and --zeroshot.")
+    if args.config:
+        chosen = config_lib.load_config(args.config, rest).eval.evaluators.to_dict()
+        if not chosen:
+            raise ValueError(f"{args.config} has no eval.evaluators.")
+    return _change(chosen, args) if chosen else chosen
+
+
+def _change(
+    chosen: dict[str, dict[str, Any]], args: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """Returns the evaluators that --only leaves, with what --set says."""
+    for change in args.set:
+        place, equals, text = change.partition("=")
+        name, dot, key = place.rpartition(".")
+        if not (equals and dot):
+            raise ValueError(f"--set {change!r} must look like NAME.KEY=VALUE.")
+        _check_name(name, chosen, "--set")
+        chosen[name][key] = _value(text)
+    only = [name for name in args.only.split(",") if name]
+    for name in only:
+        _check_name(name, chosen, "--only")
+    return {name: entry for name, entry in chosen.items() if not only or name in only}
+
+
+def _check_name(name: str, chosen: dict[str, Any], option: str) -> None:
+    if name not in chosen:
+        close = difflib.get_close_matches(name, chosen, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise ValueError(f"{option}: no evaluator '{name}'.{hint} There are: {', '.join(chosen)}.")
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):  # a word, a path
+        return text
+
+
+def _make(
+    chosen: dict[str, dict[str, Any]], skip_missing: bool
+) -> tuple[list[Any], dict[str, str]]:
+    """Returns evaluators, and the reasons of those that are left out."""
+    from align_jax import evals
+
+    evaluators, skipped = [], {}
+    for name, entry in chosen.items():
+        try:
+            evaluators.append(evals.make_evaluator(name, entry))
+        except ValueError as error:
+            if not skip_missing or "does not exist" not in str(error):
+                raise
+            skipped[name] = str(error).removeprefix(f"Evaluator '{name}': ")
+            print(f"{name} is left out: {skipped[name]}", file=sys.stderr, flush=True)
+    return evaluators, skipped
