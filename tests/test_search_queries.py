@@ -7,7 +7,8 @@ import pytest
 from search_helpers import FakeModel, random_unit
 
 import align_jax
-from align_jax.search import compose, filters
+from align_jax.evals import composed
+from align_jax.search import filters
 
 METADATA = [
     {"split": split, "n": n, "score": score, "ok": ok, 'a "b\\': text}
@@ -180,7 +181,7 @@ def test_text_of_users_never_ends_its_literal():
 
 def test_change_is_added_and_normalised():
     z, new, old = (random_unit(5, seed=seed) for seed in range(3))
-    query = compose.compose(z, new, old, 1.5)
+    query = composed.compose(z, new, old, 1.5)
     expected = z + 1.5 * (new - old)
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(query, expected, atol=1e-6)
@@ -190,4 +191,4 @@ def test_change_is_added_and_normalised():
 def test_parts_that_cancel_out_are_refused():
     z = random_unit(1)[0]
     with pytest.raises(ValueError, match="cancel each other out"):
-        compose.compose(z, 0.0, z, 1.0)
+        composed.compose(z, 0.0, z, 1.0)

@@ -23,6 +23,7 @@ from align_jax.storage.problems import Problems
 
 # type in a config -> module:class below align_jax.evals, imported when it is used
 TYPES = {
+    "composed": "composed:Composed",
     "knn": "knn:Knn",
     "retrieval": "retrieval:Retrieval",
     "similarity": "similarity:Similarity",

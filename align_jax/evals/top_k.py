@@ -54,24 +54,26 @@ def top_k(
     """
     z_query, z_index, exclude = _checked(z_query, z_index, k, exclude)
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
-    z_query, query_scale = _scaled(z_query)
-    z_index, index_scale = _scaled(z_index)
+    query_scale, index_scale = _scale(z_query), _scale(z_index)
+    z_query = z_query * query_scale
     num_kept = min(k + _MARGIN, len(z_index))
-    rows, bounds = _candidates(z_query, z_index, exclude, num_kept, mesh)
+    rows, bounds = _candidates(z_query, z_index, index_scale, exclude, num_kept, mesh)
 
     indices = np.empty((len(z_query), k), np.int64)
     scores = np.empty((len(z_query), k))
     step = max(1, _HOST_NUMBERS // (num_kept * z_index.shape[1]))
     for start in range(0, len(z_query), step):
         here = slice(start, start + step)
-        found = _exact_scores(z_query[here, None], z_index[rows[here]])[:, 0]
+        found = _exact_scores(z_query[here, None], z_index[rows[here]] * index_scale)[:, 0]
         found[rows[here] < 0] = -np.inf
         indices[here], scores[here] = _best(rows[here], found, k)
     unsure = np.flatnonzero(scores[:, -1] <= bounds)
     for start in range(0, len(unsure), _QUERY_ROWS):
         here = unsure[start : start + _QUERY_ROWS]
-        indices[here], scores[here] = _best_of_all(z_query[here], z_index, exclude[here], k)
-    return indices, (scores / (query_scale * index_scale)).astype(np.float32)
+        indices[here], scores[here] = _best_of_all(
+            z_query[here], z_index, index_scale, exclude[here], k
+        )
+    return indices, (scores / (float(query_scale) * float(index_scale))).astype(np.float32)
 
 
 class _Queries(NamedTuple):
@@ -89,7 +91,12 @@ class _Index(NamedTuple):
 
 
 def _candidates(
-    z_query: np.ndarray, z_index: np.ndarray, exclude: np.ndarray, num_kept: int, mesh: Mesh
+    z_query: np.ndarray,
+    z_index: np.ndarray,
+    index_scale: np.float32,
+    exclude: np.ndarray,
+    num_kept: int,
+    mesh: Mesh,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns ascending rows, int64 [N, num_kept], and bounds [N] of the scores of all other rows.
 
@@ -110,10 +117,12 @@ def _candidates(
 
     query_rows, index_rows = _block_sizes(len(z_query), len(z_index), mesh)
     blocks = -(-len(z_query) // query_rows) * -(-len(z_index) // index_rows)
+    index_blocks = _blocks(_Index, z_index, np.arange(len(z_index)), index_rows, mesh, index_scale)
+    one = np.float32(1)
     waiting: deque = deque()
     with encode.progress_bar(range(blocks), "blocks searched", enabled=multihost.is_lead()) as bar:
-        for _, index in _blocks(_Index, z_index, np.arange(len(z_index)), index_rows, mesh):
-            for here, queries in _blocks(_Queries, z_query, exclude, query_rows, mesh):
+        for _, index in index_blocks:
+            for here, queries in _blocks(_Queries, z_query, exclude, query_rows, mesh, one):
                 waiting.append((here, find(queries, index)))
                 # Fetched one call late: the next blocks are prepared while the devices search.
                 if len(waiting) > 1:
@@ -121,8 +130,7 @@ def _candidates(
                 bar.update()
         merge(*waiting.popleft())
 
-    longest = np.linalg.norm(z_index.astype(np.float64), axis=1).max()
-    lengths = np.linalg.norm(z_query.astype(np.float64), axis=1) * longest
+    lengths = _lengths(z_query, one) * _lengths(z_index, index_scale).max()
     # Twice what D roundings of float32 sums can add up to, and what `_exact_scores` leaves out.
     errors = z_query.shape[1] * (2.0**-23 * lengths + 2.0**-16)
     # Where there is room left, all rows are candidates.
@@ -157,13 +165,13 @@ def _find(
 
 
 def _best_of_all(
-    z_query: np.ndarray, z_index: np.ndarray, exclude: np.ndarray, k: int
+    z_query: np.ndarray, z_index: np.ndarray, index_scale: np.float32, exclude: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     rows = np.full((len(z_query), k), -1)
     scores = np.full((len(z_query), k), -np.inf)
     step = max(1, _HOST_NUMBERS // max(_QUERY_ROWS, z_index.shape[1]))
     for start in range(0, len(z_index), step):
-        found = _exact_scores(z_query, z_index[start : start + step])
+        found = _exact_scores(z_query, z_index[start : start + step] * index_scale)
         here = np.arange(start, start + found.shape[1])
         found[here == exclude[:, None]] = -np.inf
         better = np.flatnonzero((found > scores[:, -1:]).any(axis=0))
@@ -183,7 +191,7 @@ def _best(rows: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.
 
 
 def _exact_scores(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Returns dot products [..., N, M] in float64 of what `_scaled` made: [..., N, D], [..., M, D].
+    """Returns dot products [..., N, M] in float64 of scaled vectors: [..., N, D] and [..., M, D].
 
     Components become 16 binary digits and the 16 that follow them. Sums of products of those are
     exact in float64, in whichever order. Products of two following ones are left out.
@@ -199,17 +207,31 @@ def _split(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return high, np.rint((z - high) * 2.0**24) / 2.0**24
 
 
-def _scaled(z: np.ndarray) -> tuple[np.ndarray, float]:
-    """Returns z times a power of two, components between -128 and 128, and the power."""
+def _scale(z: np.ndarray) -> np.float32:
+    """Returns the power of two that brings the components of z to within -128 and 128."""
     _, exponent = math.frexp(max(float(z.max(initial=0)), -float(z.min(initial=0))))
-    scale = 2.0 ** (7 - exponent)
-    return z * np.float32(scale), scale
+    return np.float32(2.0 ** (7 - exponent))
+
+
+def _lengths(z: np.ndarray, scale: np.float32) -> np.ndarray:
+    """Returns the norms [N] of scaled vectors."""
+    lengths = np.empty(len(z))
+    step = max(1, _HOST_NUMBERS // z.shape[1])
+    for start in range(0, len(z), step):
+        part = z[start : start + step] * scale
+        lengths[start : start + step] = np.sqrt(np.einsum("nD,nD->n", part, part))
+    return lengths
 
 
 def _blocks(
-    kind: type, z: np.ndarray, numbers: np.ndarray, size: int, mesh: Mesh
+    kind: type,
+    z: np.ndarray,
+    numbers: np.ndarray,
+    size: int,
+    mesh: Mesh,
+    scale: np.float32,
 ) -> Iterator[tuple[slice, Any]]:
-    """Yields (rows, `kind` of their z and numbers over the devices); the last ones are padded."""
+    """Yields (rows, `kind` of their scaled z and numbers on the devices); the last are padded."""
     sharding = mesh_lib.batch_sharding(mesh)
 
     def to_devices(x: np.ndarray) -> jax.Array:
@@ -219,7 +241,7 @@ def _blocks(
 
     for first in range(0, len(z), size):
         here = slice(first, first + size)
-        yield here, kind(to_devices(z[here]), to_devices(numbers[here].astype(np.int32)))
+        yield here, kind(to_devices(z[here] * scale), to_devices(numbers[here].astype(np.int32)))
 
 
 def _block_sizes(num_queries: int, num_rows: int, mesh: Mesh) -> tuple[int, int]:
@@ -241,7 +263,7 @@ def _checked(
             f"{list(z_index.shape)} for the index."
         )
     for name, z in (("query", z_query), ("row", z_index)):
-        if not np.isfinite(z).all():
+        if not np.isfinite([z.min(initial=0), z.max(initial=0)]).all():
             bad = int(np.flatnonzero(~np.isfinite(z).all(axis=1))[0])
             raise ValueError(f"The embedding of {name} {bad} is not finite.")
     if exclude is None:

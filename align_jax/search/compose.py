@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-SUM_WEIGHT, CHANGE_WEIGHT = 2.0, 1.0
+from align_jax.evals.composed import CHANGE_WEIGHT, SUM_WEIGHT, compose
 
 
 def encode_query(
@@ -53,20 +53,3 @@ def encode_query(
         weight = CHANGE_WEIGHT if num_added and remove else SUM_WEIGHT
     added, removed = z_text[:num_added], z_text[num_added:]
     return compose(z, np.sum(added, axis=0), np.sum(removed, axis=0), weight)
-
-
-def compose(
-    z: np.ndarray, z_added: np.ndarray | float, z_removed: np.ndarray | float, weight: float
-) -> np.ndarray:
-    """Returns unit(z + weight (z_added - z_removed)), float32 [..., D].
-
-    Raises:
-      ValueError: the weight is not finite, or nothing is left of the sum.
-    """
-    if not np.isfinite(weight):
-        raise ValueError(f"weight={weight} must be a finite number.")
-    query = np.asarray(z, np.float64) + weight * (np.asarray(z_added, np.float64) - z_removed)
-    norm = np.linalg.norm(query, axis=-1, keepdims=True)
-    if (norm < 1e-6).any():
-        raise ValueError("The parts of the query cancel each other out; nothing is left to find.")
-    return (query / norm).astype(np.float32)

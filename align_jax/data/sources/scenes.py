@@ -6,6 +6,7 @@ then share no random number. Captions say left and right, so mirroring must be o
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -201,6 +202,21 @@ class LabelledScenes:
         kinds = f"{len(self.classes)} {self.attribute}s"
         side = self.image_size_px
         return f"scenes: {self.size} images of {kinds}, {side}x{side} px, seed {self.seed}"
+
+
+def paint_object(
+    seed: Sequence[int], shape: str, colour: str, image_size_px: int = 64
+) -> np.ndarray:
+    """Returns a scene of one object, uint8 [S, S, 3], the same for the same arguments.
+
+    Args:
+      seed: integers of at least 0.
+      shape: one of SHAPES.
+      colour: one of COLOURS.
+      image_size_px: side S, at least 16.
+    """
+    rng = np.random.default_rng(list(seed))
+    return _paint(_draw_scene(rng, 1, shape, colour), rng, image_size_px)
 
 
 def _check(size, seed, image_size_px):
