@@ -118,7 +118,7 @@ def test_commands_of_the_readme_run_on_a_small_dataset(tmp_path):
         )
         assert run.returncode == 0, f"{command}\n{run.stderr}"
     data_verbs = ["scan", "curate", "decontaminate", "pack", "bench"]
-    use_verbs = ["convert", "embed", "classify"]
+    use_verbs = ["convert", "embed", "classify", "index", "search", "search"]
     assert verbs == ["pack", "vocab", "train", "eval", *data_verbs, *use_verbs]
     assert (tmp_path / "embeddings/mine/00000.npy").exists()
     assert (tmp_path / "runs/mine/plots/gallery_dev.png").stat().st_size > 1000
