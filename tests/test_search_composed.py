@@ -83,7 +83,7 @@ class Blind:
 
 
 def test_blind_model_scores_at_chance():
-    found = composed.Composed("c", num_queries=2000)(Blind())
+    found = composed.Composed("c", "scenes", num_queries=2000)(Blind())
     for form in ("sum", "change", "image", "text"):
         assert found[f"{form}_r1"] == pytest.approx(found["chance_r1"], abs=1)
         assert found[f"{form}_r10"] == pytest.approx(found["chance_r10"], abs=3)

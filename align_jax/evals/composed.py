@@ -63,7 +63,7 @@ class Composed:
       ValueError: the source is neither, or has no query.
     """
 
-    def __init__(self, name: str, source: str = "scenes", num_queries: int = 400):
+    def __init__(self, name: str, source: str, num_queries: int = 400):
         self.name = name
         path, _, query = source.partition("?")
         options = dict(option.partition("=")[::2] for option in query.split("&") if option)
