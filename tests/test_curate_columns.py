@@ -334,7 +334,7 @@ def test_invalid_utf8_inside_parquet_is_repaired_and_counted(tmp_path):
         ("t.csv", "text\na\n", ("--memory", "0.1"), "--memory 0.1 is too little"),
         ("t.csv", "text\na\n", ("--seed", "-1"), "--seed -1 must be 0 to 2**63 - 1."),
         ("t.csv", "text\na\n", ("--out", "used"), "used is not empty and holds no result"),
-        ("t.csv", "text\na\n", ("--out", "t.csv"), "t.csv is a file; --out names a folder."),
+        ("t.csv", "text\na\n", ("--out", "t.csv"), "t.csv is a file; name a folder."),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(

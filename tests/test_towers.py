@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from transformers import AlignConfig
 
 from align_jax import config, trees
 from align_jax.models import bert, dual_encoder, efficientnet
@@ -195,6 +196,12 @@ def test_randomness_follows_the_example_not_its_place_in_the_batch():
     np.testing.assert_allclose(z_text[order], z_text_shuffled, atol=2e-6)
     _, z_text_next, *_ = towers(batch, step=1)
     assert np.abs(z_text - z_text_next).max() > 1e-3
+
+
+def test_epsilons_are_those_of_the_published_model():
+    theirs = AlignConfig()
+    assert small_model().text.norm_eps == theirs.text_config.layer_norm_eps == 1e-12
+    assert small_model().image.bn_eps == theirs.vision_config.batch_norm_eps == 1e-3
 
 
 def test_image_projection_exists_only_where_widths_differ():
