@@ -49,6 +49,7 @@ setup(
     ],
     extras_require={
         "curate": CURATE,
+        "eval": ["scikit-learn>=1.5"],
         "parquet": ["pyarrow>=17"],
         "search": SEARCH,
         "fast": ["simplejpeg>=1.9,<2"],
@@ -64,6 +65,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.14",
+            "scikit-learn>=1.5",
             "simplejpeg>=1.9,<2",
             "torch==2.13.0",
         ],

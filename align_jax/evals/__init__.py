@@ -24,7 +24,9 @@ from align_jax.storage.problems import Problems
 # type in a config -> module:class below align_jax.evals, imported when it is used
 TYPES = {
     "composed": "composed:Composed",
+    "fewshot": "fewshot:FewShot",
     "knn": "knn:Knn",
+    "probe": "probe:Probe",
     "retrieval": "retrieval:Retrieval",
     "similarity": "similarity:Similarity",
     "words": "similarity:Words",

@@ -1,0 +1,179 @@
+"""Linear probe: logistic regression on image embeddings, its penalty chosen by a search.
+
+Source: CLIP (Radford et al. 2021), appendix A.3: L-BFGS, at most 1,000 iterations; penalties from
+1e-6 to 1e6 in eight steps a decade, first every second decade, then around the peak in halved
+steps; chosen on validation images, fitted again on all. Features here are embeddings of unit norm.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from align_jax.data.sources.open_source import open_labelled
+from align_jax.evals.accuracy import row_of, score_accuracy
+from align_jax.evals.records import count_problems, encode_labelled, open_train
+from align_jax.storage import identity
+from align_jax.storage.problems import Problems
+
+_PENALTIES = np.logspace(-6, 6, 97)
+_FIRST_STEP = 16
+
+
+class Probe:
+    """Evaluator: accuracy of a linear classifier learned on image embeddings.
+
+    Args:
+      name: prefix of its metrics.
+      source: images that are tested.
+      train: images to learn from, of the same classes.
+      val: share of the training images of each class that chooses the penalty, 0 to 1.
+      l2: the penalty, if it shall not be searched: half of it times the squared weights is added to
+        the summed loss.
+      iterations: of L-BFGS at most.
+      seed: of the split.
+
+    Raises:
+      ValueError: a source cannot be opened, classes differ, an argument is out of range.
+      RuntimeError: scikit-learn is not installed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: Any,
+        train: Any,
+        val: float = 0.1,
+        l2: float | None = None,
+        iterations: int = 1000,
+        seed: int = 0,
+    ):
+        self.name = name
+        if not 0 < val < 1:
+            raise ValueError(f"val={val} must lie between 0 and 1.")
+        if l2 is not None and l2 <= 0:
+            raise ValueError(f"l2={l2} must be positive.")
+        _import_sklearn()
+        self.source = open_labelled(source) if isinstance(source, str) else source
+        self.train = open_train(train, self.source)
+        self._val, self._l2, self._iterations, self._seed = val, l2, iterations, seed
+        self.problems = Problems()
+
+    @cached_property
+    def stamps(self) -> dict[str, str]:
+        """What identifies the data."""
+        return {"source": identity.stamp(self.source), "train": identity.stamp(self.train)}
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        """Returns `top1`, `top5`, `mean_per_class`, `l2` and the numbers of images and classes."""
+        self.problems = Problems()
+        test = encode_labelled(model, self.source, self.problems)
+        train = encode_labelled(model, self.train, self.problems)
+        num_classes = len(self.source.classes)
+
+        def fit(rows: np.ndarray, l2: float) -> Callable[[np.ndarray], np.ndarray]:
+            z, labels = train.z[rows], train.labels[rows]
+            return fit_logistic(z, labels, num_classes, l2, self._iterations)
+
+        l2 = self._l2
+        if l2 is None:
+            learned, held = split_by_class(train.labels, self._val, self._seed)
+
+            def accuracy(l2: float) -> float:
+                scores = fit(learned, l2)(train.z[held])
+                return score_accuracy(scores, train.labels[held])["top1"]
+
+            l2 = search_penalty(accuracy)
+        scores = fit(np.arange(len(train.labels)), l2)(test.z)
+        return score_accuracy(scores, test.labels) | {
+            "l2": l2,
+            "num_images": len(test.labels),
+            "num_train": len(train.labels),
+            "num_classes": num_classes,
+            **count_problems(self.problems),
+        }
+
+    def table(self, metrics: Mapping[str, float]) -> list[list[str]]:
+        """Returns header and rows of the table of results."""
+        header = ["linear probe [%]", "top-1", "top-5", "mean per class", "chance top-1"]
+        row = row_of(self.name, metrics, ("top1", "top5", "mean_per_class"))
+        header += ["images", "training images", "skipped", "penalty"]
+        return [header, [*row, f"{metrics['l2']:.2g}"]]
+
+
+def search_penalty(accuracy: Callable[[float], float]) -> float:
+    """Returns the penalty of the highest accuracy found; of equal ones the largest penalty.
+
+    Args:
+      accuracy: of a penalty, on validation images; called about 15 times.
+    """
+    found: dict[int, float] = {}
+
+    def measure(places: range | list[int]) -> int:
+        for place in places:
+            if 0 <= place < len(_PENALTIES) and place not in found:
+                found[place] = accuracy(float(_PENALTIES[place]))
+        return max(found, key=lambda place: (found[place], place))
+
+    best, step = measure(range(0, len(_PENALTIES), _FIRST_STEP)), _FIRST_STEP
+    while step > 1:
+        step //= 2
+        best = measure([best - step, best + step])
+    return float(_PENALTIES[best])
+
+
+def split_by_class(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns rows to learn from and rows held out: of each class the same share of the latter.
+
+    Raises:
+      ValueError: nothing would be held out or learned from.
+    """
+    rng = np.random.default_rng(seed)
+    learned, held = [], []
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        count = round(share * len(rows))
+        held.append(rows[:count])
+        learned.append(rows[count:])
+    learned, held = np.sort(np.concatenate(learned)), np.sort(np.concatenate(held))
+    if not len(held) or not len(learned):
+        raise ValueError(f"val={share} of {len(labels)} images leaves one side empty.")
+    return learned, held
+
+
+def fit_logistic(
+    z: np.ndarray, labels: np.ndarray, num_classes: int, l2: float, iterations: int = 1000
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns a function from embeddings [N, D] to class scores [N, C].
+
+    Minimises the summed cross-entropy plus l2 / 2 times the squared weights; the bias is free.
+    Classes without an image to learn from score -inf.
+
+    Raises:
+      ValueError: there is only one class to learn.
+    """
+    linear_model = _import_sklearn()
+    present = np.unique(labels)
+    if len(present) < 2:
+        raise ValueError("A linear probe needs training images of at least two classes.")
+    fitted = linear_model.LogisticRegression(C=1 / l2, max_iter=iterations, tol=1e-7)
+    fitted.fit(z.astype(np.float64), labels)
+
+    def scores(z: np.ndarray) -> np.ndarray:
+        found = fitted.decision_function(z.astype(np.float64))
+        if len(present) == 2:  # one column there
+            found = np.stack([-found, found], axis=1)
+        full = np.full((len(z), num_classes), -np.inf)
+        full[:, present] = found
+        return full
+
+    return scores
+
+
+def _import_sklearn() -> Any:
+    try:
+        from sklearn import linear_model
+    except ImportError as error:
+        raise RuntimeError("A linear probe needs pip install 'align_jax[eval]'.") from error
+    return linear_model
