@@ -24,6 +24,7 @@ from align_jax.storage.problems import Problems
 # type in a config -> module:class below align_jax.evals, imported when it is used
 TYPES = {
     "composed": "composed:Composed",
+    "cxc": "cxc:Cxc",
     "fewshot": "fewshot:FewShot",
     "knn": "knn:Knn",
     "probe": "probe:Probe",

@@ -185,7 +185,17 @@ def open_table(
       ValueError: a path that does not exist, a table without the needed columns.
     """
     problems = Problems()
-    rows = read_table(path, problems, weights)
+    return open_rows(spec, read_table(path, problems, weights), images, limit, problems)
+
+
+def open_rows(
+    spec: str, rows: Iterable[Row], images: str, limit: int | None, problems: Problems
+) -> FilePairs:
+    """Returns the pairs of rows of a table; for the arguments and problems see `open_table`.
+
+    Raises:
+      ValueError: a path that does not exist.
+    """
     patterns = [images] if os.path.exists(images) else images.split(",")
     archives = [
         (file, index_files(file, problems))

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from align_jax.data.sources import files, parquet
 from align_jax.data.sources.img2dataset import Img2Dataset, is_img2dataset
+from align_jax.data.sources.karpathy import open_karpathy
 from align_jax.data.sources.packed import TfdsPairs, find_tfds_folder
 from align_jax.data.sources.parquet import ParquetLabelled, ParquetPairs
 from align_jax.data.sources.record import LabelledImage, Record
@@ -82,6 +83,7 @@ def open_source(spec: str) -> PairSource:
     | `folder?split=train` | TFDS dataset of ArrayRecord files with an image and captions |
     | `captions.jsonl?images=a.zip,b.zip` | table (tables.read_table) + folders, zips or tars |
     | `data/train-*.parquet`, `folder?split=train` | Parquet with image bytes and captions |
+    | `dataset_coco.json?images=coco&split=test` | Karpathy's splits; several as `train,restval` |
     | `folder?unfinished=refuse` | output of img2dataset; by default unfinished shards are skipped |
     | `folder/*.tar`, `x.tar`, `x.zip`, `folder` | `key.jpg` + `key.txt` or `key.json` |
 
@@ -103,7 +105,8 @@ def open_source(spec: str) -> PairSource:
         _check_options(spec, options, ("split", "captions", "max"))
         source = ParquetPairs(spec, tables, _limit(spec, options), weights)
     elif os.path.splitext(path)[1].lower() in TABLE_SUFFIXES:
-        _check_options(spec, options, ("images", "captions", "max"))
+        is_karpathy = path.lower().endswith(".json") and "split" in options
+        _check_options(spec, options, ("images", "split" if is_karpathy else "captions", "max"))
         source = _open_table(spec, path, options, weights)
     elif os.path.isdir(path) and (folder := find_tfds_folder(path)):
         _check_options(spec, options, ("split", "captions", "max"))
@@ -272,4 +275,7 @@ def _open_table(spec, path, options, weights):
             f"{spec} does not say where its images are; add ?images= and a folder, .zip or .tar "
             "(several with commas)."
         )
-    return files.open_table(spec, path, options["images"], _limit(spec, options), weights)
+    limit = _limit(spec, options)
+    if "split" in options:
+        return open_karpathy(spec, path, options["images"], options["split"], limit)[0]
+    return files.open_table(spec, path, options["images"], limit, weights)

@@ -301,7 +301,8 @@ class _Json(Table):
                 raise ValueError(f"{path}: 'images' and 'annotations' are not COCO's.") from None
         if not isinstance(rows, list):
             raise ValueError(
-                f"{path} holds neither a list of objects nor COCO's 'images' and 'annotations'."
+                f"{path} holds neither a list of objects nor COCO's 'images' and 'annotations'; "
+                "for Karpathy's splits add &split=test."
             )
         self._rows = rows
         self.num_rows = len(rows)
