@@ -25,6 +25,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["align_jax", "align_jax.*"]),
+    package_data={"align_jax.evals.presets": ["*.json"]},
     install_requires=[
         "absl-py",
         "array_record",

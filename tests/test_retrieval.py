@@ -207,7 +207,7 @@ def test_make_evaluators_builds_in_order_with_arguments():
         (
             {"type": "retrieval", "sorce": "x"},
             "Evaluator 'dev': Unknown argument of retrieval 'sorce'. Did you mean 'source'? "
-            "Known: max_pairs, source.",
+            "Known: folds, max_pairs, source, ties.",
         ),
         ({"type": "retrieval"}, "Evaluator 'dev' needs 'source'."),
         (

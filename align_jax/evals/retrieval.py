@@ -17,6 +17,8 @@ from align_jax.data.sources.open_source import open_source
 from align_jax.data.sources.record import is_usable
 from align_jax.evals.ranking import pair_ranks
 from align_jax.evals.records import count_problems, encode_records, name_of
+from align_jax.evals.top_k import top_k
+from align_jax.evals.zeroshot import TIES
 from align_jax.storage import identity
 from align_jax.storage.problems import Problems, reason_of
 
@@ -66,6 +68,41 @@ def retrieval_recalls(
     return found | {"mean_recall": mean_recall} | counts
 
 
+def rank_summary(image_ranks: np.ndarray, text_ranks: np.ndarray) -> dict[str, float]:
+    """Returns `<direction>_mean_rank` and `<direction>_median_rank`, 1 the best.
+
+    Args:
+      image_ranks: [N] and
+      text_ranks: [M] from `retrieval_ranks`.
+    """
+    summary = {}
+    for direction, ranks in (("image_to_text", image_ranks), ("text_to_image", text_ranks)):
+        summary[f"{direction}_mean_rank"] = 1 + float(np.mean(ranks))
+        summary[f"{direction}_median_rank"] = 1 + float(np.median(ranks))
+    return summary
+
+
+def index_ranks(
+    z_image: np.ndarray, z_text: np.ndarray, text_to_image: np.ndarray, most: int = 10
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ranks as `retrieval_ranks` does, of equal scores the lower index first.
+
+    A rank is exact below `most`; what is not among the `most` best has the rank `most`. Own other
+    captions are candidates here.
+    """
+    image_own = np.arange(len(z_image))
+    sides = (
+        (z_image, z_text, text_to_image, image_own),
+        (z_text, z_image, image_own, text_to_image),
+    )
+    ranks = []
+    for z_query, z_index, found_image, own in sides:
+        nearest, _ = top_k(z_query, z_index, min(most, len(z_index)))
+        is_own = found_image[nearest] == own[:, None]
+        ranks.append(np.where(is_own.any(axis=1), is_own.argmax(axis=1), most))
+    return ranks[0], ranks[1]
+
+
 @dataclasses.dataclass(frozen=True)
 class RetrievalEmbeddings:
     """What an evaluation embedded: row i of z_image is record `records[i]` of the source."""
@@ -85,13 +122,29 @@ class Retrieval:
       name: prefix of its metrics.
       source: what `align_jax.data.sources.open_source` takes, or an open source.
       max_pairs: evaluate only the first `max_pairs` records (images with all their captions).
+      folds: the images are also cut into so many equal parts in their order, each with its own
+        captions, and the mean of the parts' recalls is reported (5 on COCO's test split is "1K").
+      ties: "against" the model, see `retrieval_ranks`; or "index", of equal scores that of the
+        lower index comes first, as in the peers' code (recalls alone, not the ranks).
 
     Raises:
       ValueError: if the source cannot be opened or is empty.
     """
 
-    def __init__(self, name: str, source: Any, max_pairs: int | None = None):
+    def __init__(
+        self,
+        name: str,
+        source: Any,
+        max_pairs: int | None = None,
+        folds: int = 0,
+        ties: str = "against",
+    ):
         self.name = name
+        if folds < 0 or ties not in TIES:
+            raise ValueError(
+                f"folds={folds} must not be negative and ties={ties!r} one of: {', '.join(TIES)}."
+            )
+        self._folds, self._ties = folds, ties
         self.source = open_source(source) if isinstance(source, str) else source
         if max_pairs is not None and max_pairs < 1:
             raise ValueError(f"max_pairs={max_pairs} of evaluator '{name}' must be at least 1.")
@@ -127,7 +180,41 @@ class Retrieval:
         rows = np.repeat(np.arange(len(records)), [len(captions[index]) for index in records])
         image_ranks, text_ranks = retrieval_ranks(z_image, z_text, rows)
         self.embeddings = RetrievalEmbeddings(z_image, z_text, rows, text_ranks, texts, records)
-        return retrieval_recalls(image_ranks, text_ranks) | count_problems(problems)
+        metrics = self._recalls(z_image, z_text, rows, image_ranks, text_ranks)
+        metrics |= rank_summary(image_ranks, text_ranks)
+        metrics["num_duplicate_captions"] = len(texts) - len(set(texts))
+        if self._folds:
+            metrics |= self._fold_means(z_image, z_text, rows)
+        return metrics | count_problems(problems)
+
+    def _recalls(
+        self,
+        z_image: np.ndarray,
+        z_text: np.ndarray,
+        rows: np.ndarray,
+        image_ranks: np.ndarray,
+        text_ranks: np.ndarray,
+    ) -> dict[str, float]:
+        if self._ties == "index":
+            image_ranks, text_ranks = index_ranks(z_image, z_text, rows)
+        return retrieval_recalls(image_ranks, text_ranks)
+
+    def _fold_means(
+        self, z_image: np.ndarray, z_text: np.ndarray, rows: np.ndarray
+    ) -> dict[str, float]:
+        size = len(z_image) // self._folds
+        if not size:
+            raise ValueError(f"{len(z_image)} images are too few for {self._folds} folds.")
+        found: dict[str, list[float]] = {}
+        for start in range(0, size * self._folds, size):
+            texts = (rows >= start) & (rows < start + size)
+            part = z_image[start : start + size], z_text[texts], rows[texts] - start
+            for key, value in self._recalls(*part, *retrieval_ranks(*part)).items():
+                found.setdefault(key, []).append(value)
+        means = {key: values for key, values in found.items() if not key.startswith("num_")}
+        return {f"{self._folds}_folds/{key}": float(np.mean(v)) for key, v in means.items()} | {
+            "num_images_a_fold": size
+        }
 
     @cached_property
     def stamps(self) -> dict[str, str]:

@@ -1,11 +1,12 @@
 """Prompt templates for zero-shot classification, as data, and reading them from a file.
 
-`{}` stands for the class name. CLIP's 80 ImageNet prompts are not kept here: give their file.
+`{}` stands for the class name. CLIP's 80 ImageNet prompts are in presets/.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from align_jax.evals import presets
 from align_jax.storage.text import read_json, read_lines
 
 SIMPLE = ("a photo of a {}.",)
@@ -20,13 +21,16 @@ def load_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
     """Returns checked templates, each with `{}` for the class name.
 
     Args:
-      templates: the templates themselves; or `simple` or `generic`; or the path of a .txt file
-        with one template a line; or of a .json file with a list. A .json file of several named
-        lists, as CLIP_benchmark publishes with `{c}` for the class name, is given as `path:name`.
+      templates: the templates themselves; or `simple`, `generic` or `imagenet80`; or the path of
+        a .txt file with one template a line; or of a .json file with a list. A .json file of
+        several named lists, as CLIP_benchmark publishes with `{c}` for the class name, is given as
+        `path:name`.
 
     Raises:
       ValueError: if the file or the list in it is missing, or a template has no `{}`.
     """
+    if templates == "imagenet80":
+        return presets.imagenet_templates()
     if isinstance(templates, str):
         loaded = _NAMED[templates] if templates in _NAMED else _read_templates(templates)
     else:

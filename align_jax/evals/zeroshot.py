@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from align_jax.data.sources.open_source import open_labelled
+from align_jax.evals import presets
 from align_jax.evals.ranking import pair_ranks
 from align_jax.evals.records import count_problems, encode_labelled
 from align_jax.evals.templates import SIMPLE, load_templates
@@ -112,7 +113,8 @@ class ZeroShot:
       source: what `open_labelled` takes, or an open labelled source.
       templates: see `load_templates`.
       class_names: words for the classes, in label order; the source's own names by default. Several
-        names of a class are a list: the prompts of all of them are averaged.
+        names of a class are a list: the prompts of all of them are averaged. Or one of
+        presets.NAMES.
       ties: see `zeroshot_accuracy`.
 
     Raises:
@@ -124,7 +126,7 @@ class ZeroShot:
         name: str,
         source: Any,
         templates: str | Sequence[str] = SIMPLE,
-        class_names: Sequence[str | Sequence[str]] | None = None,
+        class_names: str | Sequence[str | Sequence[str]] | None = None,
         ties: str = "index",
     ):
         self.name = name
@@ -134,6 +136,8 @@ class ZeroShot:
             raise ValueError(f"ties={ties!r} is unknown; use one of: {', '.join(TIES)}.")
         self.ties = ties
         names = self.source.classes if class_names is None else class_names
+        if isinstance(names, str):
+            names = presets.class_names(names)
         self.class_names = tuple(n if isinstance(n, str) else tuple(n) for n in names)
         if len(self.class_names) != len(self.source.classes):
             raise ValueError(
