@@ -29,6 +29,7 @@ TYPES = {
     "knn": "knn:Knn",
     "probe": "probe:Probe",
     "retrieval": "retrieval:Retrieval",
+    "selection": "selection:Selection",
     "similarity": "similarity:Similarity",
     "words": "similarity:Words",
     "zeroshot": "zeroshot:ZeroShot",
