@@ -363,7 +363,7 @@ def test_hub_id_is_downloaded_without_the_weights_of_other_frameworks(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     model = align_jax.load("kakaobrain/align-base")
-    assert model.origin == align.Origin("kakaobrain/align-base")
+    assert model.origin == align.Origin("kakaobrain/align-base", path="kakaobrain/align-base")
     assert calls == [
         (
             "kakaobrain/align-base",

@@ -466,7 +466,7 @@ def test_damaged_model_is_one_line_and_runs_no_code(folder, capfd, damage, parts
             "page.jpg is a ",
         ),
         (("convert", "model", "page.jpg"), "page.jpg is a file; name a folder."),
-        (("eval", "--model", "model"), "model names no evaluators; give --retrieval or "),
+        (("eval", "--model", "model"), "model has no evaluator to run: give --config, "),
     ],
 )
 def test_wrong_input_is_one_line(folder, capfd, arguments, message):
