@@ -11,7 +11,7 @@ from PIL import Image
 
 from align_jax.cli import main as cli
 from align_jax.config import default_config
-from align_jax.data import images
+from align_jax.data import images, mixture
 from align_jax.data.sources import open_source as sources
 from align_jax.data.sources.record import Record
 from align_jax.plan import bench
@@ -36,7 +36,7 @@ def config(monkeypatch):
         Record(f"{i}", image if i % 4 else b"<html>", (f"a thing, number {i % 7}",))
         for i in range(32)
     ]
-    monkeypatch.setattr(sources, "open_source", lambda spec: Slow(records))
+    monkeypatch.setattr(mixture, "open_source", lambda spec: Slow(records))
     c = default_config()
     c.data.source = "slow"
     c.data.image_size, c.data.resize_size, c.data.num_threads = 32, 40, 1
@@ -85,7 +85,7 @@ def test_stages_and_pipeline_decode_as_the_config_says(config, monkeypatch, deco
     jpeg = io.BytesIO()
     Image.new("RGB", (600, 600)).save(jpeg, "JPEG")
     records = [Record("0", jpeg.getvalue(), ("words words",))]
-    monkeypatch.setattr(sources, "open_source", lambda spec: sources.InMemory(records))
+    monkeypatch.setattr(mixture, "open_source", lambda spec: sources.InMemory(records))
     monkeypatch.setattr(images, "simplejpeg", None)
     loaded, to_rgb = [], images._to_rgb
     monkeypatch.setattr(images, "_to_rgb", lambda image: loaded.append(image.size) or to_rgb(image))
@@ -103,7 +103,7 @@ def test_input_of_a_mixture_reads_all_of_its_sources(config):
 
 def test_input_without_a_usable_record_is_an_error(config, monkeypatch):
     records = [Record("0", b"", ("words words",))]
-    monkeypatch.setattr(sources, "open_source", lambda spec: sources.InMemory(records))
+    monkeypatch.setattr(mixture, "open_source", lambda spec: sources.InMemory(records))
     with pytest.raises(RuntimeError, match="none of 32 records can be used: {'image_empty': 32}"):
         measure(config)
 

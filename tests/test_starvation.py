@@ -34,24 +34,26 @@ def stuck_source(tmp_path, monkeypatch):
     monkeypatch.setattr(read_ahead, "STUCK_S", 1.5)
     monkeypatch.setattr(read_ahead, "_POLL_S", 0.1)
     monkeypatch.setattr(read_ahead, "_CLOSE_S", 0.2)
-    pipe = write_stuck_folder(tmp_path / "pairs")
-    yield open_source(str(tmp_path / "pairs"))
+    source, pipe = open_stuck(tmp_path / "pairs")
+    yield source
     # Those who still wait for the pipe read its end, and later ones find no file.
     descriptor = os.open(pipe, os.O_RDWR)
     pipe.unlink()
     os.close(descriptor)
 
 
-def write_stuck_folder(folder):
+def open_stuck(folder):
+    """Returns the open source and its file that became a pipe: storage that hung meanwhile."""
     folder.mkdir()
     for index in range(6):
         (folder / f"{index}.txt").write_text(f"caption {index}")
         pixels = np.full((8, 8, 3), index, np.uint8)
         (folder / f"{index}.ppm").write_bytes(b"P6 8 8 255\n" + pixels.tobytes())
         os.rename(folder / f"{index}.ppm", folder / f"{index}.bmp")
+    source = open_source(str(folder))
     (folder / "3.bmp").unlink()
     os.mkfifo(folder / "3.bmp")
-    return folder / "3.bmp"
+    return source, folder / "3.bmp"
 
 
 def failure_of(batches, num_batches=8):
@@ -138,16 +140,15 @@ def test_slow_source_is_reported_but_not_failed(monkeypatch, capfd):
 
 @pytest.mark.parametrize("end", ["fails", pytest.param("closes", marks=pytest.mark.slow)])
 def test_program_with_a_stuck_thread_ends_by_itself(tmp_path, end):
-    write_stuck_folder(tmp_path / "pairs")
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent("""
-        import sys
+        import pathlib, sys
         import test_starvation
         from align_jax.data import read_ahead
-        from align_jax.data.sources import open_source as sources
         read_ahead.STUCK_S = 1.0
-        batches = test_starvation.open_batches(sources.open_source(sys.argv[1]), num_threads=3)
+        source, _ = test_starvation.open_stuck(pathlib.Path(sys.argv[1]))
+        batches = test_starvation.open_batches(source, num_threads=3)
         next(batches)  # the pipe is in the third
         if sys.argv[2] == "fails":
             print(test_starvation.failure_of(batches)[0])
