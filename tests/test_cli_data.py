@@ -92,7 +92,6 @@ def test_wrong_pack_and_vocab_arguments_are_one_line(inside, capfd, arguments, m
         ("trian",),
         ("train", "--config", "config.py"),
         ("train", "--workdir", "new"),
-        ("eval",),
         ("eval", "--workdir", "run", "--step", "x"),
         ("eval", "--workdir", "run", "--config.eval.batch_size=3"),
         ("pack", "captions.jsonl?images=images"),

@@ -20,7 +20,7 @@ def add_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
         "or align eval --model kakaobrain/align-base --config configs/eval_small.py --skip-missing"
     )
     evaluate.set_defaults(takes_config=True)
-    model_verbs.add_model(evaluate, "--workdir", "--model")
+    model_verbs.add_model(evaluate, "--workdir", "--model", required=False)
     evaluate.add_argument(
         "--config", metavar="FILE", help="config whose eval.evaluators run; FILE:ROOT names data"
     )
@@ -58,11 +58,25 @@ def add_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     evaluate.add_argument(
         "--out", metavar="FILE", help="JSON; default for a workdir: WORKDIR/eval/align_eval.json"
     )
+    evaluate.add_argument(
+        "--clip-benchmark", metavar="DIR", help="also write CLIP_benchmark's JSON, a file each"
+    )
+    evaluate.add_argument(
+        "--report",
+        nargs="+",
+        metavar="RESULT",
+        help="no evaluation: JSON files or workdirs side by side, as Markdown to --out",
+    )
 
 
 def _evaluate(args, rest) -> None:
+    if args.report:
+        return _report(args)
+    if not args.model:
+        raise ValueError("--model (or --workdir) is missing: what shall be evaluated?")
+
     from align_jax import align, evals
-    from align_jax.evals import tables
+    from align_jax.evals import peers, tables
 
     chosen = _choose(args, rest)
     evaluators, skipped = _make(chosen, args.skip_missing)
@@ -86,11 +100,35 @@ def _evaluate(args, rest) -> None:
             "skipped": skipped,
         }
         evals.write_json(out, results, provenance, evals.problems_of(evaluators))
+    written = [out] if out else []
+    if args.clip_benchmark:
+        step = model.origin.step
+        written += peers.write_clip_benchmark(
+            args.clip_benchmark,
+            results,
+            evaluators,
+            model=model.origin.name,
+            pretrained="align_jax" if step is None else f"step{step}",
+        )
     print(tables.format_table(results, evaluators))
     for name, reason in skipped.items():
         print(f"{name}: not run: {reason}")
-    if out:
-        print(f"wrote {out}")
+    for path in written:
+        print(f"wrote {path}")
+
+
+def _report(args) -> None:
+    from align_jax.evals import comparison
+    from align_jax.storage import writing
+
+    text, warnings = comparison.compare(args.report)
+    if args.out:
+        writing.write_text(args.out, text)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    print(text, end="")
+    if args.out:
+        print(f"wrote {args.out}")
 
 
 def _choose(args: argparse.Namespace, rest: list[str]) -> dict[str, dict[str, Any]]:

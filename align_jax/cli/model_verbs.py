@@ -52,9 +52,9 @@ def add_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     convert.add_argument("--step", type=int, help="checkpoint of a workdir; default: the newest")
 
 
-def add_model(parser: argparse.ArgumentParser, *names: str) -> None:
+def add_model(parser: argparse.ArgumentParser, *names: str, required: bool = True) -> None:
     """Adds the options that choose a model: `names`, and --step."""
-    parser.add_argument(*names, dest="model", required=True, metavar="MODEL", help=_MODEL_HELP)
+    parser.add_argument(*names, dest="model", required=required, metavar="MODEL", help=_MODEL_HELP)
     parser.add_argument("--step", type=int, help="checkpoint of a workdir; default: the newest")
 
 

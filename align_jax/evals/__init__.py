@@ -42,7 +42,7 @@ class Evaluator(Protocol):
     It may also have: `table(metrics)`, header and rows of its part of the table (rows of equal
     headers stand together; without it, each metric is a row); `write_plots(folder)`, pictures of
     its last call; `problems`, what its last call left out; `stamps`, what identifies its data,
-    argument -> stamp.
+    argument -> stamp; `clip_benchmark(metrics)`, its task and metrics there.
     """
 
     name: str

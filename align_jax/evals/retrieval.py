@@ -15,6 +15,7 @@ import numpy as np
 from align_jax.data.images import decode_image
 from align_jax.data.sources.open_source import open_source
 from align_jax.data.sources.record import is_usable
+from align_jax.evals.peers import renamed
 from align_jax.evals.ranking import pair_ranks
 from align_jax.evals.records import count_problems, encode_records, name_of
 from align_jax.evals.top_k import top_k
@@ -234,6 +235,12 @@ class Retrieval:
         chances += [_chance(k, 1, num_images) for k in ks]
         chance = ["  chance", *(f"{chance:.1f}" for chance in chances), "", "", ""]
         return [[*header, "images", "captions", "skipped"], row, chance]
+
+    def clip_benchmark(self, metrics: Mapping[str, float]) -> tuple[str, dict[str, float]]:
+        """Returns task and metrics of CLIP_benchmark, whose image_retrieval is text to image."""
+        names = {f"image_retrieval_recall@{k}": f"text_to_image_r{k}" for k in (1, 5, 10)}
+        names |= {f"text_retrieval_recall@{k}": f"image_to_text_r{k}" for k in (1, 5, 10)}
+        return "zeroshot_retrieval", renamed(metrics, names)
 
     def write_plots(self, folder: Path) -> None:
         """Draws the gallery of the last call: `gallery_<name>.png`."""

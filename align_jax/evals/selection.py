@@ -18,6 +18,7 @@ from align_jax.data.sources import files
 from align_jax.data.sources.image_finder import printable
 from align_jax.data.sources.record import Record
 from align_jax.data.sources.tables import Row
+from align_jax.evals.peers import renamed
 from align_jax.evals.records import count_problems, encode_records
 from align_jax.storage import identity
 from align_jax.storage.paths import find_paths
@@ -116,6 +117,12 @@ class Selection:
             del metrics[f"text_accuracy_{next(iter(tasks))}"]
         metrics["num_questions"] = sum(map(len, tasks.values()))
         return metrics | count_problems(self.problems)
+
+    def clip_benchmark(self, metrics: Mapping[str, float]) -> tuple[str, dict[str, float]]:
+        """Returns task and metrics of CLIP_benchmark."""
+        kinds = {"text_acc": "text", "image_acc": "image", "acc": "group"}
+        names = {new: f"{kind}_accuracy" for new, kind in kinds.items()}
+        return "image_caption_selection", renamed(metrics, names)
 
     def table(self, metrics: Mapping[str, float]) -> list[list[str]]:
         """Returns header and rows of the table of results."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from align_jax.data.sources.open_source import open_labelled
 from align_jax.evals import presets
+from align_jax.evals.peers import renamed
 from align_jax.evals.ranking import pair_ranks
 from align_jax.evals.records import count_problems, encode_labelled
 from align_jax.evals.templates import SIMPLE, load_templates
@@ -174,6 +175,11 @@ class ZeroShot:
             "templates": self.templates,
             "class_names": self.class_names,
         }
+
+    def clip_benchmark(self, metrics: Mapping[str, float]) -> tuple[str, dict[str, float]]:
+        """Returns task and metrics of CLIP_benchmark; acc5 is left out where it writes NaN."""
+        names = {"acc1": "top1", "acc5": "top5", "mean_per_class_recall": "mean_per_class"}
+        return "zeroshot_classification", renamed(metrics, names)
 
     def table(self, metrics: Mapping[str, float]) -> list[list[str]]:
         """Returns header and rows of the table of results."""
