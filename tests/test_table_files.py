@@ -406,6 +406,7 @@ def test_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
         ("t.jsonl", '{"image": "a.jpg", "caption": "x"}\n'),
         ("t.json", '[{"image": "a.jpg", "caption": "x"}]'),
         ("captions.txt", "image,caption\na.jpg,x\n"),
+        ("t.token", "a.jpg#0\tx\n"),
     ):
         (tmp_path / name).write_text("\ufeff" + content, "utf-8")
         check_all(tmp_path / name, {"a.jpg": ["x"]}, {})
@@ -419,4 +420,7 @@ def test_places_are_lines_of_text_and_rows_of_others(tmp_path):
 
 
 def test_every_suffix_is_opened():
-    assert table_files.TABLE_SUFFIXES == (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
+    assert table_files.TABLE_SUFFIXES == (
+        *(".csv", ".tsv", ".txt", ".token"),
+        *(".json", ".jsonl", ".parquet"),
+    )

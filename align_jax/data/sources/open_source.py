@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from align_jax.data.sources import files, parquet
+from align_jax.data.sources.classified_tars import open_classified_tars
 from align_jax.data.sources.img2dataset import Img2Dataset, is_img2dataset
 from align_jax.data.sources.karpathy import open_karpathy
 from align_jax.data.sources.packed import TfdsPairs, find_tfds_folder
@@ -141,6 +142,7 @@ def open_labelled(spec: str) -> LabelledSource:
     | `test.zip?classes=classes.tsv` | members `class/file`; TSV of index, folder, name |
     | `folder` | a sub-folder for each class, numbered in the order of their names |
 
+    | `wds/test`, `wds/test/*.tar` | tars of `key.jpg` + `key.cls`, and `classnames.txt` |
     | `folder?split=test`, `test-*.parquet` | Parquet with image bytes and labels |
 
     `max=N` keeps N of the images, evenly spaced, so that all classes stay.
@@ -160,6 +162,10 @@ def open_labelled(spec: str) -> LabelledSource:
         return ParquetLabelled(spec, tables, _limit(spec, options))
     paths = files.expand(path, _ACCEPTED_LABELLED)
     _check_options(spec, options, ("classes", "max"))
+    if "classes" not in options:
+        classified = open_classified_tars(spec, path, _limit(spec, options))
+        if classified is not None and len(classified):
+            return classified
     source = files.open_class_folders(spec, paths, options.get("classes"), _limit(spec, options))
     if len(source) == 0:
         raise ValueError(f"{spec} holds no labelled image. {source.problems}".strip())

@@ -8,6 +8,7 @@ captions.py (texts alone) and curate/filter/ingest.py (metadata).
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,9 +16,10 @@ from align_jax.data.sources import separated
 from align_jax.data.sources.column_names import CAPTION_COLUMNS, IMAGE_COLUMNS, find_column
 from align_jax.storage import text
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
+TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".token", ".json", ".jsonl", ".parquet")
 BATCH_ROWS = 2**16  # of Parquet and JSON; of the others, what is in a block of lines
 _SAMPLE_ROWS = 100
+_TOKEN = re.compile(r"(?P<image>[^\t]+)#\d+\t(?P<caption>.*)")
 _SHOWN_CHARS = 200  # of a line that is no row
 
 
@@ -97,7 +99,8 @@ def open_table(path: str) -> Table:
 
     `.csv` (comma, tab, ; or | as the header shows), `.tsv` (tabs, no quotes), `.jsonl` (an object a
     line), `.json` (a list of objects, or COCO's `images` and `annotations`), `.parquet`, `.txt` (as
-    .csv if its header names images and captions, else a column `text` with a caption a line). A
+    .csv if its header names images and captions; `image.jpg#0`, tab, caption as in Flickr's .token;
+    else a column `text` with a caption a line). A
     header may be missing where the columns are a text and a URL (CC3M, CC12M).
 
     Raises:
@@ -153,7 +156,9 @@ def _open_separated(path: str, suffix: str) -> Table:
     first, second = ([block.lines[i] for i in filled] + ["", ""])[:2]
     delimiter = "\t" if suffix == ".tsv" else separated.find_delimiter(first)
     header = [name.strip() for name in separated.split_line(first, delimiter)] if first else []
-    if suffix == ".txt" and not (
+    if suffix in (".txt", ".token") and _TOKEN.match(first):
+        return _Tokens(path)
+    if suffix in (".txt", ".token") and not (
         find_column(header, CAPTION_COLUMNS) and find_column(header, IMAGE_COLUMNS)
     ):
         return _Lines(path)
@@ -235,6 +240,30 @@ class _Lines(Table):
             numbers = range(block.first, block.first + len(lines))
             repaired = set(block.repaired - block.too_long)
             yield Batch(dict.fromkeys(columns, lines), numbers, lost, repaired, block.num_bytes)
+
+
+class _Tokens(Table):
+    """Flickr8k's and Flickr30k's lines: `image.jpg#0`, a tab, a caption; blank lines are none."""
+
+    def __init__(self, path: str):
+        super().__init__(path, ["image", "caption"], {"image": "", "caption": ""})
+
+    def read(self, columns: Sequence[str]) -> Iterator[Batch]:
+        for block in text.read_blocks(self.path):
+            rows: list[dict[str, str]] = []
+            numbers, lost, repaired = [], {}, set()
+            for i, line in enumerate(block.lines):
+                if not line.strip():
+                    continue
+                found = None if i in block.too_long else _TOKEN.match(line)
+                if found is None:
+                    lost[len(rows)] = line.strip()[:_SHOWN_CHARS]
+                elif i in block.repaired:
+                    repaired.add(len(rows))
+                rows.append(found.groupdict() if found else {})
+                numbers.append(block.first + i)
+            cells = {name: [row.get(name) for row in rows] for name in columns}
+            yield Batch(cells, numbers, lost, repaired, block.num_bytes)
 
 
 class _JsonLines(Table):
