@@ -383,7 +383,9 @@ def test_other_columns_are_carried_along_with_their_types(tmp_path):
         "Words": ["taken"] * 3,
         "odd name": ["left out"] * 3,
     }
-    _, out = curate_table(tmp_path, table, "num_chars(at_least=4)")
+    made, out = curate_table(tmp_path, table, "num_chars(at_least=4)")
+    left_out = made["problems"]["column_left_out"]
+    assert left_out["count"] == 3 and left_out["first"].endswith(": exif")
     kept = pq.read_table(out / "kept.parquet")
     assert kept.column_names == ["key", "text", "license", "views", "score"]
     assert kept.schema.field("views").type == pa.int64()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 
 # Nothing is lost with what lies beside the data, nor with a text that is used after repair.
-BESIDE = ("file_not_an_image", "name_hidden", "link_repeated", "text_repaired")
+BESIDE = ("file_not_an_image", "name_hidden", "link_repeated", "text_repaired", "column_left_out")
 
 
 def reason_of(error: Exception) -> str:

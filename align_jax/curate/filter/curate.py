@@ -27,7 +27,7 @@ from align_jax.curate import filter as filter_package
 from align_jax.curate.filter import columns as columns_lib
 from align_jax.curate.filter import engines, ingest, report, unigrams
 from align_jax.curate.filter import rules as rules_lib
-from align_jax.curate.filter.metadata_table import PROBLEMS
+from align_jax.curate.filter.metadata_table import PROBLEMS, Metadata
 from align_jax.curate.filter.presets import Preset, load_preset
 from align_jax.storage import identity, problems, writing
 
@@ -119,7 +119,7 @@ def curate(
         }
         parts = part_files(table_dir)
         head["text_repaired"] = ingest.count_repaired(parts)
-        head["problems"] = problems.report(_problems_of_scans(files), source)
+        head["problems"] = problems.report(_problems_of(files, chosen), source)
         made = report.write_results(parts, reasons, plan, head, str(out))
         shutil.rmtree(stages)
     return made
@@ -150,14 +150,16 @@ def part_files(table_dir: str) -> list[str]:
     return [os.path.join(table_dir, name) for name in names]
 
 
-def _problems_of_scans(files: list[str]) -> problems.Problems:
-    """Returns what `align scan` could not use when it made the tables."""
+def _problems_of(files: list[str], chosen: Mapping[str, str]) -> problems.Problems:
+    """Returns what `align scan` could not use when it made the tables, and columns left out."""
     from align_jax.curate.scan import read_report
 
     found = problems.Problems()
     for path in files:
         scanned = read_report(path) if path.lower().endswith(".parquet") else None
         found.merge(problems.from_json((scanned or {}).get("problems", {})))
+        for name in Metadata(path, chosen).left_out:
+            found.add("column_left_out", f"{path}: {name}")
     return found
 
 

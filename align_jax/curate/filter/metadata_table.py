@@ -29,6 +29,7 @@ class Metadata:
       table: the file.
       found: {canonical name: names in the file}.
       others: {name: type} of further columns with plain values, which are carried along.
+      left_out: names of those that no engine takes: nested values, odd or reserved names.
       repaired: rows read so far whose text was repaired.
     """
 
@@ -38,6 +39,9 @@ class Metadata:
         self.others = columns.other_columns(self.table, self.found)
         # img2dataset's tables hold what could not be downloaded, too.
         self._status = ["status"] if {"status", "error_message"} <= set(self.table.names) else []
+        used = {name for names in self.found.values() for name in names}
+        used |= {*self.others, *self._status}
+        self.left_out = [name for name in self.table.names if name not in used]
         (key,) = self.found.get("key", [""])
         self._key_is_image = key.strip().lower() in IMAGE_COLUMNS
         self.repaired = 0
