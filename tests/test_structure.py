@@ -88,14 +88,7 @@ OPENS = {
 NOT_YET_TYPED = (
     "cli",
     "curate",
-    "data/sources",
-    "data/tokenizer.py",
     "embed.py",
-    "hf",
-    "run/metrics.py",
-    "run/signals.py",
-    "run/workdir.py",
-    "storage/text.py",
 )
 
 

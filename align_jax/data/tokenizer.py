@@ -76,7 +76,7 @@ class Tokenizer:
             raise ValueError("it has no padding token.")
         self.pad_id = pad
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str, dict[str, str]]]:
         return Tokenizer, (self._content, self._special)
 
     @property
@@ -218,7 +218,7 @@ def train_wordpiece(
     normalise = _normalizer(_bert_options(lowercase, strip_accents)).normalize_str
     pre_tokenize = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
 
-    def split(caption):
+    def split(caption: str) -> list[str]:
         words = (word for word, _ in pre_tokenize(normalise(caption)))
         return [word for word in words if len(word) <= _MAX_WORD_CHARS]
 

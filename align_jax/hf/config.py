@@ -5,7 +5,7 @@ Tensors are `convert`'s business. Source: hf_align_parity 1.2 to 1.11 (transform
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -299,7 +299,7 @@ def _activation(group: str, name: str) -> str:
     return name
 
 
-def _only(key: str, values, allowed: tuple) -> None:
+def _only(key: str, values: Iterable[int | str], allowed: Sequence[int | str]) -> None:
     for value in values:
         if value not in allowed:
             options = ", ".join(map(str, allowed))

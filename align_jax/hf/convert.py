@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from align_jax import trees
@@ -150,7 +151,9 @@ def image_from_hf(
     return {name: part["image"] for name, part in _read(found, tree, model).items()}
 
 
-def text_from_bert(tensors: Mapping[str, np.ndarray], model: dual_encoder.DualEncoder) -> dict:
+def text_from_bert(
+    tensors: Mapping[str, np.ndarray], model: dual_encoder.DualEncoder
+) -> dict[str, Any]:
     """Returns the parameters of the text tower alone (subtree "text").
 
     Args:
@@ -244,7 +247,11 @@ def hf_name(name: str, model: dual_encoder.DualEncoder) -> str:
     raise KeyError(f"The Hugging Face format has no place for {name}.")
 
 
-def _read(tensors: Mapping[str, np.ndarray], shapes: Any, model: dual_encoder.DualEncoder) -> Any:
+def _read(
+    tensors: Mapping[str, np.ndarray],
+    shapes: dual_encoder.Variables,
+    model: dual_encoder.DualEncoder,
+) -> dual_encoder.Variables:
     """Returns `shapes` filled from `tensors`, which must be exactly those needed."""
     expected = {}
     for name, leaf in trees.named_leaves(shapes):
@@ -256,21 +263,23 @@ def _read(tensors: Mapping[str, np.ndarray], shapes: Any, model: dual_encoder.Du
     if difference:
         raise ValueError(f"The Hugging Face checkpoint does not fit the model: {difference}.")
 
-    def fill(name, leaf):
+    def fill(name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         value = _to_ours(name, tensors[hf_name(name, model)], len(leaf.shape))
         return np.array(value, np.float32, order="C")  # a copy: the file may be replaced
 
     return trees.map_named(fill, shapes)
 
 
-def _fold(variables: dual_encoder.Variables, model: dual_encoder.DualEncoder):
+def _fold(
+    variables: dual_encoder.Variables, model: dual_encoder.DualEncoder
+) -> tuple[dual_encoder.Variables, dual_encoder.DualEncoder]:
     """Returns (variables, model) with the image projection in the last block's convolution."""
     folded = hf_config.fold_image_projection(model)
     params, stats = variables["params"], variables["batch_stats"]
     stage = f"stage{len(model.image.stages)}"
     block, moments = params["image"][stage]["block0"], stats["image"][stage]["block0"]
 
-    def double(leaf):
+    def double(leaf: np.ndarray | jax.Array) -> np.ndarray:
         return np.asarray(leaf, np.float64)
 
     mean, var = (double(moments["project_bn"][name]) for name in ("mean", "var"))
@@ -284,7 +293,7 @@ def _fold(variables: dual_encoder.Variables, model: dual_encoder.DualEncoder):
     new_block = block | {"project": {"kernel": kernel}, "project_bn": {"scale": one, "bias": bias}}
     new_moments = moments | {"project_bn": {"mean": 0 * one, "var": one - model.image.bn_eps}}
 
-    def with_block(tree, block):
+    def with_block(tree: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
         return tree | {"image": tree["image"] | {stage: {"block0": block}}}
 
     params = {name: leaf for name, leaf in params.items() if name != "image_projection"}
@@ -306,6 +315,7 @@ def _to_ours(name: str, value: np.ndarray, rank: int) -> np.ndarray:
 def _to_theirs(name: str, value: np.ndarray) -> np.ndarray:
     if not name.endswith("/kernel"):
         return value
-    if value.ndim == 4:
+    if value.ndim == 4:  # [k, k, in, out] -> [out, in, k, k]
         return value.transpose(3, 2, 0, 1)
+    # [in, out] -> [out, in, 1, 1] of a convolution, [out, in] of Linear
     return value.T[:, :, None, None] if "/image/" in name else value.T

@@ -68,7 +68,7 @@ def make_card(
     return "\n".join(sections)
 
 
-def _training(config, step) -> Sequence[tuple[str, str]]:
+def _training(config: ConfigDict, step: int | None) -> Sequence[tuple[str, str]]:
     batch_size, c = config.train.batch_size, config
     sources = [(entry.source, entry.get("weight", 1)) for entry in c.data.mixture.values()]
     shares = [(source, f" x {weight:g}") for source, weight in sources] or [(c.data.source, "")]
@@ -88,7 +88,9 @@ def _training(config, step) -> Sequence[tuple[str, str]]:
     ]
 
 
-def _sizes(model, variables) -> Sequence[tuple[str, str]]:
+def _sizes(
+    model: dual_encoder.DualEncoder, variables: dual_encoder.Variables
+) -> Sequence[tuple[str, str]]:
     params = variables["params"]
     text = model.text
     return [
@@ -115,6 +117,6 @@ def _preprocessing(p: Preprocessing) -> Sequence[tuple[str, str]]:
     ]
 
 
-def _table(title, rows) -> str:
+def _table(title: str, rows: Sequence[tuple[str, str]]) -> str:
     lines = [f"| {key} | {value} |" for key, value in rows]
     return "\n".join([f"## {title}", "", "| | |", "|---|---|", *lines]) + "\n"

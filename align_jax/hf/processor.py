@@ -142,7 +142,8 @@ def _find_image_config(folder: Path) -> tuple[Path, dict[str, Any]]:
     )
 
 
-def _sizes(config):
+def _sizes(config: dict[str, Any]) -> tuple[int, int]:
+    """Sides before and after the crop, pixels."""
     kind = config.get("image_processor_type") or config.get("feature_extractor_type")
     if kind is not None and not kind.startswith("EfficientNet"):
         raise ValueError(f"the image processor is {kind}; use EfficientNetImageProcessor.")
@@ -160,14 +161,14 @@ def _sizes(config):
     return resize_size, image_size
 
 
-def _side(name, size):
+def _side(name: str, size: int | dict[str, int]) -> int:
     sides = (size, size) if isinstance(size, int) else (size.get("height"), size.get("width"))
     if sides[0] != sides[1] or not isinstance(sides[0], int) or sides[0] < 1:
         raise ValueError(f"{name} is {json.dumps(size)}; it must have equal height and width.")
     return sides[0]
 
 
-def _check_scale(config):
+def _check_scale(config: dict[str, Any]) -> None:
     """All steps are affine, so two grey levels show what becomes of every one."""
     mean, std = (
         value if isinstance(value, list | tuple) else [value]
@@ -190,7 +191,7 @@ def _check_scale(config):
             )
 
 
-def _max_tokens(path):
+def _max_tokens(path: Path) -> int:
     limit = _read_json(path).get("model_max_length") if path.is_file() else None
     if limit is None or (isinstance(limit, int | float) and limit > 2**20):  # 1e30: no limit
         return _DEFAULT_MAX_TOKENS

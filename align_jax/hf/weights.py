@@ -13,7 +13,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  # safetensors asks NumPy for bfloat16, which this registers
 import numpy as np
@@ -148,7 +148,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _decode(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """Returns uint8 `raw` as numbers; half precisions as float32."""
+    """Returns uint8 [bytes] as numbers [elements]; half precisions as float32."""
     if dtype == "bfloat16":
         return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
     array = raw.view(dtype)
@@ -177,14 +177,21 @@ class _Refused(pickle.UnpicklingError):
 class _RebuildTensor:
     __slots__ = ()
 
-    def __call__(self, storage, offset, shape, strides, *_unused) -> _Tensor:
+    def __call__(
+        self,
+        storage: _Storage,
+        offset: int,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        *_unused: object,
+    ) -> _Tensor:
         return _Tensor(storage, offset, shape, strides)
 
 
 class _RebuildParameter:
     __slots__ = ()
 
-    def __call__(self, tensor, *_unused):
+    def __call__(self, tensor: _Tensor, *_unused: object) -> _Tensor:
         return tensor
 
 
@@ -197,13 +204,13 @@ _ADMITTED = {
 
 
 class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> object:
         admitted = _ADMITTED.get(f"{module}.{name}")
         if admitted is None:
             raise _Refused(f"{module}.{name}")
         return admitted
 
-    def persistent_load(self, pid) -> _Storage:
+    def persistent_load(self, pid: tuple[Any, ...]) -> _Storage:
         kind, dtype, key, _device, size = pid
         if kind != "storage" or dtype not in _TORCH_DTYPES.values() or not isinstance(key, str):
             raise pickle.UnpicklingError(f"unknown storage {pid!r}")
@@ -249,7 +256,7 @@ def _read_torch(path: Path, data: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _entry(data: np.ndarray, entries: Mapping[str, zipfile.ZipInfo], name: str) -> np.ndarray:
-    """Returns the bytes of a file in the archive, as a view."""
+    """Returns the bytes of a file in the archive `data`, both uint8 [bytes], as a view."""
     if name not in entries:
         raise pickle.UnpicklingError(f"the archive has no {name}")
     info = entries[name]
@@ -264,6 +271,7 @@ def _entry(data: np.ndarray, entries: Mapping[str, zipfile.ZipInfo], name: str) 
 
 
 def _strided_view(storage: np.ndarray, tensor: _Tensor) -> np.ndarray:
+    """Returns a view [*tensor.shape] of the elements [N] of a storage."""
     size = storage.itemsize
     # NumPy checks that every element lies in the buffer.
     view = np.ndarray(

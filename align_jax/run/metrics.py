@@ -91,7 +91,7 @@ class MetricWriter:
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def _append(self, file: TextIO, step: int, values: Mapping[str, Any]) -> None:
@@ -301,7 +301,7 @@ class _TensorBoardFile:
     def close(self) -> None:
         self._file.close()
 
-    def _write(self, **fields) -> None:
+    def _write(self, **fields: int | str | Summary | SessionLog) -> None:
         event = Event(wall_time=time.time(), **fields)
         self._records.write(event.SerializeToString())
         self._file.flush()

@@ -35,7 +35,7 @@ class StopSignals:
             self._before = {number: signal.signal(number, self._catch) for number in _SIGNALS}
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

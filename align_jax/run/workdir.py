@@ -10,8 +10,9 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -189,14 +190,14 @@ def captions(source: PairSource, problems: Problems) -> Iterator[str]:
         problems.add(reason, source.where(index))
 
 
-def _read_preprocessing(path):
+def _read_preprocessing(path: Path) -> Preprocessing:
     try:
         return Preprocessing(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:  # no file, not JSON, other keys
         raise ValueError(f"{path} cannot be used: {error}") from error
 
 
-def _describe(config, tokenizer):
+def _describe(config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer) -> Preprocessing:
     return Preprocessing(
         image_size=config.data.image_size,
         resize_size=config.data.resize_size,
@@ -207,7 +208,7 @@ def _describe(config, tokenizer):
     )
 
 
-def _check_same_run(workdir, config):
+def _check_same_run(workdir: Path, config: ConfigDict) -> None:
     before = _flatten(load_config(workdir).to_dict())
     now = _flatten(config_lib.from_json(config_lib.to_json(config)).to_dict())
     for key in sorted(before | now):
@@ -266,7 +267,7 @@ def _check_same_tokenizer(workdir: Path, given: str, tokenizer: tokenizer_lib.To
         )
 
 
-def _flatten(tree, prefix=""):
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in tree.items():
         if isinstance(value, dict):

@@ -35,7 +35,7 @@ class BadText(OSError):
         super().__init__(message)
         self.reason = reason
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["BadText"], tuple[str, ...]]:
         return type(self), (self.reason, *self.args)
 
 

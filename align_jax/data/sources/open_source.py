@@ -8,7 +8,7 @@ pickled and read from any thread or process.
 import hashlib
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from align_jax.data.sources import files, parquet
@@ -229,17 +229,17 @@ def _parquet_files(path: str, options: dict[str, str]) -> list[str]:
     return parquet.find_files(path, options.get("split"))
 
 
-def _check_options(spec, options, known):
+def _check_options(spec: str, options: Iterable[str], known: Sequence[str]) -> None:
     for name in options:
         if name not in known:
             raise ValueError(f"{spec} has an unknown option {name!r}; known: {', '.join(known)}.")
 
 
-def _limit(spec, options):
+def _limit(spec: str, options: Mapping[str, str]) -> int | None:
     return _integer(spec, "max", options["max"], least=1) if "max" in options else None
 
 
-def _caption_weights(spec, options):
+def _caption_weights(spec: str, options: Mapping[str, str]) -> dict[str, float] | None:
     if "captions" not in options:
         return None
     weights = {}
@@ -258,7 +258,7 @@ def _caption_weights(spec, options):
     return weights
 
 
-def _scene_options(spec, options):
+def _scene_options(spec: str, options: dict[str, str]) -> dict[str, int]:
     if "size" not in options:
         raise ValueError(f"{spec} needs a size, e.g. scenes?size=20000&seed=1.")
     return {
@@ -267,13 +267,15 @@ def _scene_options(spec, options):
     }
 
 
-def _integer(spec, name, value, least):
+def _integer(spec: str, name: str, value: str, least: int) -> int:
     if not value.isdecimal() or int(value) < least:
         raise ValueError(f"{spec}: {name}={value} must be an integer of at least {least}.")
     return int(value)
 
 
-def _open_table(spec, path, options, weights):
+def _open_table(
+    spec: str, path: str, options: Mapping[str, str], weights: Mapping[str, float] | None
+) -> files.FilePairs:
     if not os.path.isfile(path):
         raise ValueError(f"{path} does not exist; accepted: {_ACCEPTED}.")
     if "images" not in options:

@@ -13,7 +13,7 @@ import os
 import resource
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,10 @@ from align_jax.data.sources.record import Record, weigh_captions
 from align_jax.storage import identity
 from align_jax.storage.problems import Problems
 
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordReader
+
 # What a packed dataset has: all captions of an image, and the column that each is from.
 _PACKED = ("captions", "caption_columns")
 _NESTED_CAPTIONS = ("text", "raw", "caption")
@@ -29,7 +33,9 @@ _KEYS = ("key", "image/filename", "filename", "file_name", "image/id", "image_id
 
 
 _MOST_OPEN = 512  # shards of a process; fewer where it may open few files
-_readers: collections.OrderedDict[tuple[object, str], Any] = collections.OrderedDict()
+_readers: collections.OrderedDict[tuple[object, str], "ArrayRecordReader"] = (
+    collections.OrderedDict()
+)
 _readers_lock = threading.Lock()
 
 
@@ -149,17 +155,17 @@ class TfdsPairs:
             ]
         )
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         for name in ("_lock", "_opened", "_features", "_decoders"):
             state[name] = None
         return state
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock, self._opened = threading.Lock(), object()
 
-    def _find_features(self, features):
+    def _find_features(self, features: "tfds.features.FeaturesDict") -> None:
         found = [name for name in CAPTION_COLUMNS if name in features][:1]
         names = found if self._weights is None else list(self._weights)
         if self._weights and not set(names) & set(features) and set(_PACKED) <= set(features):
@@ -176,7 +182,10 @@ class TfdsPairs:
         others = set(features) - {"image", self._key, *_PACKED, *CAPTION_COLUMNS, *names}
         self._metadata = sorted(name for name in others if _is_scalar(features[name]))
 
-    def _weigh(self, texts):
+    def _weigh(
+        self, texts: dict[str, list[str]]
+    ) -> tuple[tuple[str, ...], tuple[float, ...], tuple[str, ...]]:
+        """Returns (captions, weights, columns) of a Record."""
         if self._weights is None:
             (captions,) = texts.values()
             return tuple(captions), (), ()
@@ -187,7 +196,7 @@ class TfdsPairs:
             texts = columns
         return weigh_captions(texts, self._weights)
 
-    def _find_text(self, name, feature):
+    def _find_text(self, name: str, feature: "tfds.features.FeatureConnector") -> str | None:
         inner = getattr(feature, "feature", feature)  # a Sequence holds another feature
         if not hasattr(inner, "keys"):
             return None
@@ -198,7 +207,7 @@ class TfdsPairs:
             )
         return nested
 
-    def _open(self, builder):
+    def _open(self, builder: "tfds.core.DatasetBuilder") -> None:
         import tensorflow_datasets as tfds
 
         names = {"image", *self._captions, *([self._key] if self._key else []), *self._metadata}
@@ -209,7 +218,7 @@ class TfdsPairs:
         )
 
 
-def _open_shard(source: object, path: str, num_records: int) -> Any:
+def _open_shard(source: object, path: str, num_records: int) -> "ArrayRecordReader":
     """Returns a reader of a shard; a process holds the ones used last, of all its sources.
 
     A reader that falls out of them is closed when nobody reads from it any more.
@@ -257,7 +266,7 @@ def _why(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
-def _is_scalar(feature: Any) -> bool:
+def _is_scalar(feature: "tfds.features.FeatureConnector") -> bool:
     return getattr(feature, "shape", None) == () and np.dtype(feature.np_dtype).kind in "iufO"
 
 
@@ -272,7 +281,8 @@ def _present(values: Mapping[str, Any]) -> dict[str, str | int | float]:
     return found
 
 
-def _texts(value, nested):
+def _texts(value: bytes | np.ndarray | Mapping[str, np.ndarray], nested: str | None) -> list[str]:
+    """The captions of a record: a text, [N] texts, or [N] texts in the feature `nested`."""
     values = value[nested] if nested else value
     values = [values] if isinstance(values, bytes) else values
     return [text.decode("utf-8", "replace") for text in values]
@@ -295,7 +305,7 @@ def find_tfds_folder(path: str) -> str | None:
     return found[0] if found else None
 
 
-def _open_builder(folder):
+def _open_builder(folder: str) -> "tfds.core.DatasetBuilder":
     # Imported late: TFDS costs a third of a second and most sources do not need it.
     import tensorflow_datasets as tfds
 

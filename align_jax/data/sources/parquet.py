@@ -15,7 +15,7 @@ import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,10 @@ from align_jax.storage.paths import find_paths
 from align_jax.storage.problems import Problems
 from align_jax.storage.text import check_caption
 
+if TYPE_CHECKING:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
 SUFFIX = ".parquet"
 _IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes")
 _KEY_COLUMNS = ("key", "__key__", "uid", "image_id", "id")
@@ -35,7 +39,9 @@ _LABEL_COLUMNS = ("label", "cls", "labels", "class")
 _SHARD_NAME = re.compile(r"(.+?)-\d{5}-of-\d{5}.*\.parquet")
 _HELD_BYTES = 2**28  # of row groups, in a process; the last two in any case
 _MOST_GROUP_BYTES = 2**31
-_held: collections.OrderedDict[tuple, Any] = collections.OrderedDict()
+_held: collections.OrderedDict[tuple[str, int, tuple[str, ...]], "pyarrow.Table"] = (
+    collections.OrderedDict()
+)
 _held_lock = threading.Lock()
 
 
@@ -302,7 +308,7 @@ class ParquetLabelled(ParquetTable):
         return file, row if file.rows is None else int(file.rows[row])
 
 
-def _open(path: str) -> Any:
+def _open(path: str) -> "ParquetFile":
     try:
         from pyarrow import parquet
     except ImportError as error:
@@ -322,7 +328,7 @@ def _image_column(path: str) -> str | None:
     return find_column(names, _IMAGE_COLUMNS)
 
 
-def _holds_bytes(kind: Any) -> bool:
+def _holds_bytes(kind: "pyarrow.DataType") -> bool:
     from pyarrow import types
 
     if types.is_struct(kind):
@@ -330,14 +336,14 @@ def _holds_bytes(kind: Any) -> bool:
     return types.is_binary(kind) or types.is_large_binary(kind)
 
 
-def _is_scalar(kind: Any) -> bool:
+def _is_scalar(kind: "pyarrow.DataType") -> bool:
     from pyarrow import types
 
     kinds = (types.is_string, types.is_large_string, types.is_integer, types.is_floating)
     return any(is_(kind) for is_ in kinds)
 
 
-def _class_names(schema: Any, column: str) -> list[str] | None:
+def _class_names(schema: "pyarrow.Schema", column: str) -> list[str] | None:
     """Returns what `datasets` has written of a column of labels."""
     try:
         content = json.loads((schema.metadata or {})[b"huggingface"])
@@ -346,7 +352,7 @@ def _class_names(schema: Any, column: str) -> list[str] | None:
         return None
 
 
-def _read_group(path: str, group: int, columns: tuple[str, ...]) -> Any:
+def _read_group(path: str, group: int, columns: tuple[str, ...]) -> "pyarrow.Table":
     """Returns some columns of a row group; a process holds those used last."""
     import pyarrow as pa
 

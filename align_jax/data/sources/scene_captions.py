@@ -1,6 +1,14 @@
 """Noisy web-like captions of procedural scenes; what a scene is and looks like is in scenes.py."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
+
 import numpy as np
+
+if TYPE_CHECKING:
+    from align_jax.data.sources import scenes
+
+_T = TypeVar("_T")
 
 # How web authors write the names above; the name itself stands first and is used most.
 _SYNONYMS = {
@@ -41,8 +49,10 @@ _UNRELATED = (
 )
 
 
-def write_captions(scene, rng: np.random.Generator, noise: float) -> tuple[str, ...]:
-    """Returns two or three captions of a scenes._Scene, the first one nearly complete.
+def write_captions(
+    scene: "scenes._Scene", rng: np.random.Generator, noise: float
+) -> tuple[str, ...]:
+    """Returns two or three captions of a scene, the first one nearly complete.
 
     Args:
       scene: what to describe.
@@ -60,10 +70,12 @@ def write_captions(scene, rng: np.random.Generator, noise: float) -> tuple[str, 
     return tuple(captions)
 
 
-def _write_caption(scene, rng, drop_rate, noise):
+def _write_caption(
+    scene: "scenes._Scene", rng: np.random.Generator, drop_rate: float, noise: float
+) -> str:
     """One caption; size, place and background are each left out at `drop_rate`."""
 
-    def kept():
+    def kept() -> bool:
         return rng.random() >= drop_rate
 
     objects = list(scene.objects)
@@ -97,12 +109,12 @@ def _write_caption(scene, rng, drop_rate, noise):
     return _add_junk(caption, rng, noise)
 
 
-def _say(rng, name):
+def _say(rng: np.random.Generator, name: str) -> str:
     names = _SYNONYMS.get(name, (name,))
     return names[0] if rng.random() < 0.7 else _pick(rng, names)
 
 
-def _say_place(rng, position):
+def _say_place(rng: np.random.Generator, position: str) -> str:
     if position == "center":
         return _pick(rng, ("in the center", "in the middle", "center", "centered"))
     if position in ("left", "right"):
@@ -113,21 +125,21 @@ def _say_place(rng, position):
     return _pick(rng, (position, f"at the {position}", f"in the {position} corner", corner))
 
 
-def _say_relation(rng, relation):
+def _say_relation(rng: np.random.Generator, relation: str) -> str:
     if relation in ("left of", "right of"):
         return _pick(rng, (relation, f"to the {relation}"))
     return relation.replace("and ", "and to the ") if rng.random() < 0.5 else relation
 
 
-def _pick(rng, items):
+def _pick(rng: np.random.Generator, items: Sequence[_T]) -> _T:
     return items[int(rng.integers(len(items)))]
 
 
-def _a(phrase):
+def _a(phrase: str) -> str:
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
-def _add_junk(caption, rng, noise):
+def _add_junk(caption: str, rng: np.random.Generator, noise: float) -> str:
     if rng.random() < noise:
         caption = _pick(rng, _LEADS).format(rng.integers(1000, 10000)) + caption
     if rng.random() < noise:

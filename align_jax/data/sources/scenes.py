@@ -8,6 +8,7 @@ then share no random number. Captions say left and right, so mirroring must be o
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -63,6 +64,7 @@ POSITIONS = {
     "bottom right": (0.74, 0.74),
 }
 
+_T = TypeVar("_T")
 _SINGLE = 0.5  # share of scenes with one object
 _MIN_IMAGE_SIZE_PX = 16
 _MIN_CONTRAST = 110  # Euclidean distance in RGB between an object and its background
@@ -159,7 +161,7 @@ class Scenes:
         side = self.image_size_px
         return f"scenes: {self.size} procedural pairs, {side}x{side} px, seed {self.seed}"
 
-    def _write(self, index):
+    def _write(self, index: int) -> tuple[_Scene, tuple[str, ...], np.random.Generator]:
         rng = _rng(self.seed, index, self.size)
         scene = _draw_scene(rng, 1 if rng.random() < _SINGLE else self.max_objects)
         return scene, write_captions(scene, rng, self.noise), rng
@@ -219,7 +221,7 @@ def paint_object(
     return _paint(_draw_scene(rng, 1, shape, colour), rng, image_size_px)
 
 
-def _check(size, seed, image_size_px):
+def _check(size: int, seed: int, image_size_px: int) -> None:
     if size < 0 or seed < 0:
         raise ValueError(f"size={size} and seed={seed} of scenes must not be negative.")
     if image_size_px < _MIN_IMAGE_SIZE_PX:
@@ -228,13 +230,15 @@ def _check(size, seed, image_size_px):
         )
 
 
-def _rng(seed, index, size):
+def _rng(seed: int, index: int, size: int) -> np.random.Generator:
     if not 0 <= index < size:
         raise IndexError(f"Scene {index} of {size}.")
     return np.random.default_rng([seed, index])
 
 
-def _draw_scene(rng, num_objects, shape=None, colour=None):
+def _draw_scene(
+    rng: np.random.Generator, num_objects: int, shape: str | None = None, colour: str | None = None
+) -> _Scene:
     if num_objects == 1:
         places, relation = ["center"], ""
     else:
@@ -256,11 +260,11 @@ def _draw_scene(rng, num_objects, shape=None, colour=None):
     return _Scene(tuple(objects), relation, _pick(rng, tones), _pick(rng, PATTERNS))
 
 
-def _pick(rng, items):
+def _pick(rng: np.random.Generator, items: Sequence[_T]) -> _T:
     return items[int(rng.integers(len(items)))]
 
 
-def _tones_by_colour():
+def _tones_by_colour() -> dict[str, set[str]]:
     return {
         colour: {
             tone for tone, tone_rgb in TONES.items() if math.dist(rgb, tone_rgb) >= _MIN_CONTRAST
@@ -272,7 +276,8 @@ def _tones_by_colour():
 _TONES_FOR = _tones_by_colour()
 
 
-def _paint(scene, rng, side):
+def _paint(scene: _Scene, rng: np.random.Generator, side: int) -> np.ndarray:
+    """uint8 [S, S, 3]."""
     image = _paint_background(scene, rng, side)
     for item in scene.objects:
         colour = np.array(COLOURS[item.colour], np.float32) + rng.integers(-10, 11, size=3)
@@ -283,7 +288,7 @@ def _paint(scene, rng, side):
     return (image * np.float32(brightness) + noise).clip(0, 255).astype(np.uint8)
 
 
-def _paint_background(scene, rng, side):
+def _paint_background(scene: _Scene, rng: np.random.Generator, side: int) -> np.ndarray:
     """float32 [S, S, 3]: the tone, made lighter and darker by a pattern in [-1, 1]."""
     tone = np.array(TONES[scene.tone], np.float32) + rng.integers(-8, 9, size=3)
     axis = (np.arange(side, dtype=np.float32) + 0.5) / side - 0.5
@@ -294,7 +299,7 @@ def _paint_background(scene, rng, side):
     return tone + 60 * field.clip(-1, 1)[:, :, None]
 
 
-def _object_mask(item, scale, rng, side):
+def _object_mask(item: _Object, scale: float, rng: np.random.Generator, side: int) -> np.ndarray:
     """float32 [S, S, 1]: the share of each pixel that the object covers."""
     canvas = side * _SUPERSAMPLING
     radius = scale * SIZES[item.size] * rng.uniform(0.95, 1.05)
@@ -312,7 +317,7 @@ def _object_mask(item, scale, rng, side):
     return mask[:, :, None] * np.float32(1 / 255)
 
 
-def _make_outlines():
+def _make_outlines() -> dict[str, tuple[np.ndarray, ...]]:
     """For each shape its outline, and of ring and crescent the hole, as [N, 2] points (x, y).
 
     They fill the square from -1 to 1; y points down.

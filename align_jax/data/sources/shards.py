@@ -51,7 +51,7 @@ class Shards(abc.ABC):
 
     def __init__(self):
         self.folder_problems = Problems()
-        self._pairs = None
+        self._pairs: files.FilePairs | None = None
 
     @abc.abstractmethod
     def open(self, limit: int | None = None) -> files.FilePairs:
@@ -89,7 +89,7 @@ class Shards(abc.ABC):
             ]
         )
 
-    def _all(self):
+    def _all(self) -> files.FilePairs:
         if self._pairs is None:
             self._pairs = self.open()
         return self._pairs

@@ -203,7 +203,16 @@ class _Separated(Table):
             yield self._batch(rows, lines, first, places, repaired, too_long, num_bytes)
             first += rows.used
 
-    def _batch(self, rows, lines, first, places, repaired, too_long, num_bytes) -> Batch:
+    def _batch(
+        self,
+        rows: separated.Rows,
+        lines: list[str],
+        first: int,
+        places: dict[str, int],
+        repaired: set[int],
+        too_long: set[int],
+        num_bytes: int,
+    ) -> Batch:
         cells, numbers = rows.cells, [first + start for start in rows.starts]
         lost = {
             i: lines[rows.starts[i]].strip()[:_SHOWN_CHARS]
