@@ -145,6 +145,24 @@ def test_a_model_that_knows_the_images_scores_full_marks(coco, monkeypatch):
         strict(_Model())
 
 
+def test_published_thresholds_are_the_defaults(coco, monkeypatch):
+    monkeypatch.chdir(coco)
+    texts = [f"COCO_val2014:sentid:{100 * n}" for n in range(5)]
+    images = [f"COCO_val2014_{n}.jpg" for n in range(5)]
+    for kind, left, right, scores in (
+        ("sts", texts[:4:2], texts[1:4:2], (3.0, 2.99)),
+        ("sis", images[:4:2], images[1:4:2], (2.5, 2.49)),
+        ("sits", texts[:4], images[:4], (3.0, 2.99, 2.99, 2.99)),
+    ):
+        rows = ["caption,image,agg_score" if kind == "sits" else "image1,image2,agg_score"]
+        rows += [f"{a},{b},{s}" for a, b, s in zip(left, right, scores, strict=True)]
+        (coco / "cxc" / f"{kind}_test.csv").write_text("\n".join(rows) + "\n")
+    metrics = Cxc("c", "dataset_coco.json", "coco", "cxc", co_captions=False, rounds=3)(_Model())
+    counts = [metrics[f"{task}_queries"] for task in ("image_to_text", "text_to_image")]
+    assert counts == [1, 1]
+    assert metrics["text_to_text_queries"] == metrics["image_to_image_queries"] == 2
+
+
 def test_karpathy_splits_are_a_source_of_pairs(coco, monkeypatch):
     monkeypatch.chdir(coco)
     source = open_source("dataset_coco.json?images=coco&split=test")
