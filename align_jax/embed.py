@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class Items:
 
     kind: str
     count: int
-    read: Callable[[int], list[tuple[str, Any]]]
+    read: Callable[[int], list[tuple[str, bytes | np.ndarray | str]]]
     name: Callable[[int], str]
     identity: str
     problems: Problems
@@ -234,7 +234,11 @@ def read_shard(path: Path) -> tuple[list[str], np.ndarray]:
     return table["key"].to_pylist(), z.reshape(table.num_rows, -1)
 
 
-def _source_items(source: sources.PairSource, kind: str, rows_of: Callable) -> Items:
+def _source_items(
+    source: sources.PairSource,
+    kind: str,
+    rows_of: Callable[[Record], list[tuple[str, bytes | np.ndarray | str]]],
+) -> Items:
     return Items(
         kind,
         len(source),
@@ -254,11 +258,11 @@ def _is_store(path: str) -> bool:
 def _embed_images(
     model: Align, items: Items, indices: range, on_error: str
 ) -> tuple[list[str], np.ndarray, list[list[str]]]:
-    """(keys, z, [[name, reason, message]]) of the images, read and decoded in threads."""
+    """(keys, z [rows, D], [[name, reason, message]]) of the images, decoded in threads."""
     keys, skipped = {}, {}
 
-    def reader(index):
-        def read():
+    def reader(index: int) -> Callable[[], np.ndarray]:
+        def read() -> np.ndarray:  # uint8 [H, W, 3]
             name = items.name(index)
             try:
                 [(key, image)] = items.read(index)
@@ -282,6 +286,7 @@ def _embed_images(
 def _embed_texts(
     model: Align, items: Items, indices: range, on_error: str
 ) -> tuple[list[str], np.ndarray, list[list[str]]]:
+    """What `_embed_images` does, of texts; an item may have several rows."""
     rows, skipped = [], []
     for index in indices:
         try:
@@ -339,7 +344,8 @@ def _check_manifest(out: Path, manifest: dict[str, Any], count: int) -> None:
         writing.write_json(path, manifest)
 
 
-def _write_shard(path: Path, keys: list[str], z: np.ndarray, skipped: list) -> None:
+def _write_shard(path: Path, keys: list[str], z: np.ndarray, skipped: list[list[str]]) -> None:
+    """Writes embeddings [rows, D] with their keys, and what was left out."""
     content: dict[str, Any] = {"rows": len(keys), "skipped": skipped}
     if path.suffix == ".npy":
         content["keys"] = keys
@@ -352,11 +358,12 @@ def _write_shard(path: Path, keys: list[str], z: np.ndarray, skipped: list) -> N
             _write_parquet(file, keys, z)
 
 
-def _write_parquet(file: Any, keys: list[str], z: np.ndarray) -> None:
+def _write_parquet(file: BinaryIO, keys: list[str], z: np.ndarray) -> None:
+    """Writes embeddings [rows, D] with their keys."""
     import pyarrow
     from pyarrow import parquet
 
     values = pyarrow.array(z.ravel(), pyarrow.float32())
     embedding = pyarrow.FixedSizeListArray.from_arrays(values, z.shape[1])
-    keys = pyarrow.array(keys, pyarrow.string())
-    parquet.write_table(pyarrow.table({"key": keys, "embedding": embedding}), file)
+    table = pyarrow.table({"key": pyarrow.array(keys, pyarrow.string()), "embedding": embedding})
+    parquet.write_table(table, file)

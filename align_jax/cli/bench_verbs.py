@@ -26,7 +26,7 @@ def add_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     bench.add_argument("--out", metavar="FILE", help="the report as JSON")
 
 
-def _bench(args, rest) -> None:
+def _bench(args: argparse.Namespace, rest: list[str]) -> None:
     from align_jax import config as config_lib
     from align_jax.plan import aot, bench
 

@@ -21,7 +21,7 @@ def add_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     _add_vocab(add_verb)
 
 
-def _add_scan(add_verb):
+def _add_scan(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     scan = add_verb("scan", _scan, "write the metadata of pairs: captions, sizes, hashes")
     scan.epilog = "example: align scan 'captions.jsonl?images=train.zip' --out metadata.parquet"
     scan.add_argument("source", help="pairs, see `align pack`")
@@ -31,14 +31,14 @@ def _add_scan(add_verb):
     )
 
 
-def _scan(args, rest) -> None:
+def _scan(args: argparse.Namespace, rest: list[str]) -> None:
     from align_jax.curate import scan
 
     report = scan.scan(args.source, args.out, labelled=args.labelled)
     print(json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False))
 
 
-def _add_curate(add_verb):
+def _add_curate(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     verb = add_verb("curate", _curate, "filter a metadata table by the rules of a preset")
     verb.epilog = "example: align curate metadata.parquet --preset align --out curated"
     verb.add_argument("source", help="Parquet, CSV, TSV or JSONL: file, glob or folder of parts")
@@ -67,7 +67,7 @@ def _add_curate(add_verb):
     verb.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
 
 
-def _curate(args, rest) -> None:
+def _curate(args: argparse.Namespace, rest: list[str]) -> None:
     try:
         from align_jax.curate.filter import columns, curate
     except ModuleNotFoundError as error:
@@ -89,7 +89,7 @@ def _curate(args, rest) -> None:
     print(f"wrote {args.out}: kept.parquet, dropped.parquet, report.json, report.md")
 
 
-def _add_decontaminate(add_verb):
+def _add_decontaminate(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     verb = add_verb(
         "decontaminate",
         _decontaminate,
@@ -125,7 +125,7 @@ def _add_decontaminate(add_verb):
     verb.add_argument("--sheet", action="store_true", help="draw matched pairs: sheet.png")
 
 
-def _decontaminate(args, rest) -> None:
+def _decontaminate(args: argparse.Namespace, rest: list[str]) -> None:
     from align_jax.curate.near_duplicates import decontaminate
 
     report = decontaminate.decontaminate(
@@ -139,7 +139,7 @@ def _decontaminate(args, rest) -> None:
     print(json.dumps(report, indent=2, ensure_ascii=False))
 
 
-def _add_pack(add_verb):
+def _add_pack(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     pack = add_verb("pack", _pack, "write a TFDS ArrayRecord dataset from any pairs")
     pack.epilog = (
         "example: align pack 'captions.jsonl?images=train.zip' --out data/flickr8k --split train"
@@ -193,7 +193,7 @@ def _add_pack(add_verb):
     )
 
 
-def _pack(args, rest) -> None:
+def _pack(args: argparse.Namespace, rest: list[str]) -> None:
     from align_jax.curate.pack import pack
     from align_jax.data.sources import open_source as sources
 
@@ -212,7 +212,7 @@ def _pack(args, rest) -> None:
     print(json.dumps(report, indent=2, sort_keys=True))
 
 
-def _add_vocab(add_verb):
+def _add_vocab(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     vocab = add_verb("vocab", _vocab, "train a WordPiece vocabulary on captions")
     vocab.epilog = "example: align vocab 'kept/*.parquet' --out tokenizers/mine --size 100000"
     vocab.add_argument(
@@ -232,7 +232,7 @@ def _add_vocab(add_verb):
     )
 
 
-def _vocab(args, rest) -> None:
+def _vocab(args: argparse.Namespace, rest: list[str]) -> None:
     from align_jax.data import tokenizer
     from align_jax.data.sources import captions
     from align_jax.data.sources import open_source as sources

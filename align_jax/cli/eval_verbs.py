@@ -6,9 +6,12 @@ import difflib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align_jax.cli import model_verbs
+
+if TYPE_CHECKING:
+    from align_jax.evals import Evaluator
 
 
 def add_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -69,7 +72,7 @@ def add_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
 
 
-def _evaluate(args, rest) -> None:
+def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     if args.report:
         return _report(args)
     if not args.model:
@@ -117,7 +120,7 @@ def _evaluate(args, rest) -> None:
         print(f"wrote {path}")
 
 
-def _report(args) -> None:
+def _report(args: argparse.Namespace) -> None:
     from align_jax.evals import comparison
     from align_jax.storage import writing
 
@@ -187,7 +190,7 @@ def _value(text: str) -> Any:
 
 def _make(
     chosen: dict[str, dict[str, Any]], skip_missing: bool
-) -> tuple[list[Any], dict[str, str]]:
+) -> tuple[list["Evaluator"], dict[str, str]]:
     """Returns evaluators, and the reasons of those that are left out."""
     from align_jax import evals
 

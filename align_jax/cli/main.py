@@ -6,7 +6,7 @@ Exit code 0: done; 1: the run failed; 2: bad input. `--debug` shows the tracebac
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -130,7 +130,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _verb(verbs, name, run, text):
+def _verb(
+    verbs: argparse._SubParsersAction,
+    name: str,
+    run: Callable[[argparse.Namespace, list[str]], None],
+    text: str,
+) -> argparse.ArgumentParser:
     parser = verbs.add_parser(name, help=text, description=text)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=run, takes_config=False)
@@ -140,7 +145,7 @@ def _verb(verbs, name, run, text):
 # Each verb imports what it needs, so that `align --help` and bad arguments answer at once.
 
 
-def _train(args, rest) -> None:
+def _train(args: argparse.Namespace, rest: list[str]) -> None:
     from align_jax import config as config_lib
 
     config = config_lib.load_config(args.config, rest)
@@ -152,7 +157,7 @@ def _train(args, rest) -> None:
         train.train_and_evaluate(config, args.workdir)
 
 
-def _compile(args, rest) -> None:
+def _compile(args: argparse.Namespace, rest: list[str]) -> None:
     from align_jax import config as config_lib
 
     config = config_lib.load_config(args.config, rest)

@@ -65,7 +65,7 @@ def read_templates(given: Sequence[str]) -> str | tuple[str, ...]:
     return first if is_file else tuple(given)
 
 
-def _add_batches(parser):
+def _add_batches(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=int, help="most a call; default: the run's eval.batch_size, or 64"
     )
@@ -80,7 +80,7 @@ def _add_batches(parser):
     )
 
 
-def _embed(args, rest) -> None:
+def _embed(args: argparse.Namespace, rest: list[str]) -> None:
     from align_jax import align, embed
     from align_jax.search.ingest import absolute
     from align_jax.storage import writing
@@ -104,7 +104,7 @@ def _embed(args, rest) -> None:
     )
 
 
-def _classify(args, rest) -> None:
+def _classify(args: argparse.Namespace, rest: list[str]) -> None:
     from align_jax import align
     from align_jax.evals import tables
 
@@ -126,7 +126,7 @@ def _labels(given: str) -> list[str]:
     return labels
 
 
-def _convert(args, rest) -> None:
+def _convert(args: argparse.Namespace, rest: list[str]) -> None:
     from align_jax import align
 
     align.load(args.model, step=args.step).save(args.out)

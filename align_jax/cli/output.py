@@ -4,8 +4,8 @@ import contextlib
 import errno
 import io
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
 
 class Output:
@@ -15,7 +15,7 @@ class Output:
       error: the first one; nothing is written after it.
     """
 
-    def __init__(self, stream: Any):
+    def __init__(self, stream: TextIO):
         """Takes a text stream."""
         self._stream = stream
         self.error: OSError | None = None
@@ -31,7 +31,7 @@ class Output:
         """Hands on what was written."""
         self._try(self._stream.flush)
 
-    def _try(self, function: Any, *arguments: Any) -> None:
+    def _try(self, function: Callable[..., object], *arguments: str) -> None:
         if self.error is None:
             try:
                 function(*arguments)

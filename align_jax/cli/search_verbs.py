@@ -8,10 +8,15 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from align_jax.cli import model_verbs
 from align_jax.storage.text import read_lines
+
+if TYPE_CHECKING:
+    from align_jax.align import Align
+    from align_jax.search.index import Index
+    from align_jax.search.rows import Hit
 
 _INDEX_HELP = "folder, or http://host:port of a Milvus server; #name after that is one of several"
 _FILTER_HELP = "field=value (also != < <= > >=), 'field in a,b', or JSON; repeatable: all must hold"
@@ -82,7 +87,12 @@ def add_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     search.add_argument("--gallery", metavar="PNG", help="draw the pictures that were found")
 
 
-def _action(actions: Any, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+def _action(
+    actions: argparse._SubParsersAction,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    text: str,
+) -> argparse.ArgumentParser:
     parser = actions.add_parser(name, help=text, description=text)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     _add_index(parser)
@@ -156,7 +166,7 @@ def _recall(args: argparse.Namespace) -> None:
     with index.Index(args.index, work="align index recall") as rows:
         made_with = rows.identity
 
-        def load_model() -> Any:
+        def load_model() -> "Align":
             model = align.load(made_with.model, step=made_with.step)
             rows.use_model(model)
             return model
@@ -225,7 +235,7 @@ def _search(args: argparse.Namespace, rest: list[str]) -> None:
                 print(f"wrote {args.gallery}")
 
 
-def _table(hits: list) -> str:
+def _table(hits: list["Hit"]) -> str:
     from align_jax.search.rows import shorten
 
     lines = ["score   key" + " " * 29 + "caption"]
@@ -234,7 +244,7 @@ def _table(hits: list) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _draw(args: argparse.Namespace, hits: list) -> None:
+def _draw(args: argparse.Namespace, hits: list["Hit"]) -> None:
     from align_jax.data.images import decode_image
     from align_jax.search import ingest, sheet
 
@@ -247,7 +257,7 @@ def _draw(args: argparse.Namespace, hits: list) -> None:
     )
 
 
-def _say_what_it_costs(rows: Any, total: int) -> None:
+def _say_what_it_costs(rows: "Index", total: int) -> None:
     from align_jax.search.ingest import LITE_COSTLY_ROWS
 
     if rows.is_local and total >= LITE_COSTLY_ROWS:

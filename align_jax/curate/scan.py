@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import grain
 import numpy as np
@@ -24,8 +25,13 @@ from align_jax.run.progress import show_progress
 from align_jax.storage import identity, text, writing
 from align_jax.storage.problems import Problems, reason_of, report
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 _KEYS_LISTED = 20  # of each reason, in the report
 _METADATA = b"align_scan"
+
+_Result = tuple[str, str | None, list[dict]]  # key, reason or None, rows
 
 
 def scan(
@@ -154,28 +160,28 @@ class _Labelled:
         image = self._source[index]
         return Record(image.key, image.image, (self._source.classes[image.label],))
 
-    def captions(self, index):
+    def captions(self, index: int) -> tuple[str, ...]:
         return self[index].captions
 
-    def describe(self):
+    def describe(self) -> str:
         return self._source.describe()
 
 
 class _Indices:
     """The positions of all parts, one after another; all parts but the last are full."""
 
-    def __init__(self, parts, part_size):
+    def __init__(self, parts: list[range], part_size: int):
         self._parts, self._part_size = parts, part_size
 
-    def __len__(self):
+    def __len__(self) -> int:
         return sum(map(len, self._parts))
 
-    def __getitem__(self, position):
+    def __getitem__(self, position: int) -> int:
         part, within = divmod(position, self._part_size)
         return self._parts[part][within]
 
 
-def _read(source, indices, num_threads):
+def _read(source: sources.PairSource, indices: _Indices, num_threads: int) -> grain.IterDataset:
     records = grain.MapDataset.source(indices).map(_Reader(source))
     # Grain keeps the order whatever the number of threads.
     return records.to_iter_dataset(
@@ -186,10 +192,10 @@ def _read(source, indices, num_threads):
 class _Reader:
     """Callable index -> (key, reason or None, rows); an image without caption has both."""
 
-    def __init__(self, source):
+    def __init__(self, source: sources.PairSource):
         self._source = source
 
-    def __call__(self, index):
+    def __call__(self, index: int) -> _Result:
         key, reason = f"record {index}", None
         if hasattr(self._source, "key"):
             key = text.clean(self._source.key(index))
@@ -213,7 +219,7 @@ class _Reader:
         return key, reason, [{"key": key, "text": one, **of_image} for one in texts or [""]]
 
 
-def _schema():
+def _schema() -> "pa.Schema":
     import pyarrow as pa
 
     numbers = {"index": pa.int64(), "width": pa.int32(), "height": pa.int32()}
@@ -242,7 +248,7 @@ def _check_parts(folder: str, content: dict) -> None:
         )
 
 
-def _write_part(path: str, results: list[tuple[str, str | None, list[dict]]]) -> None:
+def _write_part(path: str, results: list[_Result]) -> None:
     import pyarrow as pa
 
     counts = {

@@ -107,7 +107,7 @@ def other_columns(table: Table, found: Mapping[str, list[str]]) -> dict[str, str
     return others
 
 
-def _is_text(value):
+def _is_text(value: object) -> bool:
     if isinstance(value, bool):
         return value
     if isinstance(value, str):

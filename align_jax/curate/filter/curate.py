@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ibis
+import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
 
@@ -106,7 +107,7 @@ def curate(
         if not num_rows:
             shutil.rmtree(stages)
             raise ValueError(f"{source} has no rows.")
-        options = Options(_read_entries(rules, metadata), seed, str(stages / "metaclip"))
+        options = Options(_read_entries(metadata), seed, str(stages / "metaclip"))
         reasons = _apply(plan, num_rows, stages, engine, memory_gib, options)
         head = {
             "preset": rules.name,
@@ -193,17 +194,22 @@ class _Plan:
             self.first_code[rule.name] = len(self.reasons)
             self.reasons += rule.reasons
 
-    def _has(self, name):
+    def _has(self, name: str) -> bool:
         if name == "image":
             return self.has_image
         return name in self.columns or name in ("words", *ingest.COUNTS)
 
-    def applied(self):
+    def applied(self) -> list[rules_lib.Rule]:
         return [rule for rule in self.rules if rule.name not in self.missing]
 
 
-def _apply(plan, num_rows, stages, engine_name, memory_gib, options) -> np.ndarray:
-    """Returns the code of each row's first reason, KEPT if none; goes on after the last stage."""
+def _apply(
+    plan: _Plan, num_rows: int, stages: Path, engine_name: str, memory_gib: float, options: Options
+) -> np.ndarray:
+    """Returns the code of each row's first reason, uint8 [rows], KEPT if none.
+
+    Goes on after the last stage.
+    """
     path = stages / _REASONS
     reasons, done = np.full(num_rows, KEPT, np.uint8), []
     if path.exists():
@@ -248,7 +254,8 @@ def _apply(plan, num_rows, stages, engine_name, memory_gib, options) -> np.ndarr
     return reasons
 
 
-def _single_rows(plan, table, engine, reasons):
+def _single_rows(plan: _Plan, table: ir.Table, engine: engines.Engine, reasons: np.ndarray) -> None:
+    """Marks in `reasons`, uint8 [rows], what rules about single rows drop."""
     branches = [(table.problem.notnull(), table.problem.cast("int16"))]
     for rule in plan.applied():
         if rule.keep:
@@ -260,7 +267,10 @@ def _single_rows(plan, table, engine, reasons):
         _drop(reasons, batch["row"], batch["code"].to_numpy(zero_copy_only=False))
 
 
-def _group_rule(plan, rule, table, engine, reasons):
+def _group_rule(
+    plan: _Plan, rule: rules_lib.Rule, table: ir.Table, engine: engines.Engine, reasons: np.ndarray
+) -> None:
+    """Marks in `reasons`, uint8 [rows], what a rule about groups drops."""
     code = plan.first_code[rule.name]
     if rule.survivors:
         gone = pa.table({"row": np.flatnonzero(reasons < code)})
@@ -273,7 +283,10 @@ def _group_rule(plan, rule, table, engine, reasons):
             _drop(reasons, batch["row"], code)
 
 
-def _choose(plan, rule, parts, reasons, options):
+def _choose(
+    plan: _Plan, rule: rules_lib.Rule, parts: list[str], reasons: np.ndarray, options: Options
+) -> None:
+    """Marks in `reasons`, uint8 [rows], what a rule that chooses drops."""
     code = plan.first_code[rule.name]
     rows = np.flatnonzero(reasons > code + len(rule.reasons) - 1)
 
@@ -294,7 +307,8 @@ def _choose(plan, rule, parts, reasons, options):
     reasons[rows[goes]] = code + verdict[goes] - 1
 
 
-def _drop(reasons, rows, codes):
+def _drop(reasons: np.ndarray, rows: pa.Array, codes: np.ndarray | int) -> None:
+    """Marks `rows` [n] in `reasons`, uint8 [all rows], by `codes` [n] or one code."""
     rows = rows.to_numpy(zero_copy_only=False)
     reasons[rows] = np.minimum(reasons[rows], np.asarray(codes).astype(np.uint8))
 
@@ -304,7 +318,7 @@ def _save_reasons(path: Path, reasons: np.ndarray, done: list[str]) -> None:
         np.savez(file, reasons=reasons, done=np.array(done, dtype=str))
 
 
-def _check_options(rules, metadata, seed, memory_gib):
+def _check_options(rules: Preset, metadata: str | None, seed: int, memory_gib: float) -> None:
     for rule in rules.rules:
         if "metadata" in rule.options and metadata is None:
             raise ValueError(
@@ -319,7 +333,7 @@ def _check_options(rules, metadata, seed, memory_gib):
         raise ValueError(f"--memory {memory_gib} is too little; give at least 0.25 (GiB).")
 
 
-def _read_entries(rules, metadata):
+def _read_entries(metadata: str | None) -> tuple[str, ...]:
     if metadata is None:
         return ()
     from align_jax.curate.filter import metadata_entries
@@ -327,7 +341,14 @@ def _read_entries(rules, metadata):
     return metadata_entries.read_entries(metadata, log=_say)
 
 
-def _config(files, chosen, rules, plan, metadata, seed) -> dict:
+def _config(
+    files: list[str],
+    chosen: dict[str, str],
+    rules: Preset,
+    plan: _Plan,
+    metadata: str | None,
+    seed: int,
+) -> dict:
     """Returns what the result depends on: the bytes of the input, options, and the code."""
     return {
         "format": _FORMAT,
@@ -366,5 +387,5 @@ def _is_done(out: Path, config: dict) -> bool:
     return False
 
 
-def _say(line):
+def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

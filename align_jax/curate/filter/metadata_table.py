@@ -4,7 +4,7 @@ The file is read by data/sources/table_files.py, like those of pairs and of voca
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -79,7 +79,7 @@ class Metadata:
         return fields | {"text": [text]}, problem
 
 
-def _captions(cells: Sequence[object], lost: Mapping[int, str]) -> tuple[pa.Array, set[int]]:
+def _captions(cells: list | pa.Array, lost: Mapping[int, str]) -> tuple[pa.Array, set[int]]:
     """Captions as string or list<string>, and the rows that hold something else.
 
     What is lost or something else is shown by its start.
@@ -132,7 +132,7 @@ def _unnest(captions: pa.Array) -> tuple[pa.Array, pa.Array]:
     return rows, flat
 
 
-def _strings(cells: Sequence[object]) -> pa.Array:
+def _strings(cells: list | pa.Array) -> pa.Array:
     if isinstance(cells, list):
         try:
             return pa.array(cells, pa.string())
@@ -144,7 +144,7 @@ def _strings(cells: Sequence[object]) -> pa.Array:
     return cells.cast(pa.string())
 
 
-def _numbers(cells: Sequence[object]) -> pa.Array:
+def _numbers(cells: list | pa.Array) -> pa.Array:
     if not isinstance(cells, list):
         kind = cells.type
         if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind):

@@ -8,6 +8,7 @@ import collections
 import heapq
 import os
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,9 @@ import pyarrow.parquet as pq
 
 from align_jax.curate.filter import unigrams
 from align_jax.storage import writing
+
+if TYPE_CHECKING:
+    from align_jax.curate.filter import curate
 
 KEPT_FILE, DROPPED_FILE = "kept.parquet", "dropped.parquet"
 JSON_FILE, PAGE_FILE = "report.json", "report.md"
@@ -41,7 +45,7 @@ def read_parts(parts: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Reco
 
 
 def write_results(
-    parts: Sequence[str], reasons: np.ndarray, plan, head: dict, out_dir: str
+    parts: Sequence[str], reasons: np.ndarray, plan: "curate._Plan", head: dict, out_dir: str
 ) -> dict:
     """Writes the four files of a result, the report last; returns what report.json holds.
 
@@ -69,7 +73,7 @@ def write_results(
 class _Tables:
     """Writes rows into the kept and the dropped table, in row groups of one size."""
 
-    def __init__(self, out_dir, first_part, plan):
+    def __init__(self, out_dir: str, first_part: str, plan: "curate._Plan"):
         schema = pq.read_schema(first_part)
         self._columns = [*plan.columns, *plan.others]
         schema = pa.schema([schema.field(name) for name in self._columns])
@@ -84,14 +88,15 @@ class _Tables:
             writer = pq.ParquetWriter(temporary, kind, compression="zstd")
             self._files[name] = (path, temporary, writer, [])
 
-    def write(self, batch, codes):
+    def write(self, batch: pa.RecordBatch, codes: np.ndarray) -> None:
+        """Adds rows with their codes, uint8 [rows]."""
         rows = pa.table(batch).select(self._columns)
         stays = codes == _KEPT
         self._add(KEPT_FILE, rows.filter(pa.array(stays)))
         goes = rows.filter(pa.array(~stays))
         self._add(DROPPED_FILE, goes.append_column("reason", self._names.take(codes[~stays])))
 
-    def _add(self, name, rows):
+    def _add(self, name: str, rows: pa.Table) -> None:
         *_, writer, waiting = self._files[name]
         waiting.append(rows)
         if sum(len(rows) for rows in waiting) >= _GROUP_ROWS:
@@ -99,7 +104,7 @@ class _Tables:
             writer.write_table(table.slice(0, _GROUP_ROWS), row_group_size=_GROUP_ROWS)
             waiting[:] = [table.slice(_GROUP_ROWS)]
 
-    def close(self):
+    def close(self) -> None:
         for path, temporary, writer, waiting in self._files.values():
             if waiting and len(pa.concat_tables(waiting)):
                 writer.write_table(pa.concat_tables(waiting), row_group_size=_GROUP_ROWS)
@@ -110,7 +115,7 @@ class _Tables:
 class _Seen:
     """Histograms, samples and frequent tokens of the rows read and of those that stay."""
 
-    def __init__(self, plan, num_rows):
+    def __init__(self, plan: "curate._Plan", num_rows: int):
         self._plan = plan
         self._every = max(1, num_rows // _TOKEN_ROWS)
         self._histograms = {
@@ -123,7 +128,8 @@ class _Seen:
         self._dropped = {reason: [] for reason in plan.reasons}
         self._kept = {rule.name: [] for rule in plan.applied()}
 
-    def add(self, batch, codes):
+    def add(self, batch: pa.RecordBatch, codes: np.ndarray) -> None:
+        """Counts rows with their codes, uint8 [rows]."""
         values = {
             "unigrams": batch["num_words"].to_numpy(),
             "characters": batch["num_chars"].to_numpy(),
@@ -144,7 +150,7 @@ class _Seen:
         self._count_tokens(batch, codes)
         self._sample(batch, codes)
 
-    def _count_tokens(self, batch, codes):
+    def _count_tokens(self, batch: pa.RecordBatch, codes: np.ndarray) -> None:
         rows = np.flatnonzero(batch["row"].to_numpy() % self._every == 0)
         for words, code in zip(batch["words"].take(rows).to_pylist(), codes[rows], strict=True):
             words = words.split(" ") if words else []
@@ -152,7 +158,7 @@ class _Seen:
             if code == _KEPT:
                 self._tokens["kept"].update(words)
 
-    def _sample(self, batch, codes):
+    def _sample(self, batch: pa.RecordBatch, codes: np.ndarray) -> None:
         order = _scramble(batch["row"].to_numpy())
         for code, reason in enumerate(self._plan.reasons):
             self._take(self._dropped[reason], batch, order, codes == code)
@@ -160,7 +166,14 @@ class _Seen:
             last = self._plan.first_code[rule.name] + len(rule.reasons) - 1
             self._take(self._kept[rule.name], batch, order, codes > last)
 
-    def _take(self, best, batch, order, mask):
+    def _take(
+        self,
+        best: list[tuple[int, dict]],
+        batch: pa.RecordBatch,
+        order: np.ndarray,
+        mask: np.ndarray,
+    ) -> None:
+        """Puts rows of `mask`, bool [rows], among the `best`, by `order`, uint64 [rows]."""
         rows = np.flatnonzero(mask)
         if len(best) == _SAMPLES:
             rows = rows[order[rows] < best[-1][0]]
@@ -170,7 +183,7 @@ class _Seen:
             best.append((int(order[row]), self._row(batch.slice(row, 1))))
         best[:] = sorted(best, key=lambda item: item[0])[:_SAMPLES]
 
-    def _row(self, batch):
+    def _row(self, batch: pa.RecordBatch) -> dict[str, object]:
         row = batch.select(self._plan.columns).to_pylist()[0]
         row = {name: value for name, value in row.items() if value is not None}
         for name, value in row.items():
@@ -178,12 +191,14 @@ class _Seen:
                 row[name] = value[:_SAMPLE_CHARS] + "…"
         return row
 
-    def samples(self, name, reasons):
+    def samples(
+        self, name: str, reasons: Sequence[str]
+    ) -> tuple[list[dict], dict[str, list[dict]]]:
         """Returns rows that passed a rule, rows that it dropped."""
         dropped = {reason: [row for _, row in self._dropped[reason]] for reason in reasons}
         return [row for _, row in self._kept.get(name, [])], dropped
 
-    def summary(self):
+    def summary(self) -> dict:
         tokens = {
             which: [
                 list(item)
@@ -204,15 +219,16 @@ class _Seen:
         }
 
 
-def _scramble(rows):
-    """Returns a fixed pseudo-random order of rows (the finaliser of splitmix64)."""
+def _scramble(rows: np.ndarray) -> np.ndarray:
+    """Returns a fixed pseudo-random order of rows, uint64 [rows] (the finaliser of splitmix64)."""
     x = rows.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
-def _counts(reasons, plan, seen):
+def _counts(reasons: np.ndarray, plan: "curate._Plan", seen: _Seen) -> dict:
+    """What went by which rule; `reasons` as in `write_results`."""
     counts = np.bincount(reasons, minlength=256)
     by_reason = {name: int(counts[code]) for code, name in enumerate(plan.reasons)}
     problems = list(plan.reasons[: min(plan.first_code.values(), default=len(plan.reasons))])
@@ -249,7 +265,7 @@ def unspaced(made: dict) -> str:
     )
 
 
-def _page(made):
+def _page(made: dict) -> str:
     lines = [
         f"# Curation by `{made['preset']}`",
         "",
@@ -312,7 +328,7 @@ def _page(made):
     return "\n".join(lines) + "\n"
 
 
-def _samples(verdict, rows):
+def _samples(verdict: str, rows: list[dict]) -> list[str]:
     return [
         f"- {verdict}: {_cell(row.get('text', ''))} — "
         + _cell(", ".join(f"{n} {v}" for n, v in row.items() if n not in ("text", "url")))
@@ -320,11 +336,11 @@ def _samples(verdict, rows):
     ]
 
 
-def _percent(part, whole):
+def _percent(part: int, whole: int) -> str:
     return f"{100 * part / max(1, whole):.1f} %"
 
 
-def _cell(value):
+def _cell(value: object) -> str:
     """Returns text that cannot be taken for Markdown or HTML, in one line."""
     text = " ".join(str(value).split())
     for sign in "\\`*_[]<>|#":

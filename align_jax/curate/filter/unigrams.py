@@ -69,7 +69,7 @@ def divide(texts: pa.Array) -> pa.Array:
     return pc.replace_with_mask(texts, unspaced, pa.array(divided, texts.type))
 
 
-def _divide(text):
+def _divide(text: str) -> str:
     from icu4py.breakers import WordBreaker
 
     parts, word = [], ""  # the last word since a space

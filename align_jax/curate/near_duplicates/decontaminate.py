@@ -6,7 +6,8 @@ image_sets.py, the search itself is in search.py and data/perceptual_hash.py.
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,10 +17,15 @@ from align_jax.curate.scan import import_parquet
 from align_jax.data.perceptual_hash import check_distance, hamming_pairs
 from align_jax.storage import writing
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 MAX_DISTANCE, MAX_DISTANCE_INSIDE = 8, 4
 REPORT_FILE = "report.json"
 
 _SHEET_PAIRS = 24
+
+_Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]  # rows, rows, scores; all [P]
 
 
 def decontaminate(
@@ -114,12 +120,17 @@ class _Matches:
     others: np.ndarray
     scores: np.ndarray
 
-    def __getitem__(self, chosen):
+    def __getitem__(self, chosen: np.ndarray) -> "_Matches":
         columns = (self.rows, self.sets, self.others, self.scores)
         return _Matches(*(column[chosen] for column in columns))
 
 
-def _match(sets, find_pairs, score, limit) -> _Matches:
+def _match(
+    sets: list[image_sets.ImageSet],
+    find_pairs: Callable[[np.ndarray, np.ndarray | None, float], _Pairs],
+    score: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    limit: float,
+) -> _Matches:
     train = sets[0]
     if len(sets) > 1:
         found = []
@@ -136,10 +147,11 @@ def _match(sets, find_pairs, score, limit) -> _Matches:
     return _Matches(rows, np.zeros_like(rows), kept[rows], scores)
 
 
-def _hash_pairs(left, right, max_distance):
-    """Those of hamming_pairs; inside one set, equal hashes are chained, not all paired.
+def _hash_pairs(left: np.ndarray, right: np.ndarray | None, max_distance: int) -> _Pairs:
+    """Those of hamming_pairs, of hashes uint64 [N] and [M].
 
-    A blank picture may occur ten thousand times, its pairs cannot be listed.
+    Inside one set equal hashes are chained, not all paired: a blank picture may occur ten thousand
+    times, its pairs cannot be listed.
     """
     if right is not None:
         return hamming_pairs(left, right, max_distance)
@@ -154,16 +166,18 @@ def _hash_pairs(left, right, max_distance):
     )
 
 
-def _distances(left, right):
+def _distances(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Bits that differ, uint8 [P], of hashes uint64 [P]."""
     return np.bitwise_count(left ^ right)
 
 
-def _cosines(left, right):
+def _cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Cosines, float32 [P], of embeddings [P, D] of unit norm."""
     return np.einsum("PD,PD->P", left, right)
 
 
-def _report(sets, matches):
-    def facts(images):
+def _report(sets: list[image_sets.ImageSet], matches: _Matches) -> dict:
+    def facts(images: image_sets.ImageSet) -> dict:
         scanned = {"problems": images.scan.get("problems", {})} if images.scan else {}
         return {
             "name": images.name,
@@ -194,15 +208,17 @@ def _report(sets, matches):
     return report
 
 
-def _histogram(scores):
-    """Counts by distance, or by cosine in steps of 0.005."""
+def _histogram(scores: np.ndarray) -> dict[str, int]:
+    """Counts of scores [P] by distance, or by cosine in steps of 0.005."""
     if scores.dtype == np.float32:
         scores = np.floor(np.minimum(scores, 1.0) * 200) / 200
     values, counts = np.unique(scores, return_counts=True)
     return {f"{value:g}": int(count) for value, count in zip(values, counts, strict=True)}
 
 
-def _tables(sets, matches, method):
+def _tables(
+    sets: list[image_sets.ImageSet], matches: _Matches, method: str
+) -> tuple["pa.Table", "pa.Table"]:
     """The tables of matches and of keys to drop."""
     import pyarrow as pa
 
@@ -242,7 +258,7 @@ def _tables(sets, matches, method):
     return matched, drop
 
 
-def _spread(matches):
+def _spread(matches: _Matches) -> _Matches:
     """Some matches, as many of each distance as there are."""
     order = np.argsort(matches.scores, kind="stable")
     counts = np.unique(matches.scores, return_counts=True)[1]

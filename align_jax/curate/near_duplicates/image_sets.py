@@ -9,13 +9,16 @@ import glob
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from align_jax.curate.scan import import_parquet, read_report, scan
 from align_jax.data.perceptual_hash import parse_hashes
 from align_jax.storage.paths import find_paths
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _KEY_COLUMNS = ("key", "id", "uid")
 _HASH_COLUMNS = ("phash", "image_phash", "image_hash")  # of scan, COYO, align curate
@@ -36,7 +39,7 @@ class ImageSet:
     """
 
     name: str
-    keys: Any
+    keys: "pa.Array | pa.ChunkedArray"
     values: np.ndarray
     num_without_hash: int = 0
     scan: dict | None = None
@@ -82,7 +85,7 @@ def open_hashes(name: str, number: int, out_dir: str | os.PathLike) -> ImageSet:
     )
 
 
-def _read_hashes(path):
+def _read_hashes(path: str) -> ImageSet:
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -134,7 +137,7 @@ def open_embeddings(names: Sequence[str]) -> list[ImageSet]:
     return sets
 
 
-def _read_embeddings(folder, file_format):
+def _read_embeddings(folder: str, file_format: str) -> ImageSet:
     import pyarrow as pa
 
     paths = sorted(glob.glob(os.path.join(glob.escape(folder), f"*.{file_format}")))
@@ -155,6 +158,6 @@ def _read_embeddings(folder, file_format):
     return ImageSet(folder, pa.array(keys, pa.large_string()), np.concatenate(values))
 
 
-def _read_json(path):
+def _read_json(path: str) -> dict[str, Any]:
     with open(path, encoding="utf-8") as file:
         return json.load(file)

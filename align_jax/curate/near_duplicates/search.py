@@ -167,7 +167,8 @@ def sharing(
     many of its 120.
     """
 
-    def membership(nearest):
+    def membership(nearest: np.ndarray) -> scipy.sparse.csr_matrix:
+        # [N, 10] -> [N, num_clusters]
         ends = np.arange(len(nearest) + 1) * nearest.shape[1]
         shape = (len(nearest), num_clusters)
         return scipy.sparse.csr_matrix(
@@ -200,12 +201,13 @@ def check_cosine(min_cosine: float) -> None:
 class _Found:
     """Collects pairs with their cosines, each once however often it is added."""
 
-    def __init__(self, min_cosine):
+    def __init__(self, min_cosine: float):
         self._min_cosine = min_cosine
         self._parts = []
         self._count = 0
 
-    def add(self, i, j, cosine):
+    def add(self, i: np.ndarray, j: np.ndarray, cosine: np.ndarray) -> None:
+        """Adds pairs (i, j) with their cosines, all [P]."""
         self._parts.append((i.astype(np.int64), j.astype(np.int64), cosine.astype(np.float32)))
         self._count += len(i)
         if self._count > MAX_PAIRS:
@@ -217,7 +219,8 @@ class _Found:
                     f"{self._min_cosine}; choose a larger one."
                 )
 
-    def in_order(self):
+    def in_order(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns i and j, int64 [P], and cosines, float32 [P], in order of i, then j."""
         if not self._parts:
             return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
         i, j, cosine = (np.concatenate(parts) for parts in zip(*self._parts, strict=True))

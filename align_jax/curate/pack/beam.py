@@ -44,7 +44,7 @@ def run_units(units: Sequence[Unit], settings: Settings, options: str) -> Iterat
             yield
 
 
-def _pack(unit, settings):
+def _pack(unit: Unit, settings: Settings) -> int:
     for _ in pack_unit.pack_unit(unit, settings):
         pass
     return unit.number

@@ -7,13 +7,15 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
 from align_jax.curate.pack import unit as pack_unit
+from align_jax.curate.pack.key_lists import KeyList
+from align_jax.data.sources.open_source import PairSource
 from align_jax.data.sources.shards import find_repeated
 from align_jax.storage import writing
 from align_jax.storage.problems import Problems, from_json
@@ -52,7 +54,12 @@ def check_out_dir(out_dir: str, split: str, staging: str, columns: Mapping[str, 
 
 
 def finish(
-    source, num_units: int, settings: pack_unit.Settings, staging: str, out_dir: str, split: str
+    source: PairSource,
+    num_units: int,
+    settings: pack_unit.Settings,
+    staging: str,
+    out_dir: str,
+    split: str,
 ) -> dict:
     """Returns the report, see pack.pack; the dataset is in `out_dir` then.
 
@@ -112,7 +119,7 @@ def finish(
     return report
 
 
-def no_common_key(option: str, keys, example: str) -> str:
+def no_common_key(option: str, keys: KeyList, example: str) -> str:
     """Returns the message about a list that has no key in common with the source."""
     theirs = f", the source for example {example!r}" if example else ""
     return (
@@ -121,7 +128,7 @@ def no_common_key(option: str, keys, example: str) -> str:
     )
 
 
-def read_json(path: str):
+def read_json(path: str) -> dict[str, Any]:
     """Returns the content of a JSON file."""
     with open(path, encoding="utf-8") as file:
         return json.load(file)
@@ -129,13 +136,13 @@ def read_json(path: str):
 
 class _Shard(NamedTuple):
     path: str  # as its unit wrote it
-    rows: np.ndarray  # to leave out
+    rows: np.ndarray  # int64 [n], to leave out
     length: int  # records without those
     num_bytes: int
 
 
-def _read_keys(path, rows):
-    """Returns the keys and the bytes of some records of a shard."""
+def _read_keys(path: str, rows: np.ndarray) -> tuple[list[str], int]:
+    """Returns the keys and the bytes of the records `rows`, int64 [n], of a shard."""
     features = tfds.features.FeaturesDict({"key": tfds.features.Text()})
     reader = ArrayRecordReader(path)
     keys, num_bytes = [], 0
@@ -147,7 +154,14 @@ def _read_keys(path, rows):
     return keys, num_bytes
 
 
-def _check_usable(source, settings, read, shards, skipped, skipped_keys):
+def _check_usable(
+    source: PairSource,
+    settings: pack_unit.Settings,
+    read: int,
+    shards: list[_Shard],
+    skipped: dict[str, int],
+    skipped_keys: dict[str, list[str]],
+) -> None:
     not_kept, dropped = skipped.get("not_kept", 0), skipped.get("dropped_by_list", 0)
     if read and not_kept == read:
         example = skipped_keys["not_kept"][0]
@@ -159,7 +173,7 @@ def _check_usable(source, settings, read, shards, skipped, skipped_keys):
 
 
 def _place(
-    shards: list["_Shard"], dataset: str, split: str, features: tfds.features.FeaturesDict
+    shards: list[_Shard], dataset: str, split: str, features: tfds.features.FeaturesDict
 ) -> None:
     """Gives the shards their names in the dataset and writes its metadata."""
     template = tfds.core.ShardedFileTemplate(
@@ -187,7 +201,7 @@ def _place(
     )
 
 
-def _copy_without(shard, path):
+def _copy_without(shard: _Shard, path: str) -> None:
     temporary = str(writing.temporary_path(shard.path))
     left_out = set(shard.rows.tolist())
     reader, writer = ArrayRecordReader(shard.path), pack_unit.open_shard(temporary)
@@ -199,7 +213,7 @@ def _copy_without(shard, path):
     writing.move(temporary, path)
 
 
-def _publish(dataset, out_dir):
+def _publish(dataset: str, out_dir: str) -> None:
     os.makedirs(out_dir, exist_ok=True)
     if not os.listdir(out_dir):
         writing.move(dataset, out_dir)

@@ -7,11 +7,15 @@ of the same hash are one to the list: expect n*m / 2^64 such among n keys and m 
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from align_jax.data.sources.record import hash_key
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
 
 _BATCH_ROWS = 2**16
 
@@ -65,19 +69,22 @@ class KeyList:
 
             with pa.memory_map(os.path.join(self._folder, "columns.arrow")) as file:
                 self._table = pa.ipc.open_file(file).read_all()
-        return {name: self._table[name][int(first)].as_py() for name in self.columns}
+        return {name: self._table[name][first].as_py() for name in self.columns}
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": None, "_table": None}
 
-    def _find(self, key):
+    def _find(self, key: str) -> tuple[int, int]:
+        """First place of a key among the hashes, and the one after its last."""
         if self._maps is None:
             self._maps = self._open()
         hashes = self._maps[0]
         hashed = np.uint64(hash_key(key))
-        return np.searchsorted(hashes, hashed), np.searchsorted(hashes, hashed, "right")
+        first, end = (np.searchsorted(hashes, hashed, side) for side in ("left", "right"))
+        return int(first), int(end)
 
-    def _open(self):
+    def _open(self) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Hashes uint64 [N]; of texts, if there are any, spans int64 [N, 2] and bytes uint8."""
         hashes = np.load(os.path.join(self._folder, "hashes.npy"), mmap_mode="r")
         if not self.has_texts:
             return hashes, None, None
@@ -166,17 +173,17 @@ def _write_columns(path: str, out: str, columns: Sequence[str], order: np.ndarra
         writer.write_table(table.combine_chunks())
 
 
-def _batches(table, texts) -> Iterator[tuple[list[str], list[str]]]:
+def _batches(table: "pq.ParquetFile", texts: bool) -> Iterator[tuple[list[str], list[str]]]:
     columns = ["key", "text"] if texts else ["key"]
     for batch in table.iter_batches(_BATCH_ROWS, columns=columns):
         keys = batch["key"].to_pylist()
-        values = batch["text"].to_pylist() if texts else keys
+        values = batch["text"].to_pylist() if texts else [""] * len(keys)
         # Keys that are numbers in the table are strings in a Record; no key, no record.
         rows = [(str(k), v or "") for k, v in zip(keys, values, strict=True) if k is not None]
         yield [key for key, _ in rows], [text for _, text in rows]
 
 
-def _import_parquet(option):
+def _import_parquet(option: str) -> ModuleType:
     try:
         from pyarrow import parquet
     except ImportError as error:

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 from align_jax import __version__
 from align_jax.curate.pack import finish as pack_finish
@@ -152,7 +153,7 @@ def pack(
     return report
 
 
-def _plan(source, unit_records):
+def _plan(source: PairSource, unit_records: int | None) -> list[Unit]:
     if hasattr(source, "parts"):
         parts = enumerate(source.parts)
         return [Unit(number, part, 0, None, part.num_expected) for number, part in parts]
@@ -169,7 +170,12 @@ def _plan(source, unit_records):
     return units
 
 
-def _stamp(source, units, lists, options):
+def _stamp(
+    source: PairSource,
+    units: list[Unit],
+    lists: Mapping[str, str | None],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
     """What decides the bytes written; finished units count only where it is the same."""
     return {
         "align_jax": __version__,
@@ -180,7 +186,7 @@ def _stamp(source, units, lists, options):
     }
 
 
-def _units_left(staging, stamp, units, title):
+def _units_left(staging: str, stamp: dict[str, Any], units: list[Unit], title: str) -> list[Unit]:
     """Returns the units without a result; starts afresh where the stamp is another one."""
     folder, plan = os.path.join(staging, "units"), os.path.join(staging, "plan.json")
     if not os.path.exists(plan) or pack_finish.read_json(plan) != stamp:
@@ -197,7 +203,7 @@ def _units_left(staging, stamp, units, title):
     return left
 
 
-def _finished_units(staging):
+def _finished_units(staging: str) -> bool:
     folder = os.path.join(staging, "units")
     return os.path.isdir(folder) and any(name.endswith(".json") for name in os.listdir(folder))
 
@@ -218,7 +224,7 @@ def _key_lists(
     }
 
 
-def _check_lists(source, settings):
+def _check_lists(source: PairSource, settings: pack_unit.Settings) -> None:
     """Refuses a list without a key of the source, where that costs no reading of records."""
     for option, keys in (("keep", settings.keep), ("drop", settings.drop)):
         if keys is None:
@@ -230,12 +236,14 @@ def _check_lists(source, settings):
                 raise ValueError(pack_finish.no_common_key(option, keys, source.key(0)))
 
 
-def _in_this_process(units, settings) -> Iterator[None]:
+def _in_this_process(units: list[Unit], settings: pack_unit.Settings) -> Iterator[None]:
     for unit in units:
         yield from pack_unit.pack_unit(unit, settings)
 
 
-def _in_processes(units, settings, num_workers) -> Iterator[None]:
+def _in_processes(
+    units: list[Unit], settings: pack_unit.Settings, num_workers: int
+) -> Iterator[None]:
     # spawn: a forked copy of threads that hold locks can hang.
     pool = ProcessPoolExecutor(
         num_workers,
@@ -264,14 +272,14 @@ def _in_processes(units, settings, num_workers) -> Iterator[None]:
         pool.shutdown(cancel_futures=True)
 
 
-def _pack_whole_unit(unit, settings):
+def _pack_whole_unit(unit: Unit, settings: pack_unit.Settings) -> int:
     return sum(1 for _ in pack_unit.pack_unit(unit, settings))
 
 
-def _start_worker():
+def _start_worker() -> None:
     """Makes this worker end with its parent, which may be killed, and on Ctrl-C without a word."""
 
-    def watch():
+    def watch() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 

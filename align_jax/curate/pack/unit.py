@@ -20,7 +20,9 @@ from tensorflow_datasets.core import example_serializer
 from align_jax.curate.pack import metadata
 from align_jax.curate.pack.key_lists import KeyList
 from align_jax.data import images
+from align_jax.data.sources.open_source import PairSource
 from align_jax.data.sources.record import UNUSABLE_REASONS, hash_key, is_usable
+from align_jax.data.sources.shards import Part
 from align_jax.storage import text, writing
 from align_jax.storage.problems import reason_of
 
@@ -32,6 +34,8 @@ SKIP_REASONS = (
 )
 KEYS_LISTED = 20  # of each reason, in the report
 JPEG_QUALITY = 95  # of resized images, as in img2dataset
+
+_Checked = tuple[str, str | None, bytes | None]  # key, reason to skip, serialized record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Unit:
     """
 
     number: int
-    source: object
+    source: PairSource | Part
     start: int
     stop: int | None
     expected: int
@@ -195,7 +199,7 @@ def open_shard(path: str) -> ArrayRecordWriter:
     return ArrayRecordWriter(path, "group_size:1")
 
 
-def _checked(source, start, stop, settings):
+def _checked(source: PairSource, start: int, stop: int, settings: Settings) -> Iterator[_Checked]:
     """Yields what _Checker returns for each index, in order."""
     check, threads = _Checker(source, settings), settings.num_threads
     if threads == 1:
@@ -218,7 +222,7 @@ def _checked(source, start, stop, settings):
 class _Checker:
     """Callable index -> (key, reason to skip or None, serialized record)."""
 
-    def __init__(self, source, settings):
+    def __init__(self, source: PairSource, settings: Settings):
         self._source = source
         self._settings = settings
         self._features = features(settings.columns)
@@ -226,7 +230,7 @@ class _Checker:
             self._features.get_serialized_info()
         )
 
-    def __call__(self, index):
+    def __call__(self, index: int) -> _Checked:
         key = f"record {index}"
         settings = self._settings
         try:
@@ -263,7 +267,8 @@ class _Checker:
         return key, None, example.SerializeToString(deterministic=True)
 
 
-def _encoded(image, pixels, resize_px):
+def _encoded(image: bytes | np.ndarray, pixels: np.ndarray, resize_px: int | None) -> bytes:
+    """The file to write of an image, of which `pixels`, uint8 [H, W, 3], are decoded."""
     height, width = pixels.shape[:2]
     if resize_px is not None and min(height, width) > resize_px:
         scale = resize_px / min(height, width)
@@ -275,7 +280,7 @@ def _encoded(image, pixels, resize_px):
     return image
 
 
-def _file_of(image, kind, **options):
+def _file_of(image: Image.Image, kind: str, **options: int) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
