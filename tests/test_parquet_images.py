@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -39,7 +40,7 @@ def write_hugging_face(folder, count=10, split="train", shards=2, row_group_size
             "caption": [[f"number {n}", f"no. {n}"] for n in numbers],
             "label": [n % 3 for n in numbers],
             "license": [f"CC {n}" if n else None for n in numbers],
-            "score": [n / 4 for n in numbers],
+            "score": [n / 4 if n else math.nan for n in numbers],
         }
         table = pa.table(rows).replace_schema_metadata(metadata)
         name = f"{split}-{shard:05d}-of-{shards:05d}.parquet"
@@ -59,7 +60,7 @@ def test_hugging_face_folder_is_a_source_of_pairs(tmp_path):
         assert [r.captions for r in records] == [(f"number {n}", f"no. {n}") for n in range(10)]
         assert records[6].key == "train-00001-of-00002:1" == source.key(6)
         assert records[6].metadata == {"license": "CC 6", "score": 1.5, "label": 0}
-        assert "license" not in records[0].metadata
+        assert records[0].metadata == {"label": 0}
         assert source.captions(-1) == ("number 9", "no. 9") and source.problems == {}
         assert source.where(9).endswith(
             "row 4 of " + str(tmp_path / "data" / "train-00001-of-00002.parquet")

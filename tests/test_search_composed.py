@@ -13,6 +13,7 @@ from align_jax import evals
 from align_jax.data.images import decode_image
 from align_jax.data.sources.scenes import COLOURS, SHAPES, paint_object
 from align_jax.evals import composed
+from align_jax.evals.tables import format_table
 
 
 class KnowsAll:
@@ -118,6 +119,44 @@ def test_queries_of_emoji_are_bases_with_the_tones_that_the_gallery_has(emoji):
 def test_pictures_that_cannot_be_decoded_are_counted(emoji):
     with pytest.raises(ValueError, match="No picture of the queries can be decoded"):
         composed.Composed("e", emoji)(Blind())
+    evaluator = composed.Composed("c", "scenes", num_queries=5)
+    evaluator.set.pictures[1] = b"<html>"
+    evaluator.set.gallery[7] = b"<html>"
+    for _ in range(2):
+        found = evaluator(Blind())
+        assert (found["num_queries"], found["num_gallery"], found["num_skipped"]) == (4, 699, 2)
+        (reason,) = evaluator.problems
+        assert found[f"problems/{reason}"] == evaluator.problems[reason] == 2
+    assert evaluator.problems.first[reason] == "query picture 1"
+
+
+def test_table_has_a_row_for_each_form_of_the_query():
+    evaluator = composed.Composed("c", "scenes", num_queries=5)
+    forms = ("sum", "change", "image", "text", "chance")
+    metrics = {f"{form}_r{k}": 10 * n + k / 10 for n, form in enumerate(forms) for k in (1, 10)}
+    metrics |= {"num_queries": 5, "num_gallery": 700, "num_skipped": 0}
+    table = format_table({f"c/{key}": value for key, value in metrics.items()}, [evaluator])
+    rows = [line.split() for line in table.splitlines()]
+    assert rows[0][-5:] == ["R@1", "R@10", "queries", "gallery", "skipped"]
+    assert rows[2] == ["c,", "sum", "0.1", "1.0", "5", "700", "0"]
+    assert rows[3:5] == [["c,", "change", "10.1", "11.0"], ["image", "alone", "20.1", "21.0"]]
+    assert rows[5:] == [["text", "alone", "30.1", "31.0"], ["chance", "40.1", "41.0"]]
+
+
+def test_stamp_is_of_the_pictures_and_what_is_asked_of_them(emoji, tmp_path):
+    def stamp(source, num_queries=9):
+        return composed.Composed("c", source, num_queries).stamps["source"]
+
+    assert len({stamp("scenes"), stamp("scenes?seed=1"), stamp("scenes", 8), stamp(emoji)}) == 4
+    before = stamp(emoji)
+    for name in ("emoji.jsonl", "one.zip", "two.zip"):
+        (tmp_path / name).rename(tmp_path / f"moved_{name}")
+    moved = "moved_emoji.jsonl?query=moved_one.zip&gallery=moved_two.zip"
+    assert stamp(moved) == before == stamp(moved)
+    for part in ("pictures", "new", "old", "gallery", "groups", "wanted"):
+        items = composed.Composed("c", moved, 9).set
+        getattr(items, part)[0] = 7 if part in ("groups", "wanted") else b"other"
+        assert items.stamp() != before
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,18 @@ def test_rows_of_pairs_are_images_and_captions(photos, model):
         assert rows[key][0].kind == "text" and rows[key][0].caption == text
 
 
+def test_columns_of_a_record_come_along(monkeypatch):
+    pairs = [
+        Record("a", np.zeros((8, 8, 3), np.uint8), ("a cat",), metadata={"license": "CC", "n": 2}),
+        Record("b", np.ones((8, 8, 3), np.uint8), ("a dog",)),
+    ]
+    monkeypatch.setattr(ingest, "open_source", lambda spec: InMemory(pairs))
+    items = ingest.open_items("memory", "both")
+    rows = [row for number in range(2) for row, _ in items.read(number)]
+    assert [row.key for row in rows] == ["a", "a#0", "b", "b#0"]
+    assert [row.metadata for row in rows] == [{"license": "CC", "n": 2}] * 2 + [{}] * 2
+
+
 def test_found_is_what_exact_numpy_finds_both_ways(photos, model):
     rows = rows_of(photos)
     by_kind = {

@@ -8,6 +8,8 @@ Jia et al. 2021, section 6; the sets are ours.
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,9 @@ import numpy as np
 from align_jax.data.images import BadImage, decode_image
 from align_jax.data.sources.archives import index_files, read_member
 from align_jax.data.sources.scenes import COLOURS, SHAPES, paint_object
+from align_jax.evals.records import count_problems
 from align_jax.evals.top_k import top_k
+from align_jax.storage import identity
 from align_jax.storage.problems import Problems
 from align_jax.storage.text import read_lines
 
@@ -24,6 +28,13 @@ SUM_WEIGHT, CHANGE_WEIGHT = 2.0, 1.0
 _TONES = tuple(f"{tone} skin tone" for tone in ("light", "medium-light", "medium", "medium-dark"))
 _TONES += ("dark skin tone",)
 _KS = (1, 10)
+_ROWS = {
+    "sum": "{}, sum",
+    "change": "{}, change",
+    "image": "  image alone",
+    "text": "  text alone",
+    "chance": "  chance",
+}
 _GALLERY_COPIES = 10  # of each shape and colour
 
 
@@ -47,6 +58,13 @@ class ComposedSet:
     groups: np.ndarray
     wanted: np.ndarray
 
+    def stamp(self) -> str:
+        """Returns what identity.stamp does: of all pictures, texts and answers."""
+        every = (*self.pictures, *self.gallery)
+        pictures = [p if isinstance(p, bytes) else p.tobytes() for p in every]
+        answers = self.groups.tolist(), self.wanted.tolist()
+        return identity.digest([*pictures, self.new, self.old, *answers])
+
 
 class Composed:
     """Evaluator: recall of changed pictures.
@@ -65,6 +83,7 @@ class Composed:
 
     def __init__(self, name: str, source: str, num_queries: int = 400):
         self.name = name
+        self.problems = Problems()
         path, _, query = source.partition("?")
         options = dict(option.partition("=")[::2] for option in query.split("&") if option)
         if num_queries < 1:
@@ -82,12 +101,22 @@ class Composed:
                 "emoji.jsonl?query=vendor.zip&gallery=other.zip."
             )
 
+    @cached_property
+    def stamps(self) -> dict[str, str]:
+        """What identifies the data."""
+        return {"source": identity.stamp(self.set)}
+
     def __call__(self, model: Any) -> dict[str, float]:
         """Returns recalls in percent: `<form>_r1` and `_r10` for sum, change, image, text, chance.
 
         Also `num_queries`, `num_gallery`, and `num_skipped`: pictures that cannot be decoded.
+
+        Raises:
+          ValueError: no picture of the queries or of the gallery can be decoded.
         """
-        all_pictures = [_decoded(picture) for picture in [*self.set.pictures, *self.set.gallery]]
+        self.problems = Problems()
+        all_pictures = [self._decoded("query", *item) for item in enumerate(self.set.pictures)]
+        all_pictures += [self._decoded("gallery", *item) for item in enumerate(self.set.gallery)]
         is_read = np.array([picture is not None for picture in all_pictures])
         blank = np.zeros((8, 8, 3), np.uint8)
         z = model.encode_image([blank if p is None else p for p in all_pictures])
@@ -115,7 +144,25 @@ class Composed:
         for cut in _KS:
             metrics[f"chance_r{cut}"] = _chance(right.sum(axis=1), len(z_gallery), cut)
         counts = {"num_queries": len(z_image), "num_gallery": len(z_gallery)}
-        return metrics | counts | {"num_skipped": int((~is_read).sum())}
+        return metrics | counts | count_problems(self.problems)
+
+    def table(self, metrics: Mapping[str, float]) -> list[list[str]]:
+        """Returns header and rows of the table of results."""
+        header = ["composed retrieval [%]", *(f"R@{k}" for k in _KS)]
+        counts = [f"{metrics[key]:,}" for key in ("num_queries", "num_gallery", "num_skipped")]
+        rows = [
+            [title.format(self.name), *(f"{metrics[f'{form}_r{k}']:.1f}" for k in _KS), *[""] * 3]
+            for form, title in _ROWS.items()
+        ]
+        rows[0][-3:] = counts
+        return [[*header, "queries", "gallery", "skipped"], *rows]
+
+    def _decoded(self, part: str, number: int, picture: Any) -> np.ndarray | None:
+        try:
+            return decode_image(picture)
+        except BadImage as error:
+            self.problems.add(error.reason, f"{part} picture {number}")
+            return None
 
 
 def compose(
@@ -191,15 +238,8 @@ def composed_emoji(table: str, query: str, gallery: str, num_queries: int) -> Co
     )
 
 
-def _decoded(picture: Any) -> np.ndarray | None:
-    try:
-        return decode_image(picture)
-    except BadImage:
-        return None
-
-
 def _chance(num_right: np.ndarray, num_gallery: int, k: int) -> float:
-    """Percentage of random rankings with a right picture among the first k, over the queries."""
+    """Percentage of random rankings with a right picture among the first k; num_right: [N]."""
     miss = np.ones(len(num_right))
     for drawn in range(min(k, num_gallery)):
         miss *= np.maximum(0.0, 1 - num_right / (num_gallery - drawn))

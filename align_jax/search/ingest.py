@@ -20,7 +20,7 @@ from align_jax.data.sources.record import hash_key
 from align_jax.run.progress import show_progress
 from align_jax.search.index import Index
 from align_jax.search.rows import KINDS, Row, check_row, make_row, shorten
-from align_jax.storage.problems import Problems
+from align_jax.storage.problems import Problems, reason_of
 from align_jax.storage.text import read_json, read_text
 
 CHOICES = (*KINDS, "both")
@@ -74,7 +74,7 @@ def open_items(spec: str, kind: str = "image") -> Items:
     def read(number: int) -> list[tuple[Row, Any]]:
         record = source[number]
         caption = next((text for text in record.captions if text.strip()), "")
-        place, metadata = f"{where}#{number}", dict(getattr(record, "metadata", {}))
+        place, metadata = f"{where}#{number}", dict(record.metadata)
         found = []
         if kind != "text":
             found.append((record.key, "image", caption, record.image))
@@ -87,8 +87,7 @@ def open_items(spec: str, kind: str = "image") -> Items:
         ]
 
     problems = Problems()
-    problems.update(source.problems)
-    problems.first.update(getattr(source.problems, "first", {}))
+    problems.merge(source.problems)
     return Items(where, len(source), read, problems)
 
 
@@ -241,8 +240,7 @@ def _read(items: Items, numbers: range) -> tuple[list[tuple[Row, Any]], list[tup
         try:
             rows += items.read(number)
         except (BadImage, OSError) as error:
-            reason = getattr(error, "reason", "record_unreadable")
-            unreadable.append((reason, f"item {number}: {error}"))
+            unreadable.append((reason_of(error), f"item {number}: {error}"))
     return rows, unreadable
 
 
@@ -279,7 +277,9 @@ def _open_shards(folder: str, index: Index) -> tuple[Items, Iterator[_Batch]]:
     return items, batches()
 
 
-def _embed(model: Any, todo: list[tuple[Row, Any]]) -> tuple[list[Row], np.ndarray, list]:
+def _embed(
+    model: Any, todo: list[tuple[Row, Any]]
+) -> tuple[list[Row], np.ndarray, list[tuple[str, str]]]:
     """Returns rows, their vectors [N, D], and (reason, name) of images that are none."""
     vectors: dict[int, np.ndarray] = {}
     unreadable: dict[int, tuple[str, str]] = {}

@@ -230,7 +230,8 @@ class ParquetPairs(ParquetTable):
         file, row = self._locate(index)
         image = self._image_of(file, row)
         metadata = self._cells(file, row, self._metadata)
-        metadata = {name: value for name, value in metadata.items() if value is not None}
+        # NaN is what pandas has for null.
+        metadata = {n: v for n, v in metadata.items() if v is not None and v == v}
         return Record(self.key(index), image, *self._texts(file, row), metadata)
 
     def captions(self, index: int) -> tuple[str, ...]:
