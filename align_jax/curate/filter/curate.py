@@ -309,8 +309,8 @@ def _choose(
 
 def _drop(reasons: np.ndarray, rows: pa.Array, codes: np.ndarray | int) -> None:
     """Marks `rows` [n] in `reasons`, uint8 [all rows], by `codes` [n] or one code."""
-    rows = rows.to_numpy(zero_copy_only=False)
-    reasons[rows] = np.minimum(reasons[rows], np.asarray(codes).astype(np.uint8))
+    places = rows.to_numpy(zero_copy_only=False)
+    reasons[places] = np.minimum(reasons[places], np.asarray(codes).astype(np.uint8))
 
 
 def _save_reasons(path: Path, reasons: np.ndarray, done: list[str]) -> None:

@@ -96,8 +96,11 @@ def decontaminate(
     if sheet and len(matches.rows):
         rows = _spread(matches)
         drawn = match_sheet.draw(
-            [(pictures[0], row) for row in rows.rows],
-            [(pictures[number], row) for number, row in zip(rows.sets, rows.others, strict=True)],
+            [(pictures[0], row) for row in rows.rows.tolist()],
+            [
+                (pictures[number], row)
+                for number, row in zip(rows.sets.tolist(), rows.others.tolist(), strict=True)
+            ],
             [f"distance {score}" for score in rows.scores],
         )
         with writing.replacing(os.path.join(out_dir, "sheet.png")) as temporary:
