@@ -16,6 +16,7 @@ from helpers import (
     environment,
     error_of,
     read_lines,
+    saved_steps,
 )
 
 from align_jax import config
@@ -379,3 +380,7 @@ def test_module_runs_as_a_program(project):
 def test_a_bucket_is_refused_in_one_line_and_no_folder_appears(inside, capfd, arguments):
     assert re.search(r"(gs|s3):// is not a file system here; name", error_of(capfd, *arguments))
     assert not os.path.exists("gs:") and not os.path.exists("s3:")
+
+
+def test_last_step_is_saved_whatever_the_period(project):
+    assert saved_steps(project / "run") == [8, 10]
