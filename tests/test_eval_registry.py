@@ -177,3 +177,20 @@ def test_bad_arguments_of_eval_are_one_line(tmp_path, monkeypatch, capfd, argume
     (tmp_path / "words.tsv").write_text("a\tb\t1\nc\td\t2\na\td\t4\n")
     found = error_of(capfd, "eval", "--model", "none", "--config", "evals.py", *arguments)
     assert found.startswith(message)
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"type": "retrieval", "source": "scenes?size=9", "max_pairs": "abc"}, "max_pairs='abc' "),
+        ({"type": "retrieval", "source": "scenes?size=9", "max_pairs": 1.5}, "max_pairs=1.5 must"),
+        ({"type": "retrieval", "source": 3}, ""),
+        ({"type": "knn", "source": "a", "train": "b", "k": "x"}, "k='x' must be: "),
+        ({"type": "similarity", "pairs": "p.tsv", "rounds": "x"}, "rounds='x' must be: int"),
+        ({"type": "words", "pairs": 3}, "pairs=3 must be: "),
+        ({"type": "zeroshot", "source": "a", "templates": 3}, "templates=3 must be: "),
+    ],
+)
+def test_argument_of_another_type_is_refused_by_name(entry, message):
+    with pytest.raises(ValueError, match=re.escape(f"Evaluator 'mine': {message}")):
+        evals.make_evaluators({"mine": entry})

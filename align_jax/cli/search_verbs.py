@@ -7,10 +7,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from align_jax.cli import model_verbs
+from align_jax.storage import writing
 from align_jax.storage.text import read_lines
 
 if TYPE_CHECKING:
@@ -225,14 +226,29 @@ def _search(args: argparse.Namespace, rest: list[str]) -> None:
             k=args.k,
             filter=where,
         )
-        if args.gallery:
-            _draw(args, hits)
+        if not hits and set(where) - {"kind"}:
+            _explain_nothing(found_in, where)
         if args.json:
             print(json.dumps([hit._asdict() for hit in hits], indent=2, ensure_ascii=False))
         else:
             print(_table(hits))
-            if args.gallery:
-                print(f"wrote {args.gallery}")
+        if args.gallery:  # last: a picture that cannot be written costs no result
+            with writing.explaining_full_disk(os.path.dirname(args.gallery) or "."):
+                _draw(args, hits)
+            print(f"wrote {args.gallery}", file=sys.stderr if args.json else sys.stdout)
+
+
+def _explain_nothing(found_in: "Index", where: Mapping[str, Any]) -> None:
+    """Says which fields there are, where a filter leaves no row: a name may be misspelt."""
+    from align_jax.search import filters
+
+    rows, _ = next(iter(found_in.scan()), ((), None))
+    names = sorted({name for row in rows for name in row.metadata})
+    print(
+        f"no row passes the filter on {', '.join(where)}; fields of the first rows: "
+        f"{', '.join([*filters.FIELDS, *names])}.",
+        file=sys.stderr,
+    )
 
 
 def _table(hits: list["Hit"]) -> str:

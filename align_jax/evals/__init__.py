@@ -13,6 +13,8 @@ import importlib.util
 import inspect
 import json
 import os
+import types
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,13 +81,38 @@ def make_evaluator(name: str, entry: Mapping[str, Any]) -> Evaluator:
         if argument not in parameters:
             problem = _unknown(f"argument of {evaluator_type}", argument, parameters)
             raise ValueError(f"Evaluator '{name}': {problem}")
+        wanted = parameters[argument].annotation
+        if not _fits(arguments[argument], wanted):
+            wanted = getattr(wanted, "__name__", str(wanted))
+            raise ValueError(
+                f"Evaluator '{name}': {argument}={arguments[argument]!r} must be: {wanted}."
+            )
     for parameter in parameters.values():
         if parameter.default is parameter.empty and parameter.name not in arguments:
             raise ValueError(f"Evaluator '{name}' needs '{parameter.name}'.")
     try:
         return make(name, **arguments)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # a source that is neither text nor source, too
         raise ValueError(f"Evaluator '{name}': {error}") from error
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of the annotated type; what cannot be told counts as fitting."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in arguments)
+    if annotation is int or annotation is float:
+        number = int if annotation is int else (int, float)
+        return isinstance(value, number) and not isinstance(value, bool)
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            return False
+        return all(_fits(item, arguments[0]) for item in value)
+    if annotation in (inspect.Parameter.empty, Any) or not isinstance(annotation, type):
+        return True
+    if getattr(annotation, "_is_protocol", False):
+        return not isinstance(value, str | int | float)
+    return isinstance(value, annotation)
 
 
 def run_evaluators(evaluators: Sequence[Evaluator], model: Any) -> dict[str, float]:

@@ -40,7 +40,7 @@ class FewShot:
         name: str,
         source: Any,
         train: Any,
-        shots: Sequence[int] = (1, 5, 10, 25),
+        shots: int | Sequence[int] = (1, 5, 10, 25),
         seeds: int = 3,
     ):
         self.name = name

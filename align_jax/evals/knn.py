@@ -92,7 +92,7 @@ class Knn:
         name: str,
         source: Any,
         train: Any = "",
-        k: Sequence[int] = (1, 5, 10, 20),
+        k: int | Sequence[int] = (1, 5, 10, 20),
         temperatures: Sequence[float] = (0.07,),
     ):
         self.name = name

@@ -17,7 +17,8 @@ from align_jax.storage.problems import Problems
 def is_table(spec: str) -> bool:
     """Returns whether a path or glob names tables of captions, not a source of pairs."""
     suffix = os.path.splitext(spec)[1].lower()
-    return suffix in TABLE_SUFFIXES and "?images=" not in spec and "&images=" not in spec
+    is_pairs = "?images=" in spec or "&images=" in spec or os.path.isdir(spec)
+    return suffix in TABLE_SUFFIXES and not is_pairs
 
 
 def find_tables(spec: str) -> list[str]:

@@ -20,7 +20,7 @@ from align_jax.data.sources.parquet import ParquetLabelled, ParquetPairs
 from align_jax.data.sources.record import LabelledImage, Record
 from align_jax.data.sources.scenes import LabelledScenes, Scenes
 from align_jax.data.sources.shards import Archives
-from align_jax.data.sources.table_files import TABLE_SUFFIXES
+from align_jax.data.sources.table_files import TABLE_SUFFIXES, open_table
 from align_jax.storage import identity, writing
 from align_jax.storage.problems import Problems
 
@@ -105,7 +105,7 @@ def open_source(spec: str) -> PairSource:
     if "images" not in options and (tables := _parquet_files(path, options)):
         _check_options(spec, options, ("split", "captions", "max"))
         source = ParquetPairs(spec, tables, _limit(spec, options), weights)
-    elif os.path.splitext(path)[1].lower() in TABLE_SUFFIXES:
+    elif os.path.splitext(path)[1].lower() in TABLE_SUFFIXES and not os.path.isdir(path):
         is_karpathy = path.lower().endswith(".json") and "split" in options
         _check_options(spec, options, ("images", "split" if is_karpathy else "captions", "max"))
         source = _open_table(spec, path, options, weights)
@@ -279,6 +279,7 @@ def _open_table(
     if not os.path.isfile(path):
         raise ValueError(f"{path} does not exist; accepted: {_ACCEPTED}.")
     if "images" not in options:
+        open_table(path)  # if it cannot be read, that is what to say
         raise ValueError(
             f"{spec} does not say where its images are; add ?images= and a folder, .zip or .tar "
             "(several with commas)."
