@@ -216,7 +216,7 @@ CAPTIONS = ["A red cat, sitting", 'She said "hi"', "naïve 猫", "", "end\u2028l
 def write_captions(path):
     """Writes CAPTIONS as a table of the path's suffix, among other columns."""
     suffix = path.suffix
-    if suffix == ".txt":
+    if suffix in (".txt", ".token"):
         path.write_text("\ufeff" + "\r\n".join(CAPTIONS), "utf-8", newline="")
     elif suffix == ".json":
         path.write_text(json.dumps([*({"text": caption} for caption in CAPTIONS), 5]))
