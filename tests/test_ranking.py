@@ -177,7 +177,7 @@ def test_program_is_compiled_once_for_all_evaluations():
 PROCESS = """
 import sys, numpy as np
 sys.path.insert(0, sys.argv[1])
-from align_jax import multihost
+from align_jax.run import multihost
 with multihost.processes(sys.argv[2], 2, int(sys.argv[3])):
     from align_jax.evals.ranking import pair_ranks
     from test_ranking import random_pairs

@@ -138,15 +138,23 @@ def test_slow_source_is_reported_but_not_failed(monkeypatch, capfd):
     assert "a data thread" in reports[0] and "of key0" in reports[0]
 
 
-@pytest.mark.parametrize("end", ["fails", pytest.param("closes", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("end", ["fails", "late", pytest.param("closes", marks=pytest.mark.slow)])
 def test_program_with_a_stuck_thread_ends_by_itself(tmp_path, end):
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent("""
-        import pathlib, sys
+        import pathlib, sys, time
         import test_starvation
         from align_jax.data import read_ahead
         read_ahead.STUCK_S = 1.0
+        if sys.argv[2] == "late":  # the thread with the pipe begins when all is closed
+            note = read_ahead.Board.note
+            def note_late(self, step, *at):
+                if step >= 2:
+                    while not pathlib.Path("closed").exists():
+                        time.sleep(0.01)
+                note(self, step, *at)
+            read_ahead.Board.note = note_late
         source, _ = test_starvation.open_stuck(pathlib.Path(sys.argv[1]))
         batches = test_starvation.open_batches(source, num_threads=3)
         next(batches)  # the pipe is in the third
@@ -154,12 +162,14 @@ def test_program_with_a_stuck_thread_ends_by_itself(tmp_path, end):
             print(test_starvation.failure_of(batches)[0])
         else:
             batches.close()
+            pathlib.Path("closed").touch()
         sys.exit(7)
         """)
     )
     path = [entry for entry in sys.path if entry]
     done = subprocess.run(
         [sys.executable, script, tmp_path / "pairs", end],
+        cwd=tmp_path,
         env={"PYTHONPATH": ":".join(path), "PATH": ""},
         capture_output=True,
         text=True,

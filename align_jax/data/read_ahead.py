@@ -53,9 +53,16 @@ class Board:
         self._map()
 
     def note(self, step: int, row: int, index: int) -> None:
-        """Says that this process is at a row of a step's batch, record `index`."""
-        self._rows[step % self._num_builders] = step + 1, os.getpid(), row, index
+        """Says that this process is at a row of a step's batch, record `index`.
+
+        Raises:
+          RuntimeError: the board is closed, so nobody waits for the batch any more.
+        """
+        # In this order: either `close` sees this thread, or this thread sees that it is closed.
         self.threads.add(threading.current_thread())
+        if self._closed:
+            raise RuntimeError("the batches were closed")
+        self._rows[step % self._num_builders] = step + 1, os.getpid(), row, index
 
     def delivered(self, step: int, num_rows: int) -> None:
         """Says that the batch is complete."""
@@ -74,6 +81,10 @@ class Board:
         """Returns the pid of each worker, 0 for one that has not entered yet."""
         return self._pids.tolist()
 
+    def close(self) -> None:
+        """Lets no thread of this process begin another row."""
+        self._closed = True
+
     def remove(self) -> None:
         """Removes the file; processes that have it open may go on."""
         with contextlib.suppress(FileNotFoundError):
@@ -87,7 +98,7 @@ class Board:
         self._map()
 
     def _map(self) -> None:
-        self.threads = set()
+        self.threads, self._closed = set(), False
         with open(self._path, "r+b") as file:
             content = np.frombuffer(mmap.mmap(file.fileno(), 0), np.int64)
         self._rows = content[: 4 * self._num_builders].reshape(-1, 4)
@@ -232,6 +243,7 @@ def _close(
     board: Board,
 ) -> None:
     stopped.set()
+    board.close()
     with contextlib.suppress(queue.Empty):  # a feeder that waits for room goes on and stops
         elements.get_nowait()
     if feeder.ident is not None:
