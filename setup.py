@@ -25,7 +25,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["align_jax", "align_jax.*"]),
-    package_data={"align_jax.evals.presets": ["*.json"]},
+    package_data={"align_jax.evals.presets": ["*.json"], "align_jax.serve": ["page/*"]},
     install_requires=[
         "absl-py",
         "array_record",
@@ -67,6 +67,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.14",
             "scikit-learn>=1.5",
+            "selenium>=4.20",  # the page, where Chromium is installed
             "simplejpeg>=1.9,<2",
             "torch==2.13.0",
         ],
