@@ -124,7 +124,7 @@ def test_each_store_counts_the_same(tmp_path, storm, kind):
 # What a verb looks at decides what it can see. Those that do not name their rows by key take two
 # records of one key for two; embeddings name theirs as the source does.
 IMAGES = ("image_empty", "image_not_an_image", "image_truncated", "image_too_large")
-IMAGES += ("image_too_small",)
+IMAGES += ("image_too_small", "image_damaged")
 CAPTIONS = ("caption_empty", "caption_not_utf8")
 SEEN = {
     "pack": (*IMAGES, *CAPTIONS, "key_duplicate"),
@@ -434,6 +434,7 @@ def test_real_crawl_failures_in_good_data_are_counted_by_kind(tmp_path, storm):
     assert skipped["image_empty"] == kinds.count("empty")
     assert skipped["image_too_small"] == kinds.count("tiny")
     unusable = skipped["image_not_an_image"] + skipped.get("image_truncated", 0)
+    unusable += skipped.get("image_damaged", 0)
     assert unusable == kinds.count("undecodable")
     assert sum(skipped.values()) + report["records_written"] == len(mixed)
     usable = len(rows) - sum(kinds.count(kind) for kind in ("empty", "tiny", "undecodable"))

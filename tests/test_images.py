@@ -193,6 +193,29 @@ def test_decode_truncated_file_is_truncated_or_not_an_image(file_format):
         assert reason_of(data[: int(kept * len(data))]) == "image_truncated"
 
 
+@pytest.mark.parametrize("start", [0, 40, 200])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "GIF"])
+def test_decode_whole_file_that_is_damaged_is_not_called_truncated(file_format, start):
+    data = bytearray(encode(photo(), file_format))
+    start += 12  # what names the format, and the size of WebP
+    data[start : start + 300] = np.random.default_rng(start).bytes(300)
+    try:
+        images.decode_image(bytes(data))
+    except images.BadImage as error:
+        assert error.reason == "image_damaged"
+
+
+def test_decode_jpeg_header_says_whether_the_file_is_cut_off():
+    data = encode(photo(), "JPEG")
+    for whole in (data[:3] + bytes(200), data[:4] + bytes(30) + data[34:]):
+        assert reason_of(whole) == "image_damaged"
+    for cut in (data[:3], data[:25], data[:160], data[:-2]):
+        assert reason_of(cut) == "image_truncated", len(cut)
+    with pytest.raises(images.BadImage) as caught:
+        images.decode_image(data[:3] + bytes(200))
+    assert str(caught.value) == "The image header is damaged."
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")  # pytest undoes ours
 def test_decode_cut_or_scrambled_file_gives_array_or_bad_image_only():
     rng = np.random.default_rng(0)

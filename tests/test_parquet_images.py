@@ -74,6 +74,19 @@ def test_hugging_face_folder_is_a_source_of_pairs(tmp_path):
     assert identity.stamp(open_source(f"{tmp_path}/moved/train-*.parquet")) == stamp
 
 
+def test_another_column_of_captions_stands_in_for_a_blank_one(tmp_path):
+    rows = {
+        "image": [{"bytes": picture(n), "path": ""} for n in range(3)],
+        "caption": ["a dog", " ", None],
+        "text": ["not this", "a cat", ""],
+        "title": [None, None, "a cow"],
+    }
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    source = open_source(str(tmp_path / "a.parquet"))
+    assert [record.captions for record in read(source)] == [("a dog",), ("a cat",), ("a cow",)]
+    assert source.captions(2) == ("a cow",) and source[2].metadata["title"] == "a cow"
+
+
 def test_memory_is_bounded_by_the_row_groups_used_last(tmp_path, monkeypatch):
     write_hugging_face(tmp_path, row_group_size=1)
     monkeypatch.setattr(parquet, "_HELD_BYTES", 4 * len(picture(1)))

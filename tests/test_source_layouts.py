@@ -133,7 +133,7 @@ def damage_header(path, name, field):
 
 
 @pytest.mark.parametrize("size", [-1, -512, -513, -4096, 2**62])
-def test_tar_member_of_impossible_size_ends_the_archive_and_is_counted(tmp_path, size):
+def test_tar_member_of_impossible_size_is_counted_and_the_next_ones_are_read(tmp_path, size):
     path = write_tar(tmp_path / "x.tar", pairs("a", "b", "c"))
     field = b"\xff" * 4 if size < 0 else b"\x80\0\0\0"
     damage_header(path, "b.jpg", field + struct.pack(">q", size))
@@ -142,8 +142,9 @@ def test_tar_member_of_impossible_size_ends_the_archive_and_is_counted(tmp_path,
     thread.start()
     thread.join(20)
     assert found, "hangs"
-    assert keys(found[0]) == ["a"] and found[0].problems == {"tar_truncated": 1}
-    assert "b.jpg" in found[0].problems.first["tar_truncated"]
+    assert keys(found[0]) == ["a", "c"]
+    assert found[0].problems == {"tar_damaged": 1, "image_missing": 1}  # the latter of b.txt
+    assert "b.jpg" in found[0].problems.first["tar_damaged"]
 
 
 def test_long_name_of_negative_size_does_not_read_the_whole_file(tmp_path):
@@ -155,7 +156,9 @@ def test_long_name_of_negative_size_does_not_read_the_whole_file(tmp_path):
     data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
     path.write_bytes(data)
     source = open_source(str(path))
-    assert keys(source) == ["a"] and source.problems == {"tar_truncated": 1}
+    assert keys(source) == ["a"]
+    # The next header is that of the file, with the start of its name.
+    assert source.problems == {"tar_damaged": 1, "file_not_an_image": 1}
 
 
 def test_each_line_of_a_text_file_is_a_caption(tmp_path):

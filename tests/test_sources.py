@@ -224,15 +224,38 @@ def test_truncated_tar_is_used_up_to_the_break_and_reported(tmp_path):
         assert source.problems == {"tar_truncated": 1}, name
 
 
-def test_damaged_tar_header_in_the_middle_is_reported(tmp_path):
-    path = write_tar(tmp_path / "x.tar", write_samples(5))
+@pytest.mark.parametrize("garbage", [b"\0", b"\xff", b"7", b" "])
+@pytest.mark.parametrize("last", ["header", "inside data", "members"])
+def test_hole_in_a_tar_is_named_and_what_lies_behind_it_is_read(tmp_path, garbage, last):
+    path = write_tar(tmp_path / "x.tar", write_samples(7))
     with tarfile.open(path) as archive:
-        offset = archive.getmember("0002.jpg").offset
+        start = archive.getmember("0002.jpg").offset
+        stop = {
+            "header": start + 512,
+            "inside data": archive.getmember("0003.jpg").offset_data + 10,
+            "members": archive.getmember("0005.jpg").offset,  # no multiple of a record
+        }[last]
+        goes_on = archive.getmember("0002.txt" if last == "header" else "0003.txt").offset
+    goes_on = stop if last == "members" else goes_on
     data = bytearray(path.read_bytes())
-    data[offset : offset + 512] = b"\xff" * 512
+    data[start:stop] = garbage * (stop - start)
     path.write_bytes(data)
     source = open_source(str(path))
-    assert len(source) == 2 and source.problems == {"tar_truncated": 1}
+    num_lost = {"header": 1, "inside data": 2, "members": 3}[last]
+    whole = [f"{number:04d}" for number in (0, 1, *range(2 + num_lost, 7))]
+    assert [record.key for record in all_records(source)] == whole
+    texts_left = {} if last == "members" else {"image_missing": 1}
+    assert source.problems == {"tar_damaged": 1} | texts_left
+    said = f"{path}: no header at byte {start:,}; bytes {start:,} to {goes_on:,} are not read"
+    assert source.problems.first["tar_damaged"] == said
+
+
+def test_hole_at_the_start_of_a_tar_costs_no_more_than_it_covers(tmp_path):
+    path = write_tar(tmp_path / "x.tar", write_samples(3))
+    path.write_bytes(b"\xee" * 512 + path.read_bytes()[512:])
+    source = open_source(str(path))
+    assert [record.key for record in all_records(source)] == ["0001", "0002"]
+    assert source.problems == {"tar_damaged": 1, "image_missing": 1}
 
 
 def test_unreadable_archive_among_others_is_counted(tmp_path):

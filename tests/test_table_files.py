@@ -424,3 +424,71 @@ def test_every_suffix_is_opened():
         *(".csv", ".tsv", ".txt", ".token"),
         *(".json", ".jsonl", ".parquet"),
     )
+
+
+MIXED = [  # of several tables put together: (fields, captions)
+    ({"captions": ["a dog", "one dog"]}, ["a dog", "one dog"]),
+    ({"caption": "a cat"}, ["a cat"]),
+    ({"captions": [], "caption": "a cow"}, ["a cow"]),
+    ({"captions": None, "Text": "a fox"}, ["a fox"]),
+    ({"captions": [" ", "\ufffd"], "caption": "a bee"}, ["a bee"]),
+    ({"captions": ["an ant"], "caption": "not this"}, ["an ant"]),
+]
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_rows_that_mix_names_of_the_caption_column_lose_none(tmp_path, suffix, first):
+    mixed = MIXED[first : first + 1] * 100 + MIXED  # names are looked for in the first 100
+    rows = [{"image": f"{n}.jpg", **fields} for n, (fields, _) in enumerate(mixed)]
+    path = tmp_path / f"t.{suffix}"
+    path.write_text("\n".join(map(json.dumps, rows)) if suffix == "jsonl" else json.dumps(rows))
+    check_all(path, {f"{n}.jpg": texts for n, (_, texts) in enumerate(mixed)}, {})
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_columns_of_captions_stand_in_for_each_other(tmp_path, suffix):
+    columns = {
+        "image": ["1.jpg", "2.jpg", "3.jpg"],
+        "title": ["not this", "not this", "a title"],
+        "caption": ["a dog", "", " "],
+        "text": ["not this", "a cat", None],
+    }
+    if suffix == "csv":
+        pd.DataFrame(columns).to_csv(tmp_path / "t.csv", index=False)
+    else:
+        pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    check_all(
+        tmp_path / f"t.{suffix}",
+        {"1.jpg": ["a dog"], "2.jpg": ["a cat"], "3.jpg": ["a title"]},
+        {},
+    )
+    kept = Metadata(str(tmp_path / f"t.{suffix}"), {})
+    assert set(kept.others) == {"title"} and kept.left_out == []  # carried along as well
+
+
+def test_what_is_no_text_is_malformed_unless_another_column_has_a_caption(tmp_path):
+    rows = [{"image": "1.jpg", "caption": 5}, {"image": "2.jpg", "caption": 5, "text": "a dog"}]
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    check_all(path, {"2.jpg": ["a dog"]}, {"row_malformed": 1})
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "parquet"])
+def test_control_characters_are_repaired_and_counted(tmp_path, suffix):
+    texts = ["a\0dog", "a\x1b[1mcat", "a\x9bcow", "a fox"]
+    rows = [{"image": f"{n}.jpg", "caption": one} for n, one in enumerate(texts)]
+    path = tmp_path / f"t.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif suffix == "json":
+        path.write_text(json.dumps(rows))
+    elif suffix == "jsonl":  # as they are, and as JSON spells them
+        lines = [json.dumps(row) for row in rows]
+        path.write_text("\n".join([lines[0].replace("\\u0000", "\0"), *lines[1:]]))
+    else:
+        mark = "," if suffix == "csv" else "\t"
+        lines = [mark.join(row.values()) for row in rows]
+        path.write_text("\n".join([f"image{mark}caption", *lines]))
+    expected = ["a\ufffddog", "a\ufffd[1mcat", "a\ufffdcow", "a fox"]
+    check_all(path, {f"{n}.jpg": [one] for n, one in enumerate(expected)}, {"text_repaired": 3})

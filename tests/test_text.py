@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import unicodedata
 
 import pytest
 
@@ -11,6 +12,13 @@ from align_jax.curate.filter import metadata_entries, rules
 from align_jax.data.sources import files
 from align_jax.evals import templates
 from align_jax.storage import text
+
+# Category Cc but what str.isspace takes for white space.
+CONTROL = {
+    number: "\ufffd"
+    for number in range(256)
+    if unicodedata.category(chr(number)) == "Cc" and not chr(number).isspace()
+}
 
 
 def write(path, data):
@@ -27,7 +35,7 @@ def oracle(data):
     lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     lines = lines if lines[-1] else lines[:-1]
     lines = [line[:-1] if line.endswith(b"\r") else line for line in lines]
-    return [line.decode("utf-8", "replace") for line in lines]
+    return [line.decode("utf-8", "replace").translate(CONTROL) for line in lines]
 
 
 @pytest.mark.parametrize("block_bytes", [1, 2, 3, 7, 64, 2**23])
@@ -45,7 +53,7 @@ def test_blocks_hold_the_lines_of_the_file_whatever_their_size(tmp_path, monkeyp
         b"\n\n",
         b"\0",
     ]
-    pieces += ["\u2028".encode(), "\x85".encode(), b"\x0b", b"\x0c", b"\x1c"]
+    pieces += ["\u2028".encode(), "\x85".encode(), b"\x0b", b"\x0c", b"\x1c", "\x9b".encode()]
     for number in range(60):
         data = b"".join(rng.choices(pieces, k=number))
         if number % 3 == 0 and block_bytes > 2:
@@ -60,7 +68,9 @@ def test_blocks_hold_the_lines_of_the_file_whatever_their_size(tmp_path, monkeyp
         bad = [b.first + i for b in blocks for i in b.repaired]
         raw = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
         assert sorted(bad) == [
-            n for n, line in enumerate(raw, 1) if line.decode("utf-8", "replace").encode() != line
+            n
+            for n, line in enumerate(raw, 1)
+            if line.decode("utf-8", "replace").translate(CONTROL).encode() != line
         ]
         assert (
             sum(block.num_bytes for block in blocks) == (len(data) if blocks else 0) or not raw[0]
@@ -102,6 +112,12 @@ def test_json_written_by_hand(tmp_path):
         text.read_json(write(path, b'["a",\n]'))
     with pytest.raises(ValueError, match=r"l.json is not valid JSON: it is nested too deeply"):
         text.read_json(write(path, b"[" * 100_000))
+
+
+def test_control_characters_and_halves_are_replaced_and_white_space_kept():
+    every = "".join(map(chr, range(0x3000)))
+    assert text.clean(every) == every.translate(CONTROL)
+    assert text.clean("a\0b\ud83d\x1b[0m \t\n\x85") == "a\ufffdb\ufffd\ufffd[0m \t\n\x85"
 
 
 def test_captions_beside_images():

@@ -102,6 +102,12 @@ def test_encode_worked_example():
     assert mask.tolist() == [[1] * 6, [1, 1, 0, 0, 0, 0], [1] * 6]
 
 
+def test_halves_of_surrogate_pairs_are_left_out(tokenizer):
+    ids, _ = tokenizer.encode(["a \ud83d dog", "\udcff"], 8)
+    expected, _ = tokenizer.encode(["a dog", ""], 8)
+    assert ids.tolist() == expected.tolist()
+
+
 def test_encode_no_texts_gives_no_rows(tokenizer):
     ids, mask = tokenizer.encode([], 8)
     assert ids.shape == mask.shape == (0, 8)

@@ -26,6 +26,7 @@ BAD_IMAGE_REASONS = (
     "image_truncated",
     "image_too_large",
     "image_too_small",
+    "image_damaged",
 )
 MAX_PIXELS = 2**28 // 3  # 256 MiB as RGB; Pillow starts to warn at the same size
 RESIZE_METHODS = ("pil", "tf")
@@ -46,6 +47,7 @@ IMAGE_SUFFIXES = tuple(
     )
 )
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
+_TAIL_BYTES = 1024
 _ROWS_AT_A_TIME = 64
 _MIN_SIDE_PX = 2  # tracking pixels and spacer lines are no pictures
 _TRANSPOSES = {
@@ -92,8 +94,8 @@ def decode_image(
 
     Raises:
       BadImage: with the reason image_empty (no bytes), image_not_an_image (HTML, unknown or
-        unsupported format, array of other shape or dtype), image_truncated (an image, but cut
-        off or damaged), image_too_large, or image_too_small (a side below 2 px).
+        unsupported format, array of other shape or dtype), image_truncated (cut off),
+        image_damaged (not cut off), image_too_large, or image_too_small (a side below 2 px).
       OSError: if a path cannot be read.
     """
     return np.asarray(load_rgb(image, max_pixels))
@@ -135,7 +137,12 @@ def load_rgb(
             opened.draft(None, (shrink_to_px, shrink_to_px))  # no JPEG: does nothing
         elif (pixels := _simple_jpeg(image, opened)) is not None:
             return pixels
-        return _to_rgb(opened)
+        try:
+            return _to_rgb(opened)
+        except BadImage as error:
+            if error.reason == "image_damaged" and _is_cut_off(image, error.__cause__):
+                raise BadImage("image_truncated", f"Cut off: {error}") from error
+            raise
 
 
 def resize(image: np.ndarray, size_px: int, method: str) -> np.ndarray:
@@ -277,10 +284,37 @@ def _open(data: bytes) -> Image.Image:
         raise BadImage("image_too_large", str(error)) from error
     except Exception as error:  # plugins leak every kind of error on damaged headers
         if data.startswith(_SIGNATURES):
-            raise BadImage("image_truncated", "The image header is damaged.") from error
+            if _is_cut_off(data, error):
+                raise BadImage("image_truncated", "Cut off in the image header.") from error
+            raise BadImage("image_damaged", "The image header is damaged.") from error
         if isinstance(error, UnidentifiedImageError):
             raise BadImage("image_not_an_image", "Not an image of a known format.") from error
         raise BadImage("image_not_an_image", f"Not a readable image ({error}).") from error
+
+
+def _is_cut_off(data: bytes, error: Exception) -> bool:
+    """Whether the end of a file is missing, rather than damaged, for which it does not decode."""
+    if data.startswith(b"\xff\xd8"):
+        return _is_cut_off_jpeg(data)
+    if data.startswith(b"\x89PNG"):
+        return b"IEND" not in data[-_TAIL_BYTES:]
+    if data.startswith(b"RIFF"):
+        return int.from_bytes(data[4:8], "little") + 8 > len(data)
+    if data.startswith(b"GIF8"):
+        return not data.rstrip(b"\0").endswith(b";")
+    return "truncated" in str(error) or isinstance(error, EOFError)
+
+
+def _is_cut_off_jpeg(data: bytes) -> bool:
+    position = 2
+    while position + 4 <= len(data):
+        mark, kind = data[position : position + 2]
+        if mark != 0xFF or kind == 0:
+            return False  # what stands here is no segment
+        if kind == 0xDA:  # the pixels follow
+            break
+        position += 2 + int.from_bytes(data[position + 2 : position + 4]) if kind != 0xFF else 1
+    return b"\xff\xd9" not in data[-_TAIL_BYTES:]  # appendices may follow the mark of the end
 
 
 def _simple_jpeg(data: bytes, opened: Image.Image) -> np.ndarray | None:
@@ -310,7 +344,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     except Image.DecompressionBombError as error:  # e.g. an .ico whose header lies
         raise BadImage("image_too_large", str(error)) from error
     except Exception as error:  # decoders leak every kind of error on damaged data
-        raise BadImage("image_truncated", f"Cut off or damaged ({error}).") from error
+        raise BadImage("image_damaged", f"The image does not decode ({error}).") from error
     if orientation in _TRANSPOSES:
         image = image.transpose(_TRANSPOSES[orientation])
         image.info = {}  # or it would be turned again

@@ -97,7 +97,8 @@ class Tokenizer:
             )
         ids = np.full((len(texts), max_tokens), self.pad_id, np.int32)
         mask = np.zeros((len(texts), max_tokens), np.int32)
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        texts = list(map(text.clean_halves, texts))  # which the backend refuses
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         for row, encoding in enumerate(encodings):
             pieces = [*self._first, *encoding.ids[:room], *self._last]
             ids[row, : len(pieces)] = pieces

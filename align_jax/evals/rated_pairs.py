@@ -6,8 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from align_jax.data.sources.column_names import find_column
-from align_jax.data.sources.table_files import Table, open_table, plain_text
-from align_jax.data.sources.tables import as_list
+from align_jax.data.sources.table_files import Table, as_list, open_table, plain_text
 from align_jax.storage.problems import Problems
 
 LEFT_COLUMNS = ("caption1", "sentence1", "text1", "word1", "word 1", "image1", "caption")

@@ -1,7 +1,8 @@
 """The one door to text that users wrote: encoding, line ends, broken characters, limits.
 
 UTF-8, with or without a byte order mark. Lines end at \\n or \\r\\n; a lone \\r is white space.
-A lone surrogate becomes U+FFFD, which tokenizers leave out.
+Lone surrogates and control characters that are no white space (NUL, ESC ...) become U+FFFD, which
+tokenizers leave out.
 
 Two kinds of files. What is written by hand (labels, templates, block lists) must be right: an error
 names file and line. What comes in bulk (tables, lists of texts, captions beside images) is read
@@ -21,7 +22,12 @@ _BLOCK_BYTES = 2**22
 
 _BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+# \t to \r, \x1c to \x1f and \x85 are white space.
+ODD_CHARACTERS = "[\\x00-\\x08\\x0e-\\x1b\\x7f-\\x84\\x86-\\x9f]"
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_ODD = re.compile(f"{ODD_CHARACTERS}|{_SURROGATE.pattern}")
+_ODD_ASCII = bytes(number for number in range(128) if _ODD.match(chr(number)))
+_ODD_IN_UTF8 = re.compile(rb"\xc2[\x80-\x84\x86-\x9f]")
 
 
 class BadText(OSError):
@@ -45,7 +51,7 @@ class Block(NamedTuple):
     Attributes:
       first: number of the first line, from 1.
       lines: without their ends.
-      repaired: positions of lines whose bytes were no UTF-8.
+      repaired: positions of lines whose bytes were no UTF-8, or control characters.
       too_long: positions of lines of more than MAX_LINE_BYTES, of which only the start is here.
       num_bytes: of the file, up to the end of the block since the end of the last one.
     """
@@ -57,9 +63,14 @@ class Block(NamedTuple):
     num_bytes: int
 
 
-def clean(text: str) -> str:
-    """Returns the text with U+FFFD for each lone surrogate, as JSON may spell them."""
+def clean_halves(text: str) -> str:
+    """Returns the text with U+FFFD for each lone surrogate."""
     return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
+
+
+def clean(text: str) -> str:
+    """Returns the text with U+FFFD for each lone surrogate and odd control character."""
+    return text if text.isprintable() else _ODD.sub("\ufffd", text)
 
 
 def clean_json(content: object) -> object:
@@ -158,8 +169,9 @@ def read_bulk(path: str | os.PathLike) -> tuple[str, bool]:
     with open(path, "rb") as file:
         data = file.read()
     _check_utf16(path, data)
-    content = data.removeprefix(_BOM).decode("utf-8", "replace")
-    return content, len(content.encode()) != len(data.removeprefix(_BOM))
+    data = data.removeprefix(_BOM)
+    content = clean(data.decode("utf-8", "replace"))
+    return content, content.encode() != data
 
 
 def read_blocks(path: str | os.PathLike) -> Iterator[Block]:
@@ -198,6 +210,10 @@ def _decode(first: int, data: bytes, num_bytes: int) -> Block:
         repaired = [i for i, line in enumerate(lines) if line.encode() != raw[i]]
     if not lines[-1]:
         lines.pop()
+    if _holds_odd(data):
+        cleaned = [clean(line) for line in lines]
+        repaired += [i for i, line in enumerate(lines) if cleaned[i] != line]
+        lines = cleaned
     if b"\r" in data:
         lines = [line[:-1] if line.endswith("\r") else line for line in lines]
     if len(data) > MAX_LINE_BYTES:
@@ -205,6 +221,11 @@ def _decode(first: int, data: bytes, num_bytes: int) -> Block:
         for i in too_long:
             lines[i] = lines[i][: MAX_CAPTION_CHARS + 1]  # too long for a caption, too
     return Block(first, lines, frozenset(repaired), frozenset(too_long), num_bytes)
+
+
+def _holds_odd(data: bytes) -> bool:
+    has_ascii = len(data.translate(None, _ODD_ASCII)) < len(data)
+    return has_ascii or _ODD_IN_UTF8.search(data) is not None
 
 
 def _check_utf16(path: str | os.PathLike, data: bytes) -> None:

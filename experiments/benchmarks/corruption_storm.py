@@ -124,7 +124,7 @@ KINDS = {
     "zero bytes": (_image(lambda data: b""), "image_empty"),
     "HTML": (_image(lambda data: b"<!DOCTYPE html><html>404</html>"), "image_not_an_image"),
     "cut off": (_image(lambda data: data[: len(data) * 2 // 3]), "image_truncated"),
-    "header damaged": (_image(lambda data: data[:3] + b"\0" * 200), "image_truncated"),
+    "header damaged": (_image(lambda data: data[:3] + b"\0" * 200), "image_damaged"),
     "100 megapixels": (_image(lambda data: _blank(10_000, 10_000)), "image_too_large"),
     "tracking pixel": (_image(lambda data: _blank(1, 1)), "image_too_small"),
     "empty caption": (_caption(b""), "caption_empty"),

@@ -54,7 +54,10 @@ def parse_columns(text: str) -> dict[str, str]:
 
 
 def find_columns(table: Table, chosen: Mapping[str, str]) -> dict[str, list[str]]:
-    """Returns {canonical name: names in the file}; several names only where the largest counts.
+    """Returns {canonical name: names in the file}.
+
+    Several names where the largest counts, and of the text, where those after the first stand in
+    for it in rows that have none there (table_files.caption_cells).
 
     Args:
       table: of which only names, types and a sample are used.
@@ -73,6 +76,9 @@ def find_columns(table: Table, chosen: Mapping[str, str]) -> dict[str, list[str]
                     f"{ours}={chosen[ours]}): it has {table.describe()}."
                 )
             found[ours] = [chosen[ours]]
+            continue
+        if ours == "text":
+            found |= {ours: table.caption_names()} if table.caption_names() else {}
             continue
         if ours in ("nsfw", "nsfw_tag"):  # LAION writes UNLIKELY, UNSURE, NSFW where others score
             names = [
@@ -97,7 +103,8 @@ def other_columns(table: Table, found: Mapping[str, list[str]]) -> dict[str, str
 
     Left out are names that a canonical table has itself, and those that not every engine takes.
     """
-    used = {name for names in found.values() for name in names}
+    texts = [name for name in found["text"] if name in table.names]
+    used = {name for names in found.values() for name in names} - set(texts[1:])
     seen = {name.lower() for name in (*COLUMNS, *RESERVED)}
     others = {}
     for name in table.plain_names:

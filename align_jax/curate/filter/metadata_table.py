@@ -12,7 +12,13 @@ import pyarrow.compute as pc
 
 from align_jax.curate.filter import columns
 from align_jax.data.sources.column_names import IMAGE_COLUMNS
-from align_jax.data.sources.table_files import Batch, captions_of, open_table, plain_text
+from align_jax.data.sources.table_files import (
+    Batch,
+    caption_cells,
+    captions_of,
+    open_table,
+    plain_text,
+)
 from align_jax.data.sources.tables import normalise_name
 from align_jax.storage.text import MAX_CAPTION_CHARS
 
@@ -61,7 +67,7 @@ class Metadata:
             done = pc.fill_null(pc.equal(_strings(batch.columns[name]), "success"), False)
             problem[~done.to_numpy(zero_copy_only=False)] = _NOT_DOWNLOADED
         problem[list(batch.lost)] = _MALFORMED
-        text, bad = _captions(batch.columns[self.found["text"][0]], batch.lost)
+        text, bad = _captions(caption_cells(batch, self.found["text"]), batch.lost)
         problem[list(bad)] = _MALFORMED
         fields = {}
         for ours, names in self.found.items():

@@ -4,6 +4,7 @@ Archives are indexed once; a read opens the file, seeks and closes, so an index 
 from any thread or process. Member names are only ever dictionary keys, never file-system paths.
 """
 
+import contextlib
 import os
 import struct
 import tarfile
@@ -12,12 +13,15 @@ import zlib
 from collections.abc import Iterable
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
+
 from align_jax.storage import identity
 from align_jax.storage.problems import Problems
 
 ARCHIVE_SUFFIXES = (".tar", ".zip")
 MAX_FILE_BYTES = 2**28  # no web image is larger, but a member that claims to be may be read
 _TAR_BLOCK = 512
+_TAR_RECORD = 20 * _TAR_BLOCK
 _SCAN_BYTES = 2**20  # a multiple of the block
 _MAX_HEADER_BYTES = 2**20  # of a long name or a pax record
 _ZIP_LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of name and extra field
@@ -48,6 +52,7 @@ def list_files(path: str, problems: Problems, *, hidden: bool = False) -> list[M
     Args:
       path: folder or archive.
       problems: receives `archive_unreadable`, `tar_truncated` (what follows the break is lost),
+        `tar_damaged` (reading goes on at the next header; the bytes between are named),
         `zip_member_unsupported` (neither stored nor deflated, or encrypted); of folders
         `folder_unreadable`, `file_unreadable` (a link to nothing, a pipe) and `link_repeated` (to
         a folder that is read already); `name_hidden`.
@@ -195,18 +200,25 @@ def _list_zip(path: str, problems: Problems) -> list[Member]:
 def _list_tar(path: str, problems: Problems) -> list[Member]:
     members: list[Member] = []
     with open(path, "rb") as raw:
-        start, broken = 0, None
-        while start is not None and broken is None:  # archives may follow each other: cat a b
-            try:
-                end, broken = _list_one_tar(path, raw, start, members)
-            except tarfile.ReadError as error:
-                if start == 0:
-                    raise
-                broken = f"no archive at byte {start}: {error}"
+        size, start = os.fstat(raw.fileno()).st_size, 0
+        while start is not None:
+            end, broken = _list_one_tar(path, raw, start, members)
+            if broken is None:
+                content = _next_content(raw, end)
+                if content is None:
+                    break
+                start = _next_header(raw, content)
+                # Archives may follow each other (cat a b): zeros pad each to whole records.
+                if start == content and (start % _TAR_RECORD == 0 or start - end == 2 * _TAR_BLOCK):
+                    continue
+                broken = f"no header at byte {end:,}"
             else:
-                start = None if broken else _next_content(raw, end)
-    if broken is not None:
-        problems.add("tar_truncated", f"{path}: {broken}")
+                start = _next_header(raw, end + _TAR_BLOCK)
+            if start is None and _next_header(raw, 0) is None:
+                raise tarfile.ReadError(broken)
+            reason = "tar_truncated" if start is None else "tar_damaged"
+            until = size if start is None else start
+            problems.add(reason, f"{path}: {broken}; bytes {end:,} to {until:,} are not read")
     return members
 
 
@@ -216,24 +228,26 @@ def _list_one_tar(
     """Adds the files of the archive at `start`; returns where it ends and what is broken there."""
     size = os.fstat(raw.fileno()).st_size
     raw.seek(start)
-    with tarfile.open(fileobj=_HeaderReader(raw), mode="r:") as archive:
-        try:
+    last = start  # where a header should be
+    try:
+        with tarfile.open(fileobj=_HeaderReader(raw), mode="r:") as archive:
             while (info := archive.next()) is not None:
                 archive.members.clear()  # which keeps every header
                 if info.size < 0:
-                    return archive.offset, f"{info.name} has a negative size"
+                    return info.offset, f"{info.name} has a negative size"
+                last = archive.offset
                 if not info.isreg() or info.issparse():
                     continue
                 if info.offset_data + info.size > size:
-                    return archive.offset, info.name
+                    return info.offset, f"{info.name} does not end in the file"
                 members.append(Member(path, info.name, "tar", info.offset_data, info.size))
-        except Exception as error:  # of many kinds where a header is damaged
-            return archive.offset, str(error)
-        end = archive.offset
+            end = archive.offset
+    except Exception as error:  # of many kinds where a header is damaged
+        return min(last, size), str(error)
     # tarfile stops silently at a damaged header; a whole archive ends in blocks of zeros.
     raw.seek(end)
     if raw.read(_TAR_BLOCK) != bytes(_TAR_BLOCK):
-        return end, f"no end-of-archive block at byte {end}"
+        return end, f"no header at byte {end:,}"
     return end, None
 
 
@@ -243,6 +257,28 @@ def _next_content(raw: BinaryIO, offset: int) -> int | None:
     while data := raw.read(_SCAN_BYTES):
         if rest := data.lstrip(b"\0"):
             return offset + (len(data) - len(rest)) // _TAR_BLOCK * _TAR_BLOCK
+        offset += len(data)
+    return None
+
+
+def _next_header(raw: BinaryIO, offset: int) -> int | None:
+    """Returns the first block at or after `offset` that is a header by its checksum, None if none.
+
+    Args:
+      raw: of the archive.
+      offset: a multiple of the block, like all headers.
+    """
+    raw.seek(offset)
+    while len(data := raw.read(_SCAN_BYTES)) >= _TAR_BLOCK:
+        blocks = np.frombuffer(data, np.uint8, len(data) // _TAR_BLOCK * _TAR_BLOCK)
+        blocks = blocks.reshape(-1, _TAR_BLOCK)
+        # The checksum is six octal digits or spaces; nearly no data looks so.
+        field = blocks[:, 148:154]
+        may_be = (((field | 7) == ord("7")) | (field == ord(" "))).all(axis=1)
+        for number in np.flatnonzero(may_be).tolist():
+            with contextlib.suppress(tarfile.HeaderError):
+                tarfile.TarInfo.frombuf(blocks[number].tobytes(), "utf-8", "surrogateescape")
+                return offset + number * _TAR_BLOCK
         offset += len(data)
     return None
 

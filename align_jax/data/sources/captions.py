@@ -44,26 +44,26 @@ def read_captions(
     Args:
       path: of one file.
       problems: see tables.batch_captions.
-      column: where the captions are, without regard to case; None takes the first of
-        CAPTION_COLUMNS that is there.
+      column: where the captions are, without regard to case; None takes those of
+        Table.caption_names.
 
     Raises:
       ValueError: there is no such column, or the file is not of its format.
     """
     table = open_table(path)
-    name = _caption_column(table, column)
-    columns = [name] if name else []
-    for batch in table.read(columns):
-        rows = batch_captions(table, batch, columns, problems)
+    names = _caption_columns(table, column)
+    for batch in table.read(names):
+        rows = batch_captions(table, batch, [names] if names else [], problems)
         yield [caption for row in rows if row for caption in row[0]], batch.num_bytes
 
 
-def _caption_column(table: Table, column: str | None) -> str | None:
-    known = CAPTION_COLUMNS if column is None else (column.strip().lower(),)
-    found = find_column(table.text_names, known)
-    if found is None and table.names:
-        wanted = f"column {column!r}"
-        if column is None:
-            wanted = f"column of captions ({', '.join(known)}); name it with --column"
+def _caption_columns(table: Table, column: str | None) -> list[str]:
+    if column is None:
+        found = table.caption_names()
+        wanted = f"column of captions ({', '.join(CAPTION_COLUMNS)}); name it with --column"
+    else:
+        name = find_column(table.text_names, (column.strip().lower(),))
+        found, wanted = [name] if name else [], f"column {column!r}"
+    if not found and table.names:
         raise ValueError(f"{table.path} has no {wanted}: it has {table.describe()}.")
     return found

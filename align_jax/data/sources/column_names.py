@@ -51,5 +51,10 @@ COLUMN_NAMES = {
 
 def find_column(names: Iterable[str], known: Sequence[str]) -> str | None:
     """Returns the name of the column that is the first of `known`, None if there is none."""
+    return next(iter(find_columns(names, known)), None)
+
+
+def find_columns(names: Iterable[str], known: Sequence[str]) -> list[str]:
+    """Returns the names of the columns that are one of `known`, in the order of `known`."""
     by_lower = {name.strip().lower(): name for name in reversed(list(names))}
-    return next((by_lower[name] for name in known if name in by_lower), None)
+    return [by_lower[name] for name in known if name in by_lower]

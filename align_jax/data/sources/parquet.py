@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from align_jax.data.sources.column_names import CAPTION_COLUMNS, find_column
+from align_jax.data.sources.column_names import CAPTION_COLUMNS, find_column, find_columns
 from align_jax.data.sources.image_finder import short_names
 from align_jax.data.sources.packed import ShardUnreadable
-from align_jax.data.sources.record import LabelledImage, Record, weigh_captions
+from align_jax.data.sources.record import LabelledImage, Record, is_usable, weigh_captions
 from align_jax.storage import identity
 from align_jax.storage.paths import find_paths
 from align_jax.storage.problems import Problems
@@ -213,6 +213,9 @@ class ParquetPairs(ParquetTable):
             what = missing[0] if missing else f"captions ({', '.join(CAPTION_COLUMNS)})"
             raise ValueError(f"{spec} has no column {what}: it has {', '.join(names)}.")
         self._captions = list(weights) if weights else [found]
+        texts = [field.name for field in self._schema if _holds_text(field.type)]
+        # What stands in where the column has no caption, unless weights say which ones to read.
+        self._others = [n for n in find_columns(texts, CAPTION_COLUMNS) if n not in self._captions]
         self._metadata = [
             field.name
             for field in self._schema
@@ -244,14 +247,22 @@ class ParquetPairs(ParquetTable):
     def _texts(
         self, file: _File, row: int
     ) -> tuple[tuple[str, ...], tuple[float, ...], tuple[str, ...]]:
-        columns = {}
-        for name, value in self._cells(file, row, self._captions).items():
-            values = value if isinstance(value, list) else [value]
-            texts = [text for text in values if isinstance(text, str)]
-            columns[name] = [check_caption(text, f"{file.path}[{row}]") for text in texts]
+        columns = self._texts_of(file, row, self._captions)
         if self._weights is not None:
             return weigh_captions(columns, self._weights)
-        return tuple(columns[self._captions[0]]), (), ()
+        captions = columns[self._captions[0]]
+        if not any(map(is_usable, captions)):
+            others = (self._texts_of(file, row, [name])[name] for name in self._others)
+            captions = next((o for o in others if any(map(is_usable, o))), captions)
+        return tuple(captions), (), ()
+
+    def _texts_of(self, file: _File, row: int, names: Sequence[str]) -> dict[str, list[str]]:
+        found = {}
+        for name, value in self._cells(file, row, names).items():
+            values = value if isinstance(value, list) else [value]
+            texts = [text for text in values if isinstance(text, str)]
+            found[name] = [check_caption(text, f"{file.path}[{row}]") for text in texts]
+        return found
 
 
 class ParquetLabelled(ParquetTable):
@@ -342,6 +353,14 @@ def _is_scalar(kind: "pyarrow.DataType") -> bool:
 
     kinds = (types.is_string, types.is_large_string, types.is_integer, types.is_floating)
     return any(is_(kind) for is_ in kinds)
+
+
+def _holds_text(kind: "pyarrow.DataType") -> bool:
+    from pyarrow import types
+
+    is_list = types.is_list(kind) or types.is_large_list(kind)
+    kind = kind.value_type if is_list else kind
+    return types.is_string(kind) or types.is_large_string(kind)
 
 
 def _class_names(schema: "pyarrow.Schema", column: str) -> list[str] | None:

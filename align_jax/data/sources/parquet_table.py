@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from align_jax.data.sources import table_files
+from align_jax.storage.text import ODD_CHARACTERS, clean
 
 
 class ParquetTable(table_files.Table):
@@ -116,9 +117,13 @@ def _sound_text(array: pa.Array) -> tuple[pa.Array, list[int]]:
     try:
         sound = array.cast(pa.string())
         sound.validate(full=True)
-        return sound, []
+        odd = pc.fill_null(pc.match_substring_regex(sound, ODD_CHARACTERS), False)
+        if not pc.any(odd).as_py():
+            return sound, []
+        bad = np.flatnonzero(odd.to_numpy(zero_copy_only=False)).tolist()
+        return pc.replace_substring_regex(sound, ODD_CHARACTERS, "\ufffd"), bad
     except pa.ArrowInvalid:
         raw = array.cast(pa.binary()).to_pylist()
-    texts = [None if value is None else value.decode("utf-8", "replace") for value in raw]
+    texts = [None if value is None else clean(value.decode("utf-8", "replace")) for value in raw]
     bad = [i for i, text in enumerate(texts) if text is not None and text.encode() != raw[i]]
     return pa.array(texts, pa.string()), bad

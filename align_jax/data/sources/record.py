@@ -15,11 +15,12 @@ from align_jax.data.images import BAD_IMAGE_REASONS
 # By which every verb counts a record that it cannot use. New ones go to the end: checkpoints hold
 # counts in this order.
 UNUSABLE_REASONS = (
-    *BAD_IMAGE_REASONS,
+    *BAD_IMAGE_REASONS[:5],
     "caption_empty",
     "record_unreadable",
     "caption_not_utf8",
     "caption_too_long",
+    *BAD_IMAGE_REASONS[5:],
 )
 
 

@@ -10,16 +10,26 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from align_jax.data.sources import separated
-from align_jax.data.sources.column_names import CAPTION_COLUMNS, IMAGE_COLUMNS, find_column
+from align_jax.data.sources.column_names import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    find_column,
+    find_columns,
+)
+from align_jax.data.sources.record import is_usable
 from align_jax.storage import text
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".token", ".json", ".jsonl", ".parquet")
 BATCH_ROWS = 2**16  # of Parquet and JSON; of the others, what is in a block of lines
 _SAMPLE_ROWS = 100
 _TOKEN = re.compile(r"(?P<image>[^\t]+)#\d+\t(?P<caption>.*)")
+_ODD_ESCAPE = re.compile(r"\\u(?:[dD]|00[01789])")
 _SHOWN_CHARS = 200  # of a line that is no row
 
 
@@ -36,7 +46,7 @@ class Batch(NamedTuple):
       num_bytes: of the file, read since the last batch; of Parquet and JSON an estimate.
     """
 
-    columns: dict[str, Sequence[Any]]
+    columns: dict[str, "list[Any] | pa.Array"]
     numbers: Sequence[int]
     lost: dict[int, str]
     repaired: set[int]
@@ -84,6 +94,17 @@ class Table:
     def describe(self) -> str:
         """Returns the names, for messages."""
         return ", ".join(self.names) or "none"
+
+    def caption_names(self) -> list[str]:
+        """Returns the columns of CAPTION_COLUMNS in their order; [] if there is none.
+
+        A row's captions are those of the first in which it has any, see `caption_cells`.
+        """
+        names = find_columns(self.text_names, CAPTION_COLUMNS)
+        if names and self.is_open:  # later rows may have the others
+            spelled = {name.strip().lower(): name for name in names}
+            return [spelled.get(known, known) for known in CAPTION_COLUMNS]
+        return names
 
     def read(self, columns: Sequence[str]) -> Iterator[Batch]:
         """Yields all rows, and of them these columns.
@@ -136,6 +157,33 @@ def captions_of(cell: object, limit: int | None = text.MAX_CAPTION_CHARS) -> lis
     return captions
 
 
+def caption_cells(batch: Batch, names: Sequence[str]) -> "list[Any] | pa.Array":
+    """Returns the cells of the first column; of another where a row has no caption before it.
+
+    Tables made of several ones mix the names, and the unused ones are blank.
+
+    Args:
+      batch: rows.
+      names: columns, from Table.caption_names.
+    """
+    cells = batch.columns[names[0]]
+    for name in names[1:]:
+        rows = [i for i, cell in enumerate(as_list(cells)) if not _holds_caption(cell)]
+        if not rows:
+            break
+        cells, others = list(as_list(cells)), as_list(batch.columns[name])
+        for i in rows:
+            # What is no text is kept, to be counted as that, unless a later column has a caption.
+            if _holds_caption(others[i]) or (captions_of(others[i]) is None and cells[i] is None):
+                cells[i] = others[i]
+    return cells
+
+
+def as_list(column: "list[Any] | pa.Array") -> list[Any]:
+    """Returns the cells of a column of a batch as Python objects."""
+    return column if isinstance(column, list) else column.to_pylist()
+
+
 def plain_text(cell: object) -> str | None:
     """Returns the text of a cell with one text or number; None if it holds anything else."""
     if isinstance(cell, str):
@@ -144,6 +192,12 @@ def plain_text(cell: object) -> str | None:
         cell = int(cell)  # pandas makes floats of integers beside nulls
     is_number = isinstance(cell, int | float) and not isinstance(cell, bool)
     return str(cell) if is_number and not _is_null(cell) else None
+
+
+def _holds_caption(cell: object) -> bool:
+    if isinstance(cell, str):
+        return is_usable(cell)
+    return any(map(is_usable, captions_of(cell) or ()))
 
 
 def _is_null(value: object) -> bool:
@@ -295,7 +349,7 @@ class _JsonLines(Table):
     def read(self, columns: Sequence[str]) -> Iterator[Batch]:
         for block in text.read_blocks(self.path):
             rows, numbers, lost, repaired = [], [], {}, set()
-            halves = []
+            odd = []
             for i, line in enumerate(block.lines):
                 if not line or line.isspace():
                     continue
@@ -305,12 +359,12 @@ class _JsonLines(Table):
                     row = {}
                 elif i in block.repaired:
                     repaired.add(len(rows))
-                if "\\u" in line and _has_halves(line):
-                    halves.append(len(rows))
+                if "\\u" in line and _spells_odd(line):
+                    odd.append(len(rows))
                 rows.append(row)
                 numbers.append(block.first + i)
-            found = {name: _cells(rows, name) for name in columns}
-            repaired |= _clean(found, halves)
+            found = _cells(rows, columns)
+            repaired |= _clean(found, odd)
             yield Batch(found, numbers, lost, repaired, block.num_bytes)
 
 
@@ -322,7 +376,7 @@ class _Json(Table):
 
     def __init__(self, path: str):
         content, self._repaired = text.read_bulk(path)
-        self._has_halves = _has_halves(content)
+        self._spells_odd = _spells_odd(content)
         self._num_bytes = os.path.getsize(path)
         try:
             rows = json.loads(content)
@@ -356,8 +410,8 @@ class _Json(Table):
                 if not isinstance(row, dict)
             }
             rows = [{} if i in lost else row for i, row in enumerate(rows)]
-            found = {name: _cells(rows, name) for name in columns}
-            repaired = _clean(found, range(len(rows))) if self._has_halves else set()
+            found = _cells(rows, columns)
+            repaired = _clean(found, range(len(rows))) if self._spells_odd else set()
             if self._repaired:
                 repaired |= {i for i, row in enumerate(rows) if "\ufffd" in repr(row)}
             size = self._num_bytes * len(rows) // len(self._rows)
@@ -379,13 +433,13 @@ def _sample(rows: Sequence[dict]) -> tuple[list[str], dict[str, Any]]:
     return list(sample), sample
 
 
-def _has_halves(line: str) -> bool:
-    """Whether JSON may spell half of a surrogate pair."""
-    return "\\ud" in line or "\\uD" in line
+def _spells_odd(line: str) -> bool:
+    """Whether JSON may spell half of a surrogate pair, or a control character."""
+    return _ODD_ESCAPE.search(line) is not None
 
 
 def _clean(columns: dict[str, list[Any]], rows: Iterable[int]) -> set[int]:
-    """Repairs texts and lists of texts in some rows in place; returns which had lone surrogates."""
+    """Repairs texts and lists of texts in some rows in place; returns those that were not sound."""
     repaired = set()
     for cells in columns.values():
         for i in rows:
@@ -399,14 +453,23 @@ def _clean(columns: dict[str, list[Any]], rows: Iterable[int]) -> set[int]:
     return repaired
 
 
-def _cells(rows: Sequence[dict], name: str) -> list[Any]:
-    try:
-        return [row[name] for row in rows]
-    except KeyError:
-        pass
-    lower = name.strip().lower()
-    return [row[name] if name in row else _other_spelling(row, lower) for row in rows]
+def _cells(rows: Sequence[dict], names: Sequence[str]) -> dict[str, list[Any]]:
+    """Name -> cells, without regard to case where a row has no field of that very name."""
+    found: dict[str, list[Any]] = {}
+    fields = set(map(tuple, rows))  # of most tables one
+    for name in names:
+        lower = name.strip().lower()
+        spelled = {of: _spelling(name, lower, of) for of in fields}
+        if set(spelled.values()) == {name}:
+            found[name] = [row[name] for row in rows]
+        elif any(spelled.values()):
+            found[name] = [row.get(spelled[tuple(row)]) for row in rows]
+        else:
+            found[name] = [None] * len(rows)
+    return found
 
 
-def _other_spelling(row: dict, lower: str) -> Any:
-    return next((value for key, value in row.items() if key.strip().lower() == lower), None)
+def _spelling(name: str, lower: str, fields: tuple[str, ...]) -> str | None:
+    if name in fields:
+        return name
+    return next((field for field in fields if field.strip().lower() == lower), None)
