@@ -15,6 +15,13 @@ CURATE = [
     "pyarrow>=17",
 ]
 SEARCH = ["pymilvus>=3.0,<4", "milvus-lite>=3.2.2,<4"]  # 3.2.0 of Lite drops nprobe and ef
+SERVE = [
+    "h11>=0.16",
+    "msgspec>=0.21",
+    "prometheus-client>=0.22",
+    "starlette>=1.0,<2",
+    "uvicorn>=0.54",
+]
 
 setup(
     name="align_jax",
@@ -53,6 +60,7 @@ setup(
         "eval": ["scikit-learn>=1.5"],
         "parquet": ["pyarrow>=17"],
         "search": SEARCH,
+        "serve": SERVE,
         "fast": ["simplejpeg>=1.9,<2"],
         "spark": ["ibis-framework[pyspark]>=12,<13"],  # and Java 17 or later
         "beam": ["apache-beam>=2.77,<3"],
@@ -61,11 +69,16 @@ setup(
         "test": [
             *CURATE,
             *SEARCH,
+            *SERVE,
+            "cohere",
+            "httpx",
             "imagehash",
+            "openai",
             "pandas",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.14",
+            "schemathesis>=4.32",
             "scikit-learn>=1.5",
             "selenium>=4.20",  # the page, where Chromium is installed
             "simplejpeg>=1.9,<2",

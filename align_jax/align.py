@@ -150,6 +150,51 @@ class Align:
         )
         return self._encode(self._embed_text, batches, texts, "texts")
 
+    def encode_views(self, views: np.ndarray) -> np.ndarray:
+        """Returns z_image [N, D] of pictures that are cut already, uint8 [N, S, S, 3].
+
+        For programs that decode in threads of their own; S is `preprocessing.image_size`, and
+        `data/images.eval_view` does the cutting.
+        """
+        return self._encode_ready(self._embed_image, views)
+
+    def encode_tokens(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Returns z_text [N, D] of what `tokenizer.encode` has made, int32 [N, max_tokens]."""
+        return self._encode_ready(self._embed_text, *encode.trim(ids, mask))
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Every number of rows that is compiled, ascending: shorter batches are padded to one."""
+        return encode.batch_sizes(self._rows.num_devices, self._batch_size)
+
+    def warm_up(self, after_each: Callable[[int, int], None] | None = None) -> int:
+        """Compiles every shape that encoding can need, so that no later call waits for it.
+
+        Args:
+          after_each: is told how many shapes are done, and of how many.
+
+        Returns:
+          The number of shapes.
+
+        Example:
+          >>> model.warm_up() > 0
+          True
+        """
+        size, max_tokens = self.preprocessing.image_size, self.preprocessing.max_tokens
+        calls: list[Callable[[], np.ndarray]] = []
+        for rows in reversed(self.batch_sizes):
+            views = np.zeros((rows, size, size, 3), np.uint8)
+            calls.append(partial(self.encode_views, views))
+            for length in encode.text_lengths(max_tokens):
+                ids = np.full((rows, max_tokens), self.tokenizer.pad_id, np.int32)
+                mask = (np.arange(max_tokens) < length).astype(np.int32)
+                calls.append(partial(self.encode_tokens, ids, np.tile(mask, (rows, 1))))
+        for done, call in enumerate(calls, start=1):
+            call()
+            if after_each is not None:
+                after_each(done, len(calls))
+        return len(calls)
+
     def similarity(self, z_image: np.ndarray, z_text: np.ndarray) -> np.ndarray:
         """Returns logits [N_image, N_text] float32: cosines divided by the temperature.
 
@@ -246,6 +291,15 @@ class Align:
             digest.update(name.encode())
             digest.update(np.ascontiguousarray(leaf))
         return digest.hexdigest()[:16]
+
+    def _encode_ready(self, embed: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
+        return encode.encode(
+            partial(embed, self.variables),
+            encode.one_batch(*arrays, batch_size=self._batch_size),
+            sharding=self._rows,
+            batch_size=self._batch_size,
+            progress=encode.progress_bar(arrays[0], "rows", enabled=False),
+        )
 
     def _encode(
         self,

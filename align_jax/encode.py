@@ -187,9 +187,32 @@ def text_batches(
         order = np.argsort(lengths, kind="stable")
         for first in range(0, len(window), batch_size):
             rows = order[first : first + batch_size]
-            length = -(-int(lengths[rows[-1]]) // _TOKENS_STEP) * _TOKENS_STEP
-            yield (ids[rows, :length], mask[rows, :length]), start + rows, []
+            yield trim(ids[rows], mask[rows]), start + rows, []
         start += len(window)
+
+
+def one_batch(*arrays: np.ndarray, batch_size: int) -> Batches:
+    """Yields arrays of N rows that the compiled function takes, in parts of `batch_size`."""
+    for start in range(0, len(arrays[0]), batch_size):
+        part = tuple(array[start : start + batch_size] for array in arrays)
+        yield part, np.arange(start, start + len(part[0])), []
+
+
+def trim(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns both [B, L], cut to the longest text and padded to a multiple of 16 tokens."""
+    length = -(-int(mask.sum(axis=1).max()) // _TOKENS_STEP) * _TOKENS_STEP
+    return ids[:, :length], mask[:, :length]
+
+
+def batch_sizes(num_devices: int, batch_size: int) -> list[int]:
+    """Returns every number of rows that a batch of at most `batch_size` is padded to, ascending."""
+    counts = range(1, batch_size + 1)
+    return sorted({_padded_size(count, num_devices, batch_size) for count in counts})
+
+
+def text_lengths(max_tokens: int) -> list[int]:
+    """Returns every number of tokens that a batch of texts is padded to, ascending."""
+    return [*range(_TOKENS_STEP, max_tokens, _TOKENS_STEP), max_tokens]
 
 
 def progress_bar(inputs: Iterable, unit: str, *, enabled: bool) -> tqdm.tqdm:

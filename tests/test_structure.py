@@ -50,7 +50,10 @@ ONLY_IN = {
     "safetensors": ("hf",),
     "pymilvus": ("search/milvus.py",),
     "milvus_lite": ("search/milvus.py",),
+    "msgspec": ("serve",),
+    "prometheus_client": ("serve",),
     "starlette": ("serve",),
+    "uvicorn": ("serve",),
 }
 
 # Who may open files itself: all else that a user wrote goes through storage/text.py.
@@ -79,6 +82,7 @@ OPENS = {
     "run/init_from.py": "Hugging Face folders",
     "run/metrics.py": "metrics written here",
     "run/workdir.py": "workdirs written here",
+    "serve/app.py": "the page, part of the package",
     "storage/identity.py": "bytes to hash",
     "storage/text.py": "the door",
     "storage/writing.py": "the other door",

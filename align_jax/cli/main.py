@@ -11,7 +11,15 @@ from functools import partial
 from pathlib import Path
 
 from align_jax import __version__
-from align_jax.cli import bench_verbs, data_verbs, eval_verbs, model_verbs, output, search_verbs
+from align_jax.cli import (
+    bench_verbs,
+    data_verbs,
+    eval_verbs,
+    model_verbs,
+    output,
+    search_verbs,
+    serve_verbs,
+)
 from align_jax.storage import writing
 
 
@@ -105,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     data_verbs.add_verbs(partial(_verb, verbs))
     model_verbs.add_verbs(partial(_verb, verbs))
     search_verbs.add_verbs(partial(_verb, verbs))
+    serve_verbs.add_verbs(partial(_verb, verbs))
     eval_verbs.add_verbs(partial(_verb, verbs))
     bench_verbs.add_verbs(partial(_verb, verbs))
 

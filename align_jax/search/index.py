@@ -105,6 +105,16 @@ class Index:
         return self._rows.uri
 
     @property
+    def index_type(self) -> str:
+        """One of milvus.INDEX_TYPES."""
+        return self._rows.index_type
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether a search compares with all rows."""
+        return self._rows.is_exact
+
+    @property
     def is_local(self) -> bool:
         """Whether it is a folder of this machine."""
         return self._rows.is_local
@@ -199,6 +209,10 @@ class Index:
         if where:
             self._rows.delete(where)
         return before - self.count()
+
+    def get(self, keys: Sequence[str]) -> dict[str, Row]:
+        """Returns the rows that have one of the keys, by key."""
+        return self._rows.get(keys)
 
     def flush(self) -> None:
         """Seals what was added and builds its index; rows are safe and found without it, too."""

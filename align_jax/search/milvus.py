@@ -117,13 +117,11 @@ class Collection:
 
     def digests(self, keys: Sequence[str]) -> dict[str, str]:
         """Returns the digests of the rows that have one of the keys, by key."""
-        found = {}
-        for start in range(0, len(keys), _CALL_ROWS):
-            ids = {_id(key): key for key in keys[start : start + _CALL_ROWS]}
-            with self._one_line():
-                rows = self._client.get(self._name, ids=list(ids), output_fields=["id", "digest"])
-            found |= {ids[row["id"]]: row["digest"] for row in rows}
-        return found
+        return {key: row["digest"] for key, row in self._get(keys, ["digest"])}
+
+    def get(self, keys: Sequence[str]) -> dict[str, Row]:
+        """Returns the rows that have one of the keys, by key."""
+        return {key: _row(row) for key, row in self._get(keys, _FIELDS)}
 
     def delete_keys(self, keys: Sequence[str]) -> None:
         """Deletes the rows that have one of the keys."""
@@ -188,6 +186,13 @@ class Collection:
                 yield [_row(row) for row in page], np.array([r["vector"] for r in page], np.float32)
         finally:
             pages.close()
+
+    def _get(self, keys: Sequence[str], fields: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        for start in range(0, len(keys), _CALL_ROWS):
+            ids = {_id(key): key for key in keys[start : start + _CALL_ROWS]}
+            with self._one_line():
+                rows = self._client.get(self._name, ids=list(ids), output_fields=["id", *fields])
+            yield from ((ids[row["id"]], row) for row in rows)
 
     def _create(self, about: dict[str, Any], index_type: str) -> None:
         kinds = self._pymilvus.DataType
