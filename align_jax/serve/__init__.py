@@ -1,4 +1,4 @@
 """HTTP: embeddings, classification and search for programs and, with a page, for people.
 
-Needs the extra `serve`. `run.serve` is the verb `align serve`, `app.make_app` the ASGI application.
+Needs the extra `serve`. `run.serve` is the verb `align serve`; `app.Endpoints` makes the routes.
 """
