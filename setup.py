@@ -75,6 +75,7 @@ setup(
             "imagehash",
             "openai",
             "pandas",
+            "peft>=0.18",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.14",

@@ -16,6 +16,7 @@ def load(
     dtype: str | None = None,
     batch_size: int | None = None,
     step: int | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> "Align":
     """Returns a trained model from a workdir, a Hugging Face folder or the Hugging Face hub.
 
@@ -23,7 +24,7 @@ def load(
     """
     from align_jax import align
 
-    return align.load(name_or_path, dtype=dtype, batch_size=batch_size, step=step)
+    return align.load(name_or_path, dtype=dtype, batch_size=batch_size, step=step, adapter=adapter)
 
 
 def open_index(

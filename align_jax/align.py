@@ -17,6 +17,7 @@ from align_jax import mesh as mesh_lib
 from align_jax.data.tokenizer import Tokenizer
 from align_jax.evals import templates as templates_lib
 from align_jax.evals import zeroshot
+from align_jax.hf import adapter as adapter_lib
 from align_jax.hf import config as hf_config
 from align_jax.hf import convert, hub, model_card, processor
 from align_jax.hf import weights as weights_file
@@ -245,6 +246,8 @@ class Align:
     def save(self, folder: str | os.PathLike) -> None:
         """Writes a folder that `load` and transformers' AlignModel and AlignProcessor read.
 
+        The kernels of a model with an adapter are written as adapted.
+
         It holds model.safetensors (float32), config.json, the tokenizer, the preprocessing (files
         of transformers 4 and 5) and README.md, a model card.
 
@@ -263,17 +266,18 @@ class Align:
         if (folder / "config.json").exists() and not hub.is_hugging_face(folder):
             raise ValueError(f"{folder} is a workdir; name another folder.")
         p = self.preprocessing
+        variables = dual_encoder.merge_lora(self.model, jax.device_get(self.variables))
         config = hf_config.hf_from_model(
             self.model, image_size=p.image_size, pad_token_id=self.tokenizer.pad_id
         )
-        tensors = convert.to_hf(jax.device_get(self.variables), self.model, self.hf_extras)
+        tensors = convert.to_hf(variables, self.model, self.hf_extras)
         folder.mkdir(parents=True, exist_ok=True)
         weights_file.write_safetensors(folder / "model.safetensors", tensors)
         processor.write_processor(folder, self.tokenizer, p)
         origin = self.origin or Origin(folder.resolve().name)
         card = model_card.make_card(
             self.model,
-            self.variables,
+            variables,
             p,
             name=origin.name,
             step=origin.step,
@@ -283,11 +287,28 @@ class Align:
         writing.write_text(folder / "README.md", card)
         config.save_pretrained(folder)
 
+    def save_adapter(self, folder: str | os.PathLike) -> None:
+        """Writes A and B of a model that has an adapter, in PEFT's format.
+
+        `load(base, adapter=folder)` and `peft.PeftModel.from_pretrained(AlignModel, folder)` read
+        the folder.
+
+        Raises:
+          ValueError: the model has no adapter, or see `hf/adapter.write_adapter`.
+        """
+        config = self.origin.config if self.origin else None
+        base = config.init_from if config else ""
+        variables = jax.device_get(self.variables)
+        adapter_lib.write_adapter(folder, self.model, variables, base=base)
+
     def fingerprint(self) -> str:
         """Returns 16 hex digits that identify weights, compute dtype, tokenizer, preprocessing."""
         dtype = np.dtype(self.model.image.dtype).name
         digest = hashlib.sha256(repr((self.preprocessing, dtype)).encode())
-        for name, leaf in sorted(trees.named_leaves(self.variables)):
+        variables = self.variables
+        if self.model.lora:  # the merged model, as it is saved, has the same
+            variables = dual_encoder.merge_lora(self.model, jax.device_get(variables))
+        for name, leaf in sorted(trees.named_leaves(variables)):
             digest.update(name.encode())
             digest.update(np.ascontiguousarray(leaf))
         return digest.hexdigest()[:16]
@@ -323,6 +344,7 @@ def load(
     dtype: str | None = None,
     batch_size: int | None = None,
     step: int | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> Align:
     """Returns a trained model from a workdir, a Hugging Face folder or the Hugging Face hub.
 
@@ -334,10 +356,11 @@ def load(
       batch_size: most examples per call of the compiled model; None takes config.eval.batch_size
         of the run, and 64 for Hugging Face weights.
       step: of a workdir's checkpoint; None takes the newest.
+      adapter: folder of a LoRA adapter to it in PEFT's format.
 
     Raises:
       ValueError: nothing of that name, files that are missing, damaged or do not belong together,
-        or no network to download from.
+        an adapter of another model, or no network to download from.
 
     Example:
       >>> model = align_jax.load("tiny", batch_size=8)
@@ -346,6 +369,34 @@ def load(
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r} is unknown; use 'float32' or 'bfloat16'.")
+    base = _load_base(name_or_path, dtype, batch_size, step)
+    return base if adapter is None else _adapt(base, adapter)
+
+
+def _adapt(base: Align, folder: str | os.PathLike) -> Align:
+    """Returns the model with an adapter, instead of the one that it may have."""
+    plain = dual_encoder.merge_lora(base.model, jax.device_get(base.variables))
+    model = dataclasses.replace(base.model, lora=None)
+    lora, params = adapter_lib.read_adapter(folder, model, plain)
+    variables = plain | {"params": params}
+    mesh = base._rows.mesh
+    origin = Origin(f"{base.origin.name}+{Path(folder).resolve().name}")
+    return Align(
+        dataclasses.replace(model, lora=lora),
+        jax.device_put(variables, mesh_lib.infer_shardings(variables, mesh)),
+        base.tokenizer,
+        base.preprocessing,
+        mesh,
+        batch_size=base._batch_size,
+        origin=origin,
+        hf_extras=base.hf_extras,
+        show_progress=True,
+    )
+
+
+def _load_base(
+    name_or_path: str | os.PathLike, dtype: str | None, batch_size: int | None, step: int | None
+) -> Align:
     folder = hub.find_folder(name_or_path)
     is_local = Path(name_or_path).is_dir()
     name = folder.resolve().name if is_local else str(name_or_path)

@@ -96,6 +96,13 @@ def default_config() -> ConfigDict:
     optim.image_lr_multiplier = 1.0  # 0 freezes the tower (locked-image tuning)
     optim.text_lr_multiplier = 1.0
 
+    # Instead of all weights, A and B of an adapter to `init_from`: kernels W + alpha / rank * A B.
+    c.lora = lora = ConfigDict()
+    lora.rank = 0  # 0: no adapter
+    lora.alpha = 16.0
+    # Regexes on names of dense layers and 1x1 convolutions, see `models/lora.matches`.
+    lora.kernels = (r"/(query|value)/kernel$", r"/block\d+/(expand|project)/kernel$")
+
     c.mesh = ConfigDict()
     c.mesh.data = -1  # -1: all devices that fsdp leaves
     c.mesh.fsdp = 1  # devices over which large parameters are split

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from align_jax import losses
 from align_jax.config import check_keys, default_config
 from align_jax.data import images
-from align_jax.models import bert, efficientnet, layers
+from align_jax.models import bert, dual_encoder, efficientnet, layers
 
 
 def validate(config: ConfigDict, *, num_devices: int, num_processes: int = 1) -> None:
@@ -34,7 +34,7 @@ def validate(config: ConfigDict, *, num_devices: int, num_processes: int = 1) ->
     for path in _NOT_NEGATIVE:
         if not 0.0 <= _get(config, path) < math.inf:
             raise ValueError(f"config.{path}={_get(config, path)} must be finite and not negative.")
-    for path in ("optim.no_decay", "optim.no_trust_ratio"):
+    for path in ("optim.no_decay", "optim.no_trust_ratio", "lora.kernels"):
         _check_patterns(_get(config, path), path)
     if config.train.seed >= 2**32:
         raise ValueError(f"config.train.seed={config.train.seed} must be below 2**32.")
@@ -61,6 +61,8 @@ def validate(config: ConfigDict, *, num_devices: int, num_processes: int = 1) ->
     if not math.isfinite(config.loss.bias_init):
         raise ValueError(f"config.loss.bias_init={config.loss.bias_init} must be finite.")
     _check_batch(config, num_devices, num_processes)
+    if config.lora.rank:
+        _check_lora(config)
     if config.optim.warmup_steps >= config.train.steps:
         raise ValueError(
             f"config.optim.warmup_steps={config.optim.warmup_steps} leaves nothing of "
@@ -83,6 +85,7 @@ _POSITIVE = (
     "loss.temperature_init",
     "optim.learning_rate",
     "optim.eps",
+    "lora.alpha",
     "train.batch_size",
     "train.steps",
     "train.microbatches",
@@ -108,6 +111,7 @@ _NOT_NEGATIVE = (
     "optim.temperature_lr_multiplier",
     "optim.image_lr_multiplier",
     "optim.text_lr_multiplier",
+    "lora.rank",
     "train.seed",
 )
 
@@ -188,6 +192,33 @@ def _check_batch(config: ConfigDict, num_devices: int, num_processes: int) -> No
         raise ValueError(
             f"config.loss.form='dense' builds a {batch} x {batch} matrix; use 'sharded' or 'ring'."
         )
+
+
+def _check_lora(config: ConfigDict) -> None:
+    on = f"config.lora.rank={config.lora.rank}"
+    if not config.init_from or config.init_towers != "both":
+        raise ValueError(
+            f"{on} adapts a trained model; name it by config.init_from, with "
+            "config.init_towers='both'."
+        )
+    # An adapter has no place for what else would change.
+    if config.model.bn_mode != "frozen" or config.optim.temperature != "fixed":
+        raise ValueError(
+            f"{on} trains nothing but the adapter; set config.model.bn_mode='frozen' and "
+            "config.optim.temperature='fixed'."
+        )
+    if config.optim.name == "lamb":
+        raise ValueError(
+            f"{on} starts with matrices of zeros, which config.optim.name='lamb', whose steps are "
+            "proportional to a tensor's norm, hardly moves; use 'adamw' or 'lion'."
+        )
+    if not config.lora.kernels:
+        raise ValueError(
+            "config.lora.kernels=() names no kernel; config.lora.rank=0 is no adapter."
+        )
+    # Raises where a regex is found nowhere. No name depends on the vocabulary.
+    model = dual_encoder.make_model(config.model, config.loss, vocab_size=1, lora=config.lora)
+    dual_encoder.abstract_variables(model)
 
 
 def _check_patterns(patterns: Iterable[str], path: str) -> None:

@@ -71,7 +71,9 @@ def make_program(
       mesh: of real devices, or of a topology's.
       vocab_size: of the tokenizer.
     """
-    model = dual_encoder.make_model(config.model, config.loss, vocab_size=vocab_size)
+    model = dual_encoder.make_model(
+        config.model, config.loss, vocab_size=vocab_size, lora=config.lora
+    )
     schedule = optim.make_schedule(config.optim, config.train.steps)
     optimizer = optim.make_optimizer(config.optim, schedule)
     abstract = state_lib.abstract_state(model, optimizer, mesh)

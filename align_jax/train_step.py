@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from align_jax import losses, state
 from align_jax import mesh as mesh_lib
-from align_jax.models import dual_encoder
+from align_jax.models import dual_encoder, lora
 
 TrainStep = Callable[[state.TrainState, dict], tuple[state.TrainState, dict]]
 
@@ -38,7 +38,7 @@ def make_train_step(
 
     Args:
       model: from `dual_encoder.make_model`.
-      optimizer: of `params`.
+      optimizer: of the `params` that learn; nothing is computed for the gradient of others.
       schedule: step -> learning rate, to report it.
       loss_fn: from `losses.make_loss`.
       mesh: over which the batch is split: `image` uint8 [B, H, W, 3], `ids` and `mask` int32
@@ -52,17 +52,19 @@ def make_train_step(
     def train_step(s: state.TrainState, batch: dict) -> tuple[state.TrainState, dict]:
         keys = dual_encoder.example_keys(config.seed, s.step, batch["index"])
 
-        def loss_of(params: dict) -> tuple[jax.Array, tuple[losses.Parts, dict]]:
+        def loss_of(trained: dict) -> tuple[jax.Array, tuple[losses.Parts, dict]]:
+            params = lora.with_trained(s.params, trained)
             variables = {"params": params, "batch_stats": s.batch_stats}
             z_image, z_text, moments = encode(variables, batch | {"keys": keys})
             loss, parts = loss_fn(z_image, z_text, params, batch, keys)
             return loss, (parts, moments)
 
-        (loss, (parts, moments)), gradients = jax.value_and_grad(loss_of, has_aux=True)(s.params)
-        updates, opt_state = optimizer.update(gradients, s.opt_state, s.params)
+        trained = lora.trained(s.params)
+        (loss, (parts, moments)), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
+        updates, opt_state = optimizer.update(gradients, s.opt_state, trained)
         new_state = state.TrainState(
             step=s.step + 1,
-            params=optax.apply_updates(s.params, updates),
+            params=lora.with_trained(s.params, optax.apply_updates(trained, updates)),
             batch_stats=dual_encoder.update_batch_stats(model, s.batch_stats, moments),
             opt_state=opt_state,
         )
@@ -158,5 +160,5 @@ def init_state(
         step=jax.device_put(jnp.zeros((), jnp.int32), shardings.step),
         params=variables["params"],
         batch_stats=variables["batch_stats"],
-        opt_state=init_optimizer(variables["params"]),
+        opt_state=init_optimizer(lora.trained(variables["params"])),
     )

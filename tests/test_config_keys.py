@@ -47,6 +47,13 @@ RING = {"loss.form": "ring"}
 SIGMOID = {"loss.kind": "sigmoid", "loss.label_smoothing": 0.0}
 FROZEN = {"model.bn_mode": "frozen"}
 OFTEN = {"checkpoint.every_steps": 1}
+LORA = {
+    "lora.rank": 2,
+    "init_from": "before",
+    "model.bn_mode": "frozen",
+    "optim.name": "adamw",
+    "optim.temperature": "fixed",
+}
 EVALUATOR = {"type": "retrieval", "source": "one.jsonl?images=images"}
 
 # What a run shows; each is a function of a `Lab` and of the changes to BASE.
@@ -186,6 +193,9 @@ TABLE = {
     "optim.temperature_lr_multiplier": [(2.0, program)],
     "optim.image_lr_multiplier": [(0.5, program), (0.0, program, FROZEN)],
     "optim.text_lr_multiplier": [(0.5, program)],
+    "lora.rank": [(3, program, LORA), (3, weights, LORA)],
+    "lora.alpha": [(8.0, program, LORA)],
+    "lora.kernels": [((r"/query/kernel$",), program, LORA), ((r"/query/kernel$",), weights, LORA)],
     # With as many devices as there are, `data` can only be what `fsdp` leaves, or be refused.
     "mesh.data": [(2, mesh_shape)],
     "mesh.fsdp": [(4, mesh_shape)],
@@ -407,7 +417,11 @@ FREE = {
     *("model.remat", "model.scan_layers", "train.microbatches", "train.steps"),
     *(key for key in TABLE if key.split(".")[0] in ("checkpoint", "eval", "log")),
 }
-NEEDED = {"data.mixture": {"data.source": ""}, "loss.kind": {"loss.label_smoothing": 0.0}}
+NEEDED = {
+    "data.mixture": {"data.source": ""},
+    "loss.kind": {"loss.label_smoothing": 0.0},
+    "lora.rank": {key: value for key, value in LORA.items() if key != "lora.rank"},
+}
 
 
 @pytest.mark.parametrize("key", sorted(TABLE.keys() - {"mesh.data"}))

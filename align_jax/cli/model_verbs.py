@@ -44,11 +44,19 @@ def add_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
     _add_batches(classify)
 
-    convert = add_verb("convert", _convert, "write a model as a Hugging Face folder")
+    convert = add_verb(
+        "convert", _convert, "write a model as a Hugging Face folder, or its adapter"
+    )
     convert.epilog = "example: align convert runs/mine exported/mine --to hf"
     convert.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     convert.add_argument("out", metavar="DIR", help="folder that transformers then reads")
-    convert.add_argument("--to", choices=("hf",), default="hf", help="format (default: hf)")
+    convert.add_argument(
+        "--to",
+        choices=("hf", "peft"),
+        default="hf",
+        help="the whole model, or what config.lora trained as an adapter (default: hf)",
+    )
+    convert.add_argument("--adapter", metavar="DIR", help="LoRA adapter of MODEL to merge into it")
     convert.add_argument("--step", type=int, help="checkpoint of a workdir; default: the newest")
 
 
@@ -129,5 +137,9 @@ def _labels(given: str) -> list[str]:
 def _convert(args: argparse.Namespace, rest: list[str]) -> None:
     from align_jax import align
 
-    align.load(args.model, step=args.step).save(args.out)
+    model = align.load(args.model, step=args.step, adapter=args.adapter)
+    if args.to == "peft":
+        model.save_adapter(args.out)
+    else:
+        model.save(args.out)
     print(f"wrote {args.out}")

@@ -2,7 +2,7 @@
 
 Variables are a plain dict {"params": ..., "batch_stats": ...} with the subtrees `image`, `text`,
 `image_projection` (only where widths differ), `text_projection`, the scalar `temperature` and, for
-the sigmoid loss only, the scalar `bias`, which no tower uses.
+the sigmoid loss only, the scalar `bias`, which no tower uses; adapted models have `lora` too.
 Source: Jia et al. 2021, section 4.
 """
 
@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from align_jax import trees
 from align_jax.models import bert, efficientnet, init, layers
+from align_jax.models import lora as lora_lib
 
 Variables = dict[str, dict]
 
@@ -28,6 +29,7 @@ class DualEncoder(nn.Module):
       temperature_init: starting value of the scalar that divides the cosine.
       bias_init: starting value of the sigmoid loss's bias; None: there is none.
       bn_decay: weight of the old BatchNorm statistics in `update_batch_stats`.
+      lora: how kernels are adapted; None: they are not.
     """
 
     image: efficientnet.EfficientNet
@@ -37,6 +39,7 @@ class DualEncoder(nn.Module):
     temperature_init: float = 1.0
     bias_init: float | None = None
     bn_decay: float = 0.99
+    lora: lora_lib.Lora | None = None
 
     def setup(self) -> None:
         # Projections, norms and loss stay float32 in every compute dtype.
@@ -92,13 +95,16 @@ class DualEncoder(nn.Module):
         return self.text_projection(states[:, 0].astype(jnp.float32))
 
 
-def make_model(config: ConfigDict, loss: ConfigDict, *, vocab_size: int) -> DualEncoder:
-    """Returns the dual encoder that two groups of a validated config describe.
+def make_model(
+    config: ConfigDict, loss: ConfigDict, *, vocab_size: int, lora: ConfigDict | None = None
+) -> DualEncoder:
+    """Returns the dual encoder that groups of a validated config describe.
 
     Args:
       config: group `model`.
       loss: group `loss`, whose learned scalars are kept with the towers.
       vocab_size: of the tokenizer.
+      lora: group `lora`; None adapts nothing.
     """
     width, depth = efficientnet.VARIANTS[config.image.variant]
     size = bert.VARIANTS[config.text.variant]
@@ -130,6 +136,7 @@ def make_model(config: ConfigDict, loss: ConfigDict, *, vocab_size: int) -> Dual
         temperature_init=loss.temperature_init,
         bias_init=loss.bias_init if loss.kind == "sigmoid" else None,
         bn_decay=config.bn_decay,
+        lora=lora_lib.make_lora(lora) if lora else None,
     )
 
 
@@ -137,9 +144,12 @@ def abstract_variables(model: DualEncoder) -> Variables:
     """Returns the variables as `jax.ShapeDtypeStruct`s; computes nothing."""
     images = jnp.zeros((1, 64, 64, 3), jnp.uint8)  # no parameter depends on the image size
     ids = jnp.zeros((1, 1), jnp.int32)
-    return jax.eval_shape(
+    shapes = jax.eval_shape(
         lambda: model.init(jax.random.key(0), images, ids, jnp.ones_like(ids), False)
     )
+    if model.lora:
+        shapes = shapes | {"params": lora_lib.with_shapes(model.lora, shapes["params"])}
+    return shapes
 
 
 def init_variables(model: DualEncoder, *, seed: int, shardings: Variables) -> Variables:
@@ -193,7 +203,7 @@ def apply_towers(
         raise ValueError("apply_towers(train=True) needs one PRNG key per example.")
     image_keys, text_keys = layers.split_keys(keys if train else None, 2)
     (z_image, z_text, temperature), updated = model.apply(
-        variables,
+        merge_lora(model, variables),
         batch["image"],
         batch["ids"],
         batch["mask"],
@@ -208,7 +218,7 @@ def apply_towers(
 
 def embed_image(model: DualEncoder, variables: Variables, images: jax.Array) -> jax.Array:
     """Returns z_image [B, D] float32, unit norm, in eval mode, of uint8 images [B, H, W, 3]."""
-    z = model.apply(variables, images, False, method=DualEncoder.encode_image)
+    z = model.apply(merge_lora(model, variables), images, False, method=DualEncoder.encode_image)
     return unit_norm(z)
 
 
@@ -216,8 +226,15 @@ def embed_text(
     model: DualEncoder, variables: Variables, ids: jax.Array, mask: jax.Array
 ) -> jax.Array:
     """Returns z_text [B, D] float32, unit norm, in eval mode, of int32 ids and mask [B, L]."""
-    z = model.apply(variables, ids, mask, method=DualEncoder.encode_text)
+    z = model.apply(merge_lora(model, variables), ids, mask, method=DualEncoder.encode_text)
     return unit_norm(z)
+
+
+def merge_lora(model: DualEncoder, variables: Variables) -> Variables:
+    """Returns variables without `lora`, of the same model without it, that compute the same."""
+    if model.lora is None:
+        return variables
+    return variables | {"params": lora_lib.merge(model.lora, variables["params"])}
 
 
 def update_batch_stats(model: DualEncoder, running: dict, moments: dict) -> dict:

@@ -25,7 +25,8 @@ def draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
     Image tower: truncated normal of variance 2 / fan_out, as in Keras and COYO (a depthwise
     kernel [k, k, 1, C] has fan_out k * k). Text tower: normal of deviation 0.02. Projections:
-    Xavier uniform. Scales and variances one, biases and means zero.
+    Xavier uniform. Scales and variances one, biases and means zero. A of an adapter: uniform up to
+    1 / sqrt(fan_in), as in PEFT; B zero.
 
     Args:
       name: path such as "params/image/stage1/block0/project/kernel".
@@ -71,6 +72,11 @@ def _xavier(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return rng.uniform(-limit, limit, shape)
 
 
+def _uniform_fan_in(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    limit = 1.0 / np.sqrt(shape[0])
+    return rng.uniform(-limit, limit, shape)
+
+
 def _bert(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return rng.standard_normal(shape, np.float32) * np.float32(0.02)
 
@@ -82,6 +88,8 @@ def _constant(value: float) -> Callable[..., np.ndarray]:
 _RULES = (
     (r"^batch_stats/.*/mean$|/bias$", _constant(0.0)),
     (r"^batch_stats/.*/var$|/scale$", _constant(1.0)),
+    (r"^params/lora/.*/a$", _uniform_fan_in),
+    (r"^params/lora/.*/b$", _constant(0.0)),
     (r"_projection/kernel$", _xavier),
     (r"^params/image/.*/depthwise/kernel$", _depthwise),
     (r"^params/image/", _fan_out),

@@ -15,7 +15,7 @@ from align_jax import trees
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.hf import convert, hub
 from align_jax.hf import weights as weights_file
-from align_jax.models import dual_encoder
+from align_jax.models import dual_encoder, lora
 from align_jax.run.trained import load_trained
 
 # config.init_towers -> subtrees; None is everything, projections and temperature included.
@@ -60,7 +60,7 @@ def start_from(
       name: hub id, Hugging Face folder (ALIGN, or BERT for the text tower) or workdir.
       towers: key of `TOWERS`. A single tower comes without its projection.
       model: that is to be trained.
-      variables: fresh ones of it; their shardings are kept.
+      variables: fresh ones of it; their shardings are kept, and A and B of an adapter.
 
     Raises:
       ValueError: no such model, or its tensors have other names or shapes, all of them named.
@@ -68,7 +68,8 @@ def start_from(
     parts = TOWERS[towers]
     found = dict(trees.named_leaves(_read(name, towers, model)))
     found = {path: value for path, value in found.items() if _is_part(path, parts)}
-    wanted = {path: leaf for path, leaf in trees.named_leaves(variables) if _is_part(path, parts)}
+    base = variables | {"params": lora.base_of(variables["params"])}
+    wanted = {path: leaf for path, leaf in trees.named_leaves(base) if _is_part(path, parts)}
     if "params/bias" not in found:  # of the sigmoid loss; models trained by softmax have none
         wanted.pop("params/bias", None)
     difference = trees.describe_difference(wanted, found)
@@ -101,7 +102,8 @@ def _read(name: str, towers: str, model: dual_encoder.DualEncoder) -> dual_encod
         return {
             "params": {"text": convert.text_from_bert(weights_file.read_tensors(folder), model)}
         }
-    return jax.device_get(load_trained(folder).variables)
+    found = load_trained(folder)
+    return dual_encoder.merge_lora(found.model, jax.device_get(found.variables))
 
 
 def _is_part(path: str, subtrees: Container[str] | None) -> bool:

@@ -57,7 +57,9 @@ def load_trained(
     if dtype is not None:
         config.model.dtype = dtype
     mesh = mesh_lib.make_mesh()
-    model = dual_encoder.make_model(config.model, config.loss, vocab_size=tokenizer.vocab_size)
+    model = dual_encoder.make_model(
+        config.model, config.loss, vocab_size=tokenizer.vocab_size, lora=config.lora
+    )
     shapes = dual_encoder.abstract_variables(model)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from align_jax import trees
 from align_jax.data.sources.open_source import PairSource
+from align_jax.models import lora
 from align_jax.run import multihost
 from align_jax.state import TrainState
 
@@ -40,6 +41,12 @@ def welcome(
         f"{config.model.image.variant} + {config.model.text.variant}: {image:,} + {text:,} "
         f"parameters, {config.model.dtype}"
     )
+    if config.lora.rank:
+        factors = lora.trained(abstract.params)
+        multihost.log(
+            f"LoRA of rank {config.lora.rank} on {len(jax.tree.leaves(factors)) // 2} kernels: "
+            f"{trees.count(factors):,} parameters learn"
+        )
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     multihost.log(
         f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s), mesh {axes}; global batch "
