@@ -1,6 +1,6 @@
 // The page: a form that asks the server, its state in the URL, and errors beside what they name.
 
-import { ask, fetchPicture, ServerError, useKey } from "./api.js";
+import { ask, fetchPicture, ServerError } from "./api.js";
 import { dataUri, readPicture } from "./picture.js";
 import {
   cut, DEFAULTS, FieldError, fromFragment, lines, parseFilter, toFragment,
@@ -21,9 +21,8 @@ const pictures = new Map(); // of this visit: by their row, or the number in the
 
 let picture = null;
 let reading = 0; // the turn of the picture that is read
-let chosen = Promise.resolve(); // when the newest file has been read
+let pending = null; // whether the file that is read can be used, once that is known
 let running = null; // {controller, fragment, picture} of what is asked now
-let shown = new AbortController(); // of the pictures in the list
 let slow; // the timer of "Stop"
 
 form.addEventListener("submit", (event) => {
@@ -54,28 +53,18 @@ at("stop").addEventListener("click", () => {
 });
 at("picture").addEventListener("change", () => {
   const [file] = at("picture").files;
-  if (file) chosen = choose(file);
+  if (file) take(file);
   at("picture").value = ""; // so that the same file can be chosen again
 });
 at("picture-clear").addEventListener("click", () => {
   setPicture(null);
   at("picture").focus();
 });
-at("key-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  const text = at("key").value.trim();
-  if (!/^[\x21-\x7e]+$/.test(text)) {
-    showError(at("key"), "A key is made of letters, digits and signs without spaces.");
-    return;
-  }
-  useKey(text);
-  start();
-});
 document.addEventListener("paste", (event) => {
   const [file] = event.clipboardData?.files ?? [];
   if (!file) return;
   event.preventDefault();
-  chosen = choose(file);
+  take(file);
 });
 document.addEventListener("dragover", (event) => {
   if (isText(event)) return;
@@ -90,7 +79,7 @@ document.addEventListener("drop", (event) => {
   if (isText(event)) return;
   event.preventDefault();
   const [file] = event.dataTransfer.files;
-  if (file) chosen = choose(file);
+  if (file) take(file);
   else showError(at("picture"), "That is no file; save the picture, then drop its file.");
 });
 addEventListener("popstate", () => restore());
@@ -107,10 +96,9 @@ async function start() {
     fail(error);
     return;
   }
-  at("key-form").hidden = true;
   const { id, index } = models.data[0];
-  const rows = index && `${index.rows.toLocaleString("en")} rows`;
-  at("about").textContent = [id, rows ?? "no index"].join(" · ");
+  const search = index && (index.is_exact ? "exact search" : "approximate search");
+  at("about").textContent = [id, search ?? "no index"].join(" · ");
   at("no-index").hidden = Boolean(index);
   form.elements.mode[0].disabled = !index;
   say("");
@@ -139,7 +127,12 @@ async function restore() {
 
 /** Asks the server and shows the answer; `isNew` puts the query into the history. */
 async function run(isNew = true) {
-  await chosen;
+  if (pending) {
+    setBusy(true);
+    const isRead = await pending;
+    if (!running) setBusy(false);
+    if (!isRead) return;
+  }
   const state = Object.fromEntries(FIELDS.map((name) => [name, at(name).value]));
   state.mode = mode();
   const fragment = fragmentOf(state);
@@ -155,7 +148,7 @@ async function run(isNew = true) {
     if (isNew) remember();
     document.title = [state.text || picture?.name, "align"].filter(Boolean).join(" – ");
     setBusy(true);
-    const answer = await ask(path, body, signal);
+    const answer = await ask(path, body, signal, say);
     if (running === mine) show(state, answer);
   } catch (error) {
     if (running === mine) fail(error, state, picture);
@@ -200,8 +193,6 @@ async function request(state, picture) {
 }
 
 function show(state, answer) {
-  shown.abort();
-  shown = new AbortController();
   const hadFocus = list.contains(document.activeElement);
   if (state.mode === "search") {
     const { data, exact, took_ms: took = {} } = answer;
@@ -209,7 +200,7 @@ function show(state, answer) {
     const count = data.length === 1 ? "1 result" : `${data.length} results`;
     const notes = [count, `${Math.round(time)} ms`];
     if (exact === false) notes.push("approximate");
-    showHits(list, data, useHit, shown.signal);
+    showHits(list, data, useHit);
     say(data.length ? notes.join(" · ") : "Nothing was found.");
   } else if (state.mode === "classify") {
     const [{ labels }] = answer.data;
@@ -258,7 +249,16 @@ async function chooseRow(row) {
   return turn + 1 === reading && picture?.row === row;
 }
 
-/** Takes the picture of a file. */
+/** Takes the picture of a file; whoever asks meanwhile waits for it. */
+function take(file) {
+  const work = choose(file);
+  pending = work;
+  work.then(() => {
+    if (pending === work) pending = null;
+  });
+}
+
+/** Returns whether it is a picture. */
 async function choose(file) {
   const turn = ++reading;
   showError(at("picture"), "");
@@ -266,10 +266,13 @@ async function choose(file) {
   try {
     const made = await readPicture(file);
     if (turn === reading) setPicture(made);
+    return true;
   } catch (error) {
     if (turn === reading) fail(error);
+    return false;
+  } finally {
+    at("drop").removeAttribute("aria-busy");
   }
-  at("drop").removeAttribute("aria-busy");
 }
 
 function setPicture(made) {
@@ -335,13 +338,6 @@ function number(field, text) {
 
 /** Shows an error as one line at the field that it names, else above the results. */
 function fail(error, state, picture) {
-  if (error.status === 401) {
-    at("key-form").hidden = false;
-    showError(at("key"), sessionStorage.getItem("key") ? error.message : "");
-    say("");
-    at("key").focus();
-    return;
-  }
   let field = error.field;
   if (error instanceof ServerError) {
     const [root, index] = error.param.split(/[.[\]]+/);

@@ -1,12 +1,12 @@
 // Results: a grid of rows of the index, or lines with bars. All of their text is put in as text.
 
-import { showPicture } from "./api.js";
+import { pictureUrl } from "./api.js";
 import { cut } from "./query.js";
 
 const MOST_CHARACTERS = 300;
 
 /** Fills the list with hits; `use` is called with the one that is chosen. */
-export function showHits(list, hits, use, signal) {
+export function showHits(list, hits, use) {
   list.className = "hits";
   list.replaceChildren(...hits.map((hit) => {
     const item = document.createElement("li");
@@ -20,7 +20,7 @@ export function showHits(list, hits, use, signal) {
       img.loading = "lazy";
       img.decoding = "async";
       img.addEventListener("error", () => img.replaceWith(words("This picture cannot be read.")));
-      showPicture(img, hit.key, signal);
+      img.src = pictureUrl(hit.key);
     } else {
       button.append(words(caption || hit.key));
     }
