@@ -50,6 +50,7 @@ ONLY_IN = {
     "safetensors": ("hf",),
     "pymilvus": ("search/milvus.py",),
     "milvus_lite": ("search/milvus.py",),
+    "h11": ("serve",),
     "msgspec": ("serve",),
     "prometheus_client": ("serve",),
     "starlette": ("serve",),

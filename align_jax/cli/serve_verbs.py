@@ -26,6 +26,11 @@ def add_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     serve.add_argument(
         "--writable", action="store_true", help="clients may add and delete rows of the index"
     )
+    serve.add_argument(
+        "--fetch-urls",
+        action="store_true",
+        help="fetch images that clients name by URL, from public addresses only",
+    )
     serve.add_argument("--name", default="align", help="of the model, for clients (default: align)")
     serve.add_argument(
         "--batch-size", type=int, help="most inputs a device call (default: 32 on CPUs, else 128)"
@@ -55,6 +60,7 @@ def _serve(args: argparse.Namespace, rest: list[str]) -> None:
         no_auth=args.no_auth,
         allowed_hosts=args.allow_host,
         writable=args.writable,
+        fetch_urls=args.fetch_urls,
         name=args.name,
         step=args.step,
         batch_size=args.batch_size,

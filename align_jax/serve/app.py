@@ -89,7 +89,12 @@ class Endpoints:
                 ]
         handlers = {ApiError: _on_error, HTTPException: _on_http_error, Exception: _on_bug}
         starlette = Starlette(routes=routes, exception_handlers=handlers)
-        self._paths = openapi.document([route.path for route in routes])
+        served = {
+            (method.lower(), route.path.replace(":path", ""))
+            for route in routes
+            for method in route.methods or ()
+        }
+        self._paths = openapi.document(served, has_key=key is not None)
         self.app = Front(starlette, service.limits, service.metrics, key=key, hosts=hosts)
 
     async def _embeddings(self, request: Request) -> Response:
@@ -175,6 +180,8 @@ class Endpoints:
         return json_response(schemas.Health("ok"))
 
     async def _ready(self, request: Request) -> Response:
+        if self.app.is_draining:
+            return json_response(schemas.Ready("draining"), 503)
         if self._service.is_ready:
             return json_response(schemas.Ready("ready"))
         done, total = self._service.warmed

@@ -4,8 +4,6 @@ An endpoint gets the whole body in `scope["align.body"]`, and is cancelled when 
 """
 
 import asyncio
-import base64
-import binascii
 import contextlib
 import hmac
 import logging
@@ -28,7 +26,10 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 BODY = "align.body"
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 
-_OPEN = ("/health",)
+# The files of the page are the same for everybody; it asks for the key and then for data.
+_OPEN = ("/health", "/", "/favicon.ico")
+_OPEN_FOLDER = "/page/"
+_DISCARDED_S = 2.0  # a client that is refused while it sends may go on for so long
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -42,7 +43,7 @@ class Front:
     """ASGI application around another one.
 
     Attributes:
-      is_draining: whether new requests are refused, since the server stops.
+      is_draining: whether the server stops; /ready says so.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Front:
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return
-        started, state = time.monotonic(), {"code": 499}
+        started, state = time.monotonic(), {"code": 499}  # nginx's for a client that has gone
 
         async def send_counted(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
@@ -95,7 +96,13 @@ class Front:
             self._metrics.request_seconds.labels(route).observe(time.monotonic() - started)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        held = 0
+        held, is_whole, has_started = 0, False, False
+
+        async def send_once(message: MutableMapping[str, Any]) -> None:
+            nonlocal has_started
+            has_started = True
+            await send(message)
+
         try:
             headers = _read_headers(scope)
             self._check(scope, headers)
@@ -107,10 +114,16 @@ class Front:
                     self._metrics.rejected.labels("bodies_full").inc()
                     raise retry_later(429, "Too much is being sent; come again.", "queue_full")
                 body += part
+            is_whole = True
             scope[BODY] = bytes(body)
             del body
-            await self._run(scope, receive, send)
+            await self._run(scope, receive, send_once)
         except ApiError as error:
+            if has_started:  # the client reads too slowly: the connection is closed
+                return
+            if not is_whole:
+                await self._discard(receive)
+                error.headers["Connection"] = "close"
             await error_response(error)(scope, receive, send)
         finally:
             self._body_bytes -= held
@@ -124,10 +137,9 @@ class Front:
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2].lower() != host.lower():
             raise ApiError(400, "Pages of other sites may not ask.", code="origin_not_allowed")
-        if self._key is not None and scope["path"] not in _OPEN:
-            self._check_key(scope, headers.get("authorization", ""))
-        if self.is_draining and scope["path"] not in _OPEN:
-            raise retry_later(503, "The server stops.", "draining")
+        is_open = scope["path"] in _OPEN or scope["path"].startswith(_OPEN_FOLDER)
+        if self._key is not None and not is_open:
+            self._check_key(headers.get("authorization", ""))
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError(
                 415, "Send the body as it is, uncompressed.", code="unsupported_encoding"
@@ -140,18 +152,13 @@ class Front:
                 message = "Send JSON, with Content-Type: application/json."
                 raise ApiError(415, message, code="unsupported_media_type")
 
-    def _check_key(self, scope: Scope, given: str) -> None:
+    def _check_key(self, given: str) -> None:
         scheme, _, value = given.partition(" ")
         offered = value.encode("utf-8", "replace") if scheme == "Bearer" else b""
-        if scheme == "Basic":  # what a browser sends after it has asked for a password
-            with contextlib.suppress(binascii.Error, ValueError):
-                offered = base64.b64decode(value, validate=True).partition(b":")[2]
         if not hmac.compare_digest(offered, self._key):
             self._metrics.rejected.labels("key").inc()
-            is_page = scope["path"] == "/" or scope["path"].startswith("/page/")
-            ask = 'Basic realm="align", charset="UTF-8"' if is_page else "Bearer"
             message = "The API key is missing or wrong; send Authorization: Bearer KEY."
-            headers = {"WWW-Authenticate": ask}
+            headers = {"WWW-Authenticate": "Bearer"}
             raise ApiError(401, message, code="invalid_api_key", headers=headers)
 
     async def _body(self, headers: Mapping[str, str], receive: Receive) -> Any:
@@ -170,8 +177,7 @@ class Front:
                     message = await receive()
             except TimeoutError:
                 text = f"The body was not there after {self._limits.body_s:g} s."
-                headers = {"Connection": "close"}
-                raise ApiError(408, text, code="body_too_slow", headers=headers) from None
+                raise ApiError(408, text, code="body_too_slow") from None
             if message["type"] == "http.disconnect":
                 raise _Gone
             part = message.get("body", b"")
@@ -181,6 +187,17 @@ class Front:
             yield part
             if not message.get("more_body", False):
                 return
+
+    async def _discard(self, receive: Receive) -> None:
+        """Reads on for a while: a client that still sends would not see the error otherwise."""
+        size = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DISCARDED_S):
+                while size <= self._limits.body_bytes:
+                    message = await receive()
+                    size += len(message.get("body", b""))
+                    if message["type"] != "http.request" or not message.get("more_body", False):
+                        return
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs the endpoint until its answer, its deadline, or its client's end."""

@@ -41,7 +41,7 @@ class Input(NamedTuple):
 
 
 def parse(body: bytes, kind: type[T]) -> T:
-    """Returns the body as one of the structs of `schemas`.
+    """Returns the body as one of the structs of `schemas`; half surrogate pairs become U+FFFD.
 
     Raises:
       ApiError: 400; it is no JSON (numbers that are not finite and repeated keys included), or does
@@ -50,11 +50,13 @@ def parse(body: bytes, kind: type[T]) -> T:
     if body.startswith(b"\xef\xbb\xbf"):
         raise ApiError(400, "The body starts with a byte order mark.", code="invalid_json")
     try:
-        content = json.loads(
-            body.decode(),
-            object_pairs_hook=_without_repeats,
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
+        content = _clean(
+            json.loads(
+                body.decode(),
+                object_pairs_hook=_without_repeats,
+                parse_constant=_refuse_constant,
+                parse_float=_finite,
+            )
         )
     except (ValueError, RecursionError) as error:
         reason = "too deeply nested" if isinstance(error, RecursionError) else str(error)
@@ -104,11 +106,11 @@ def of_images(images: Sequence[str]) -> list[Input]:
 
 
 def text_of(given: Input, most_chars: int) -> str:
-    """Returns the text as the tokenizer takes it: lone surrogates become U+FFFD."""
+    """Returns the text; ApiError if it is too long."""
     if len(given.value) > most_chars:
         message = f"{given.param} has {len(given.value):,} characters; at most {most_chars:,}."
         raise ApiError(400, message, param=given.param, code="text_too_long")
-    return text_lib.clean(given.value)
+    return given.value
 
 
 def url_of(given: Input) -> str | None:
@@ -169,6 +171,16 @@ def _of_content(content: str | list[schemas.InputItem], name: str) -> Input:
         message = f"{name} has {len(content)} parts; one vector is of one text or one image."
         raise ApiError(400, message, param=name, code="invalid_value")
     return _of_item(content[0], f"{name}[0]")
+
+
+def _clean(content: Any) -> Any:
+    if isinstance(content, str):
+        return text_lib.clean_halves(content)
+    if isinstance(content, list):
+        return [_clean(one) for one in content]
+    if isinstance(content, dict):
+        return {_clean(key): _clean(value) for key, value in content.items()}
+    return content
 
 
 def _refuse_tokens(given: Any) -> None:

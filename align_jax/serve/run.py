@@ -9,18 +9,25 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import h11
 import jax
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from align_jax import align
 from align_jax.search.index import Index, identity_of
+from align_jax.serve import fetch
 from align_jax.serve.app import Endpoints
-from align_jax.serve.front import LOCAL_HOSTS
+from align_jax.serve.front import LOCAL_HOSTS, Front
 from align_jax.serve.limits import Limits
 from align_jax.serve.service import Service
 from align_jax.storage.text import read_text
+
+_TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 _logger = logging.getLogger(__name__)
 
@@ -35,6 +42,7 @@ def serve(
     no_auth: bool = False,
     allowed_hosts: Sequence[str] = (),
     writable: bool = False,
+    fetch_urls: bool = False,
     name: str = "align",
     step: int | None = None,
     batch_size: int | None = None,
@@ -52,6 +60,7 @@ def serve(
       no_auth: serve other machines without a key.
       allowed_hosts: names that requests may be sent to, beside those of this machine.
       writable: let clients add and delete rows of the index.
+      fetch_urls: fetch images that clients name by URL, from public addresses only.
       name: of the model, for clients.
       step: checkpoint of a workdir.
       batch_size: most inputs of a device call; None takes 32 on CPUs and 128 elsewhere.
@@ -80,7 +89,8 @@ def serve(
             identity = identity_of(loaded)
             rows = cleanup.enter_context(Index(index, work="align serve"))
             rows.check_model(identity)
-        service = Service(loaded, rows, limits=limits)
+        fetching = partial(fetch.fetch, max_bytes=limits.image_bytes) if fetch_urls else None
+        service = Service(loaded, rows, limits=limits, fetch=fetching)
         cleanup.callback(service.close)
         hosts = (*LOCAL_HOSTS, *(one.lower() for one in allowed_hosts))
         if not _is_loopback(host) and not allowed_hosts:
@@ -91,7 +101,7 @@ def serve(
         threading.Thread(target=_warm_up, args=(service,), daemon=True).start()
         config = uvicorn.Config(
             endpoints.app,
-            http="h11",
+            http=partial(_Protocol, header_s=limits.header_s),
             ws="none",
             lifespan="off",
             log_level="warning",
@@ -100,11 +110,56 @@ def serve(
             limit_concurrency=limits.connections,
             timeout_graceful_shutdown=int(limits.drain_s),
         )
-        asyncio.run(_Server(config).serve(sockets=[listener]))
+        asyncio.run(_Server(config, endpoints.app).serve(sockets=[listener]))
+
+
+class _Protocol(H11Protocol):
+    """Closes a connection whose header does not come; uvicorn waits for ever."""
+
+    def __init__(self, *args: Any, header_s: float, **options: Any):
+        super().__init__(*args, **options)
+        self._header_s = header_s
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._stop()
+        super().connection_lost(error)
+
+    def _watch(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._stop()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self._header_s, self._end)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _end(self) -> None:
+        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+            self.transport.write(_TOO_SLOW)
+            self.transport.close()
 
 
 class _Server(uvicorn.Server):
     """Ends with exit code 0 after a signal; uvicorn would raise the signal again."""
+
+    def __init__(self, config: uvicorn.Config, front: Front):
+        super().__init__(config)
+        self._front = front
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self._front.is_draining = True
+        super().handle_exit(sig, frame)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ of our own endpoints are errors.
 
 from typing import Annotated, Any, Literal
 
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 MAX_INPUTS = 2048
 MAX_LABELS = 1000
@@ -106,7 +106,7 @@ class CohereRequest(Struct):
 class CohereEmbeddings(Struct, omit_defaults=True):
     """Vectors in the types that were asked for."""
 
-    float: list[list[float]] | UnsetType = UNSET
+    floats: list[list[float]] | UnsetType = field(name="float", default=UNSET)
     base64: list[str] | UnsetType = UNSET
 
 
