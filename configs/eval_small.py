@@ -1,10 +1,15 @@
 """What a laptop can evaluate: `align eval --model MODEL --config configs/eval_small.py:ROOT`.
 
-ROOT (default: data) holds public files under these names: flickr8k/dev.jsonl with dev.zip,
-cifar10/test.zip and train.zip, imagenette/train_subset.zip (class folders) with their classes.tsv,
-and text/.
-With --skip-missing, what is not there is left out. No scores of these small sets are published for
-ALIGN; chance levels stand beside each number.
+ROOT (default: data) holds public files under these names:
+
+    flickr8k/     dev.jsonl (image, captions; also zh, ar and the caption in de, fr, cs), dev.zip
+    cifar10/      test.zip (members class/file), classes.tsv (index, folder, name)
+    imagenette/   train_subset.zip (members wnid/file), classes.tsv
+    text/         cxc_sts_val_subset.tsv, simlex999.tsv, wordsim353.tsv (item, item, score)
+
+With --skip-missing, what is not there is left out. CIFAR-10 and Imagenette serve to learn and to
+test: of each class every second image is learned from (part=1/2) and the others are tested. So no
+scores of these sets are published; chance levels stand beside each number.
 """
 
 from ml_collections import ConfigDict
@@ -16,8 +21,11 @@ def get_config(root: str = "data") -> ConfigDict:
     """Returns a config of which only eval.evaluators counts."""
     root = root or "data"
     cifar10 = f"{root}/cifar10/test.zip?classes={root}/cifar10/classes.tsv"
-    train = cifar10.replace("test.zip", "train.zip")
     imagenette = f"{root}/imagenette/train_subset.zip?classes={root}/imagenette/classes.tsv"
+
+    def halves(source: str) -> dict[str, str]:
+        return {"train": f"{source}&part=1/2", "source": f"{source}&part=2/2"}
+
     c = default_config()
     c.eval.evaluators = ConfigDict(
         {
@@ -27,10 +35,12 @@ def get_config(root: str = "data") -> ConfigDict:
             },
             "cifar10": {"type": "zeroshot", "source": cifar10},
             "imagenette": {"type": "zeroshot", "source": imagenette},
-            "knn": {"type": "knn", "source": cifar10},
-            "knn_imagenette": {"type": "knn", "source": imagenette},
-            "probe": {"type": "probe", "train": train, "source": cifar10},
-            "fewshot": {"type": "fewshot", "train": train, "source": cifar10},
+            "cifar10_knn": {"type": "knn", **halves(cifar10)},
+            "imagenette_knn": {"type": "knn", **halves(imagenette)},
+            "cifar10_probe": {"type": "probe", **halves(cifar10)},
+            "imagenette_probe": {"type": "probe", **halves(imagenette)},
+            "cifar10_fewshot": {"type": "fewshot", **halves(cifar10)},
+            "imagenette_fewshot": {"type": "fewshot", **halves(imagenette)},
             "sts": {"type": "similarity", "pairs": f"{root}/text/cxc_sts_val_subset.tsv"},
             "simlex": {"type": "words", "pairs": f"{root}/text/simlex999.tsv"},
             "wordsim": {"type": "words", "pairs": f"{root}/text/wordsim353.tsv"},

@@ -151,7 +151,9 @@ def test_folds_are_means_over_equal_parts():
     image = np.zeros((2, 2, 3), np.uint8)
     records = [Record(str(i), image, (f"first {i}", "the same")) for i in range(23)]
     model = _Random()
-    metrics = Retrieval("r", InMemory(records), folds=4)(model)
+    evaluator = Retrieval("r", InMemory(records), folds=4)
+    metrics = evaluator(model)
+    assert "mean of 4 folds, 3 in none" in str(evaluator.table(metrics))
     parts = []
     for start in range(0, 20, 5):  # the last three images are in none
         images = model.images[start : start + 5]
@@ -159,6 +161,8 @@ def test_folds_are_means_over_equal_parts():
         parts.append(retrieval_recalls(*retrieval_ranks(images, texts, np.repeat(np.arange(5), 2))))
     for key in ("image_to_text_r1", "text_to_image_r5", "mean_recall"):
         assert metrics[f"4_folds/{key}"] == pytest.approx(np.mean([part[key] for part in parts]))
+    assert metrics["num_images_in_no_fold"] == 3
+    assert metrics["image_to_text_r1_low"] <= metrics["image_to_text_r1"]
     assert metrics["num_images_a_fold"] == 5 and metrics["num_duplicate_captions"] == 22
     with pytest.raises(ValueError, match="23 images are too few for 30 folds"):
         Retrieval("r", InMemory(records), folds=30)(model)

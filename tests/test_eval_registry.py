@@ -158,6 +158,12 @@ def test_eval_runs_a_config_on_a_hugging_face_folder(tiny_hf, tmp_path, monkeypa
     assert content["provenance"]["skipped"]["lost"].startswith("lost.zip does not exist")
     assert len(content["provenance"]["model_fingerprint"]) == 16
     assert set(content["provenance"]["protocols"]) == {"near", "words"}
+    assert cli.main([*command[:4], "evals.py", "--skip-missing", "--only", "lost"]) == 2
+    assert capfd.readouterr().err.splitlines() == [
+        "lost is left out: lost.zip does not exist",
+        f"align: {tiny_hf[0]} has no evaluator to run: the data of none of the 1 are there, "
+        "see above.",
+    ]
 
 
 @pytest.mark.parametrize(

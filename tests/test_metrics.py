@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from align_jax.run import plots
 from align_jax.run.metrics import (
     MetricWriter,
     Progress,
@@ -295,3 +296,10 @@ def test_write_plots_warns_of_nothing_and_loads_no_pyplot(tmp_path):
 def test_write_plots_without_metrics_raises(tmp_path):
     with pytest.raises(ValueError, match="metrics.jsonl does not exist"):
         write_plots(tmp_path)
+
+
+def test_curves_of_one_step_show_that_step_and_no_fractions():
+    series = {"eval/a/image_to_text_r1": ([5], [3.0]), "eval/a/text_to_image_r1": ([5], [4.0])}
+    figure = plots._plot_recall(series, "run")
+    plots._widen_one_step(figure)
+    assert [axes.get_xticks().tolist() for axes in figure.axes] == [[5], [5]]

@@ -89,7 +89,9 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
         chosen = _change(config.eval.evaluators.to_dict(), args)
         evaluators, skipped = _make(chosen, args.skip_missing)
     if not evaluators:
-        reason = "; ".join(skipped.values()) or "give --config, --retrieval or --zeroshot"
+        reason = "give --config, --retrieval or --zeroshot"
+        if skipped:
+            reason = f"the data of none of the {len(skipped)} are there, see above"
         raise ValueError(f"{args.model} has no evaluator to run: {reason}.")
     results = evals.run_evaluators(evaluators, model)
     out = args.out or (config is not None and Path(args.model) / "eval" / "align_eval.json")
@@ -201,6 +203,7 @@ def _make(
         except ValueError as error:
             if not skip_missing or "does not exist" not in str(error):
                 raise
-            skipped[name] = str(error).removeprefix(f"Evaluator '{name}': ")
+            # What else could stand there is of no interest to somebody who lacks the file.
+            skipped[name] = str(error).removeprefix(f"Evaluator '{name}': ").partition(";")[0]
             print(f"{name} is left out: {skipped[name]}", file=sys.stderr, flush=True)
     return evaluators, skipped

@@ -27,6 +27,7 @@ from align_jax.storage.problems import Problems
 TYPES = {
     "composed": "composed:Composed",
     "cxc": "cxc:Cxc",
+    "eccv": "eccv:Eccv",
     "fewshot": "fewshot:FewShot",
     "knn": "knn:Knn",
     "probe": "probe:Probe",

@@ -15,7 +15,7 @@ import numpy as np
 
 from align_jax.data.sources.karpathy import open_karpathy
 from align_jax.evals.rated_pairs import RatedPairs, read_rated_pairs
-from align_jax.evals.records import count_problems, encode_records
+from align_jax.evals.records import count_problems, encode_karpathy
 from align_jax.evals.similarity import QUERIES, pairs_bootstrap, stamp_of
 from align_jax.evals.top_k import top_k
 from align_jax.storage import identity
@@ -103,14 +103,7 @@ class Cxc:
         """
         self.problems = Problems()
         self.problems.merge(self._found)
-        z_image, is_readable = encode_records(
-            model, self.source, range(len(self.source)), self.problems
-        )
-        z_image = z_image[is_readable]
-        used = [image for image, kept in zip(self._images, is_readable, strict=True) if kept]
-        if not used:
-            raise ValueError(f"No image can be read: {self.problems}.")
-        z_text = model.encode_text([text for image in used for text in image.captions])
+        z_image, z_text, used = encode_karpathy(model, self.source, self._images, self.problems)
         image_rows = {image.name.rpartition("/")[2]: row for row, image in enumerate(used)}
         sentids = [sentid for image in used for sentid in image.sentids]
         text_rows = {sentid: row for row, sentid in enumerate(sentids)}

@@ -6,22 +6,18 @@ of each class. Features here are embeddings of unit norm.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from align_jax.data.sources.open_source import open_labelled
 from align_jax.evals.accuracy import score_accuracy
-from align_jax.evals.records import count_problems, encode_labelled, open_train
-from align_jax.storage import identity
-from align_jax.storage.problems import Problems
+from align_jax.evals.records import Learned
 
 _BIAS = 100.0
 _RIDGE = 2.0**10
 
 
-class FewShot:
+class FewShot(Learned):
     """Evaluator: accuracy of least squares on a few training images a class.
 
     Args:
@@ -43,26 +39,16 @@ class FewShot:
         shots: int | Sequence[int] = (1, 5, 10, 25),
         seeds: int = 3,
     ):
-        self.name = name
         self.shots = tuple(shots) if isinstance(shots, Sequence) else (shots,)
         if not self.shots or min(self.shots) < 1 or seeds < 1:
             raise ValueError(f"shots={self.shots} and seeds={seeds} must be at least 1.")
-        self.source = open_labelled(source) if isinstance(source, str) else source
-        self.train = open_train(train, self.source)
+        super().__init__(name, source, train)
         self._seeds = seeds
-        self.problems = Problems()
-
-    @cached_property
-    def stamps(self) -> dict[str, str]:
-        """What identifies the data."""
-        return {"source": identity.stamp(self.source), "train": identity.stamp(self.train)}
 
     def __call__(self, model: Any) -> dict[str, float]:
         """Returns `shot<k>`, the mean top-1 of the seeds, `shot<k>_std` and `shot<k>_seed<s>`."""
-        self.problems = Problems()
-        test = encode_labelled(model, self.source, self.problems)
-        train = encode_labelled(model, self.train, self.problems)
-        num_classes = len(self.source.classes)
+        train, test, counts = self.embed(model)
+        num_classes = counts["num_classes"]
         metrics: dict[str, float] = {}
         for shots in self.shots:
             found = []
@@ -73,12 +59,7 @@ class FewShot:
                 metrics[f"shot{shots}_seed{seed}"] = found[-1]
             metrics |= {f"shot{shots}": float(np.mean(found))}
             metrics |= {f"shot{shots}_std": float(np.std(found))}
-        return metrics | {
-            "num_images": len(test.labels),
-            "num_train": len(train.labels),
-            "num_classes": num_classes,
-            **count_problems(self.problems),
-        }
+        return metrics | counts
 
     def table(self, metrics: Mapping[str, float]) -> list[list[str]]:
         """Returns header and rows of the table of results."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from align_jax.data.sources.open_source import open_labelled
+from align_jax.evals import bootstrap
 from align_jax.evals.records import Labelled, count_problems, encode_labelled, open_train
 from align_jax.evals.top_k import top_k
 from align_jax.storage import identity
@@ -113,7 +114,8 @@ class Knn:
         return {"source": identity.stamp(self.source), "train": identity.stamp(train)}
 
     def __call__(self, model: Any) -> dict[str, float]:
-        """Returns the metrics of `neighbour_metrics`, `num_images`, `num_train`, `num_classes`.
+        """Returns the metrics of `neighbour_metrics`, of the smallest k with their interval, and
+        `num_images`, `num_train`, `num_classes`.
 
         Raises:
           ValueError: no image can be read, or fewer than k.
@@ -127,6 +129,9 @@ class Knn:
         metrics = neighbour_metrics(
             train.labels[indices], scores, query.labels, self.ks, self.temperatures
         )
+        least = min(self.ks)
+        hits = (train.labels[indices[:, :least]] == query.labels[:, None]).any(axis=1)
+        metrics |= bootstrap.with_interval(f"r{least}", hits)
         return metrics | {
             "num_images": len(query.labels),
             "num_train": len(train.labels),

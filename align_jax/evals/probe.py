@@ -6,22 +6,20 @@ steps; chosen on validation images, fitted again on all. Features here are embed
 """
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from align_jax.data.sources.open_source import open_labelled
-from align_jax.evals.accuracy import row_of, score_accuracy
-from align_jax.evals.records import count_problems, encode_labelled, open_train
-from align_jax.storage import identity
-from align_jax.storage.problems import Problems
+from align_jax.evals.accuracy import reported_accuracy, row_of, score_accuracy, score_ranks
+from align_jax.evals.records import Learned
 
 _PENALTIES = np.logspace(-6, 6, 97)
 _FIRST_STEP = 16
+# Of the gradient of the mean loss. That of the search is scikit-learn's own, as in CLIP.
+_TOLERANCE, _SEARCH_TOLERANCE = 1e-7, 1e-4
 
 
-class Probe:
+class Probe(Learned):
     """Evaluator: accuracy of a linear classifier learned on image embeddings.
 
     Args:
@@ -49,50 +47,38 @@ class Probe:
         iterations: int = 1000,
         seed: int = 0,
     ):
-        self.name = name
         if not 0 < val < 1:
             raise ValueError(f"val={val} must lie between 0 and 1.")
         if l2 is not None and l2 <= 0:
             raise ValueError(f"l2={l2} must be positive.")
         _import_sklearn()
-        self.source = open_labelled(source) if isinstance(source, str) else source
-        self.train = open_train(train, self.source)
+        super().__init__(name, source, train)
         self._val, self._l2, self._iterations, self._seed = val, l2, iterations, seed
-        self.problems = Problems()
-
-    @cached_property
-    def stamps(self) -> dict[str, str]:
-        """What identifies the data."""
-        return {"source": identity.stamp(self.source), "train": identity.stamp(self.train)}
 
     def __call__(self, model: Any) -> dict[str, float]:
-        """Returns `top1`, `top5`, `mean_per_class`, `l2` and the numbers of images and classes."""
-        self.problems = Problems()
-        test = encode_labelled(model, self.source, self.problems)
-        train = encode_labelled(model, self.train, self.problems)
-        num_classes = len(self.source.classes)
+        """Returns `top1` with its interval, `top5`, `mean_per_class`, `l2` and numbers of images
+        and classes."""
+        train, test, counts = self.embed(model)
+        num_classes = counts["num_classes"]
 
-        def fit(rows: np.ndarray, l2: float) -> Callable[[np.ndarray], np.ndarray]:
+        def fit(
+            rows: np.ndarray, l2: float, tolerance: float = _TOLERANCE
+        ) -> Callable[[np.ndarray], np.ndarray]:
             z, labels = train.z[rows], train.labels[rows]
-            return fit_logistic(z, labels, num_classes, l2, self._iterations)
+            return fit_logistic(z, labels, num_classes, l2, self._iterations, tolerance)
 
         l2 = self._l2
         if l2 is None:
             learned, held = split_by_class(train.labels, self._val, self._seed)
 
             def accuracy(l2: float) -> float:
-                scores = fit(learned, l2)(train.z[held])
+                scores = fit(learned, l2, _SEARCH_TOLERANCE)(train.z[held])
                 return score_accuracy(scores, train.labels[held])["top1"]
 
             l2 = search_penalty(accuracy)
         scores = fit(np.arange(len(train.labels)), l2)(test.z)
-        return score_accuracy(scores, test.labels) | {
-            "l2": l2,
-            "num_images": len(test.labels),
-            "num_train": len(train.labels),
-            "num_classes": num_classes,
-            **count_problems(self.problems),
-        }
+        ranks = score_ranks(scores, test.labels)
+        return reported_accuracy(ranks, test.labels, num_classes) | {"l2": l2} | counts
 
     def table(self, metrics: Mapping[str, float]) -> list[list[str]]:
         """Returns header and rows of the table of results."""
@@ -143,11 +129,17 @@ def split_by_class(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndar
 
 
 def fit_logistic(
-    z: np.ndarray, labels: np.ndarray, num_classes: int, l2: float, iterations: int = 1000
+    z: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    l2: float,
+    iterations: int = 1000,
+    tolerance: float = _TOLERANCE,
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Returns a function from embeddings [N, D] to class scores [N, C].
 
-    Minimises the summed cross-entropy plus l2 / 2 times the squared weights; the bias is free.
+    Minimises the summed cross-entropy plus l2 / 2 times the squared weights; the bias is free. It
+    ends where no part of the gradient of the mean loss is above `tolerance`.
     Classes without an image to learn from score -inf.
 
     Raises:
@@ -157,7 +149,7 @@ def fit_logistic(
     present = np.unique(labels)
     if len(present) < 2:
         raise ValueError("A linear probe needs training images of at least two classes.")
-    fitted = linear_model.LogisticRegression(C=1 / l2, max_iter=iterations, tol=1e-7)
+    fitted = linear_model.LogisticRegression(C=1 / l2, max_iter=iterations, tol=tolerance)
     fitted.fit(z.astype(np.float64), labels)
 
     def scores(z: np.ndarray) -> np.ndarray:

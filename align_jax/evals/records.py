@@ -1,12 +1,13 @@
 """Embeddings of a source's images, each read by the process that embeds it; failures counted."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from align_jax.data.images import BadImage, decode_image
+from align_jax.data.sources.karpathy import KarpathyImage
 from align_jax.data.sources.open_source import LabelledSource, open_labelled
 from align_jax.data.sources.record import UNUSABLE_REASONS
 from align_jax.run import multihost
@@ -86,6 +87,30 @@ def encode_labelled(model: Any, source: Any, problems: Problems) -> Labelled:
     return Labelled(kept.z[is_readable], kept.labels[is_readable])
 
 
+def encode_karpathy(
+    model: Any, source: Any, images: Sequence[KarpathyImage], problems: Problems
+) -> tuple[np.ndarray, np.ndarray, list[KarpathyImage]]:
+    """Returns (z_image [N, D], z_text [M, D], the N images that can be read).
+
+    Rows of z_text are their captions, one image after the other.
+
+    Args:
+      model: see `encode_records`.
+      source: and
+      images: of karpathy.open_karpathy.
+      problems: see `encode_records`.
+
+    Raises:
+      ValueError: there are none.
+    """
+    z_image, is_readable = encode_records(model, source, range(len(source)), problems)
+    used = [image for image, kept in zip(images, is_readable, strict=True) if kept]
+    if not used:
+        raise ValueError(f"No image can be read: {problems}.")
+    z_text = model.encode_text([text for image in used for text in image.captions])
+    return z_image[is_readable], z_text, used
+
+
 def open_train(train: Any, source: LabelledSource) -> LabelledSource:
     """Returns labelled images to learn from, whose classes are those of `source`.
 
@@ -100,6 +125,34 @@ def open_train(train: Any, source: LabelledSource) -> LabelledSource:
             f"{', '.join(source.classes[:3])} ..."
         )
     return opened
+
+
+class Learned:
+    """What evaluators that learn a classifier from `train` and test it on `source` share."""
+
+    def __init__(self, name: str, source: Any, train: Any):
+        """Opens both; see `open_train`."""
+        self.name = name
+        self.source = open_labelled(source) if isinstance(source, str) else source
+        self.train = open_train(train, self.source)
+        self.problems = Problems()
+
+    @cached_property
+    def stamps(self) -> dict[str, str]:
+        """What identifies the data."""
+        return {"source": identity.stamp(self.source), "train": identity.stamp(self.train)}
+
+    def embed(self, model: Any) -> tuple[Labelled, Labelled, dict[str, int]]:
+        """Returns (train, test, counts of both and of what is left out)."""
+        self.problems = Problems()
+        test = encode_labelled(model, self.source, self.problems)
+        train = encode_labelled(model, self.train, self.problems)
+        counts = {
+            "num_images": len(test.labels),
+            "num_train": len(train.labels),
+            "num_classes": len(self.source.classes),
+        }
+        return train, test, counts | count_problems(self.problems)
 
 
 def name_of(source: Any, index: int) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from align_jax.data.images import decode_image
 from align_jax.data.sources.open_source import open_source
 from align_jax.data.sources.record import is_usable
+from align_jax.evals import bootstrap
 from align_jax.evals.peers import renamed
 from align_jax.evals.ranking import pair_ranks
 from align_jax.evals.records import count_problems, encode_records, name_of
@@ -156,7 +157,10 @@ class Retrieval:
         self.problems = Problems()
 
     def __call__(self, model: Any) -> dict[str, float]:
-        """Returns the metrics of `retrieval_recalls`, `num_skipped` and `problems/<reason>`.
+        """Returns the metrics of `retrieval_recalls` and `rank_summary`, 95 % intervals of both
+        R@1 (`<metric>_low`, `_high`; images drawn with all their captions), the number of captions
+        that are there before, `num_skipped` and `problems/<reason>`. With folds, also
+        `<F>_folds/<metric>`, `num_images_a_fold` and `num_images_in_no_fold`.
 
         `num_skipped` counts all that was meant to be evaluated and is not: what the source misses,
         and what is unreadable, no image, or without a caption. `self.problems` names the first.
@@ -181,24 +185,17 @@ class Retrieval:
         rows = np.repeat(np.arange(len(records)), [len(captions[index]) for index in records])
         image_ranks, text_ranks = retrieval_ranks(z_image, z_text, rows)
         self.embeddings = RetrievalEmbeddings(z_image, z_text, rows, text_ranks, texts, records)
-        metrics = self._recalls(z_image, z_text, rows, image_ranks, text_ranks)
-        metrics |= rank_summary(image_ranks, text_ranks)
+        metrics = rank_summary(image_ranks, text_ranks)
+        if self._ties == "index":
+            image_ranks, text_ranks = index_ranks(z_image, z_text, rows)
+        metrics |= retrieval_recalls(image_ranks, text_ranks)
+        metrics |= bootstrap.with_interval("image_to_text_r1", image_ranks == 0)
+        hits, counts = np.bincount(rows, text_ranks == 0), np.bincount(rows)
+        metrics |= bootstrap.with_interval("text_to_image_r1", hits, counts)
         metrics["num_duplicate_captions"] = len(texts) - len(set(texts))
         if self._folds:
             metrics |= self._fold_means(z_image, z_text, rows)
         return metrics | count_problems(problems)
-
-    def _recalls(
-        self,
-        z_image: np.ndarray,
-        z_text: np.ndarray,
-        rows: np.ndarray,
-        image_ranks: np.ndarray,
-        text_ranks: np.ndarray,
-    ) -> dict[str, float]:
-        if self._ties == "index":
-            image_ranks, text_ranks = index_ranks(z_image, z_text, rows)
-        return retrieval_recalls(image_ranks, text_ranks)
 
     def _fold_means(
         self, z_image: np.ndarray, z_text: np.ndarray, rows: np.ndarray
@@ -210,11 +207,13 @@ class Retrieval:
         for start in range(0, size * self._folds, size):
             texts = (rows >= start) & (rows < start + size)
             part = z_image[start : start + size], z_text[texts], rows[texts] - start
-            for key, value in self._recalls(*part, *retrieval_ranks(*part)).items():
+            ranks = index_ranks(*part) if self._ties == "index" else retrieval_ranks(*part)
+            for key, value in retrieval_recalls(*ranks).items():
                 found.setdefault(key, []).append(value)
         means = {key: values for key, values in found.items() if not key.startswith("num_")}
         return {f"{self._folds}_folds/{key}": float(np.mean(v)) for key, v in means.items()} | {
-            "num_images_a_fold": size
+            "num_images_a_fold": size,
+            "num_images_in_no_fold": len(z_image) - size * self._folds,
         }
 
     @cached_property
@@ -234,7 +233,15 @@ class Retrieval:
         chances = [_chance(k, num_captions / num_images, num_captions) for k in ks]
         chances += [_chance(k, 1, num_images) for k in ks]
         chance = ["  chance", *(f"{chance:.1f}" for chance in chances), "", "", ""]
-        return [[*header, "images", "captions", "skipped"], row, chance]
+        rows = [row, chance]
+        if folds := next((key for key in metrics if key.endswith("_folds/mean_recall")), None):
+            name = folds.partition("/")[0]
+            keys = [f"{name}/{d}_r{k}" for d in ("image_to_text", "text_to_image") for k in ks]
+            left = metrics["num_images_in_no_fold"]
+            label = f"  mean of {name.replace('_', ' ')}" + (f", {left} in none" if left else "")
+            size = f"{metrics['num_images_a_fold']:,}"
+            rows.insert(1, [label, *(f"{metrics[key]:.1f}" for key in keys), size, "", ""])
+        return [[*header, "images", "captions", "skipped"], *rows]
 
     def clip_benchmark(self, metrics: Mapping[str, float]) -> tuple[str, dict[str, float]]:
         """Returns task and metrics of CLIP_benchmark, whose image_retrieval is text to image."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from align_jax.data.sources.open_source import open_labelled
 from align_jax.evals import presets
+from align_jax.evals.accuracy import rank_accuracy, reported_accuracy
 from align_jax.evals.peers import renamed
 from align_jax.evals.ranking import pair_ranks
 from align_jax.evals.records import count_problems, encode_labelled
@@ -88,22 +89,26 @@ def zeroshot_accuracy(
       ValueError: if shapes disagree, there is no image, a label is out of range or an embedding
         is not finite.
     """
+    ks = [k for k in ks if k == 1 or len(z_class) > k]
+    ranks = label_ranks(z_image, z_class, labels, max(ks), ties)
+    return rank_accuracy(ranks, np.asarray(labels), len(z_class), ks)
+
+
+def label_ranks(
+    z_image: np.ndarray, z_class: np.ndarray, labels: np.ndarray, most: int, ties: str
+) -> np.ndarray:
+    """Returns the place of each image's label [N] among the classes, see `zeroshot_accuracy`.
+
+    It is exact below `most`; with ties by index, all others are one number of at least `most`.
+    """
     z_image, labels = np.asarray(z_image), np.asarray(labels)
-    num_classes = len(z_class)
     _check_labelled(z_image, z_class, labels)
-    ks = [k for k in ks if k == 1 or num_classes > k]
     if ties == "against":
         _, ranks = pair_ranks(z_class, z_image, labels)
-    else:
-        nearest, _ = top_k(z_image, z_class, max(ks))
-        is_label = nearest == labels[:, None]
-        ranks = np.where(is_label.any(axis=1), is_label.argmax(axis=1), num_classes)
-    metrics = {f"top{k}": 100 * float(np.mean(ranks < k)) for k in ks}
-    num_images = np.bincount(labels, minlength=num_classes)
-    num_hits = np.bincount(labels, weights=ranks == 0, minlength=num_classes)
-    occurs = num_images > 0
-    metrics["mean_per_class"] = 100 * float(np.mean(num_hits[occurs] / num_images[occurs]))
-    return metrics
+        return ranks
+    nearest, _ = top_k(z_image, z_class, min(most, len(z_class)))
+    is_label = nearest == labels[:, None]
+    return np.where(is_label.any(axis=1), is_label.argmax(axis=1), len(z_class))
 
 
 class ZeroShot:
@@ -150,9 +155,9 @@ class ZeroShot:
             raise ValueError(f"The source of evaluator '{name}' holds no image.")
 
     def __call__(self, model: Any) -> dict[str, float]:
-        """Returns `top1`, `top5`, `mean_per_class` (percent), `num_images`, `num_classes`,
-        `num_skipped`, the images left out or missing, and `problems/<reason>`; where several
-        classes have the same words, `num_repeated_names`.
+        """Returns `top1` with its interval `top1_low`, `top1_high`, `top5`, `mean_per_class`
+        (percent), `num_images`, `num_classes`, `num_skipped`, the images left out or missing, and
+        `problems/<reason>`; where several classes have the same words, `num_repeated_names`.
 
         Raises:
           ValueError: if no image can be read.
@@ -164,7 +169,8 @@ class ZeroShot:
         # Classes of the same words cannot be told apart: ties decide between them.
         if repeated := len(self.class_names) - len(set(self.class_names)):
             counts["num_repeated_names"] = repeated
-        metrics = zeroshot_accuracy(images.z, z_class, images.labels, ties=self.ties)
+        ranks = label_ranks(images.z, z_class, images.labels, 5, self.ties)
+        metrics = reported_accuracy(ranks, images.labels, len(self.class_names))
         return metrics | counts | count_problems(self.problems)
 
     @cached_property

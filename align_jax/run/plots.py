@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from align_jax.run.metrics import read_metrics
@@ -51,6 +52,7 @@ def write_plots(
     paths = []
     for name, figure in figures.items():
         if figure is not None:
+            _widen_one_step(figure)
             path = workdir / "plots" / f"{name}.png"
             with writing.replacing(path) as temporary:
                 figure.savefig(temporary, format="png")
@@ -154,6 +156,20 @@ def _new_figure(title: str, num_panels: int = 1) -> tuple[Figure, Sequence[Axes]
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     return figure, panels
+
+
+def _widen_one_step(figure: Figure) -> None:
+    """Where all points are of one step, shows that step alone and not thousandths of it."""
+    for axes in figure.axes:
+        steps = {step for line in axes.lines if len(line.get_xdata()) for step in _steps(line)}
+        if len(steps) == 1:
+            axes.set_xlim(min(steps) - 1, max(steps) + 1)
+            axes.set_xticks(list(steps))
+
+
+def _steps(line: Line2D) -> Sequence[float]:
+    is_level = line.get_transform() != line.axes.transData  # spans the axes, as chance does
+    return [] if is_level else line.get_xdata()
 
 
 def _short(name: str) -> str:

@@ -150,6 +150,10 @@ class LabelledFiles:
         """Returns the key of an image without reading it."""
         return self._entries[index][0].name
 
+    def label(self, index: int) -> int:
+        """Returns the label of an image without reading it."""
+        return self._entries[index][1]
+
     def describe(self) -> str:
         """Returns the spec and the numbers of images and classes."""
         return f"{self._spec}: {len(self)} images of {len(self.classes)} classes"

@@ -11,11 +11,12 @@ from align_jax.storage.text import BadText, check_caption, read_json
 
 
 class KarpathyImage(NamedTuple):
-    """An image: its name with its folder, captions, and the ids of these."""
+    """An image: its name with its folder, captions, the ids of these, and its own (-1: none)."""
 
     name: str
     captions: tuple[str, ...]
     sentids: tuple[int, ...]
+    cocoid: int = -1
 
 
 def open_karpathy(
@@ -75,6 +76,7 @@ def _images(
                 (check_caption(sentence["raw"], name), int(sentence.get("sentid", -1)))
                 for sentence in entry["sentences"]
             ]
+            cocoid = int(entry.get("cocoid", -1))
         except (KeyError, TypeError, ValueError, AttributeError, BadText):
             problems.add("row_malformed", f"{path}: images[{number}]")
             continue
@@ -83,4 +85,4 @@ def _images(
             problems.add("key_duplicate", f"{path}: images[{number}]")
             continue
         seen.add(name)
-        yield KarpathyImage(name, captions, sentids)
+        yield KarpathyImage(name, captions, sentids, cocoid)

@@ -17,6 +17,7 @@ from align_jax.data.sources.img2dataset import Img2Dataset, is_img2dataset
 from align_jax.data.sources.karpathy import open_karpathy
 from align_jax.data.sources.packed import TfdsPairs, find_tfds_folder
 from align_jax.data.sources.parquet import ParquetLabelled, ParquetPairs
+from align_jax.data.sources.parts import Part
 from align_jax.data.sources.record import LabelledImage, Record
 from align_jax.data.sources.scenes import LabelledScenes, Scenes
 from align_jax.data.sources.shards import Archives
@@ -145,12 +146,17 @@ def open_labelled(spec: str) -> LabelledSource:
     | `wds/test`, `wds/test/*.tar` | tars of `key.jpg` + `key.cls`, and `classnames.txt` |
     | `folder?split=test`, `test-*.parquet` | Parquet with image bytes and labels |
 
-    `max=N` keeps N of the images, evenly spaced, so that all classes stay.
+    `max=N` keeps N of the images, evenly spaced, so that all classes stay. `part=K/N` keeps of each
+    class the K-th image and every N-th after it: `part=1/2` to learn from, `part=2/2` to test.
 
     Raises:
       ValueError: a path that does not exist, an unknown option, or no labelled image.
     """
     path, options = _parse(spec)
+    if "part" in options:
+        part = options.pop("part")
+        rest = "&".join(f"{name}={value}" for name, value in options.items())
+        return Part(spec, open_labelled(f"{path}?{rest}" if rest else path), part)
     if path == "scenes":
         _check_options(spec, options, ("size", "seed", "label", "image_size_px"))
         if "label" not in options:
