@@ -62,13 +62,19 @@ def add_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
         "--out", metavar="FILE", help="JSON; default for a workdir: WORKDIR/eval/align_eval.json"
     )
     evaluate.add_argument(
-        "--clip-benchmark", metavar="DIR", help="also write CLIP_benchmark's JSON, a file each"
+        "--format",
+        action="append",
+        default=[],
+        metavar="NAME[:DIR]",
+        help="also write the files of clip_benchmark, mteb or open_clip; repeatable; default for "
+        "a workdir: WORKDIR/eval/NAME",
     )
     evaluate.add_argument(
         "--report",
         nargs="+",
         metavar="RESULT",
-        help="no evaluation: JSON files or workdirs side by side, as Markdown to --out",
+        help="no evaluation: JSON files or workdirs side by side and beside published numbers; "
+        "with --out FILE.md as Markdown, and a picture in FILE.png",
     )
 
 
@@ -82,6 +88,7 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     from align_jax.evals import peers, tables
 
     chosen = _choose(args, rest)
+    formats = _formats(args)
     evaluators, skipped = _make(chosen, args.skip_missing)
     model = align.load(args.model, step=args.step)
     config = model.origin.config  # None: no workdir of ours
@@ -106,10 +113,11 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
         }
         evals.write_json(out, results, provenance, evals.problems_of(evaluators))
     written = [out] if out else []
-    if args.clip_benchmark:
-        step = model.origin.step
-        written += peers.write_clip_benchmark(
-            args.clip_benchmark,
+    step = model.origin.step
+    for form, folder in formats.items():
+        written += peers.write(
+            form,
+            folder,
             results,
             evaluators,
             model=model.origin.name,
@@ -126,14 +134,35 @@ def _report(args: argparse.Namespace) -> None:
     from align_jax.evals import comparison
     from align_jax.storage import writing
 
-    text, warnings = comparison.compare(args.report)
+    found = comparison.compare(args.report)
+    text = comparison.to_markdown(found)
+    written = []
     if args.out:
+        picture = Path(args.out).with_suffix(".png")
         writing.write_text(args.out, text)
-    for warning in warnings:
+        comparison.write_picture(picture, found)
+        written = [args.out, picture]
+    for warning in found.warnings.values():
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     print(text, end="")
-    if args.out:
-        print(f"wrote {args.out}")
+    for path in written:
+        print(f"wrote {path}")
+
+
+def _formats(args: argparse.Namespace) -> dict[str, str | Path]:
+    """Returns format -> folder of what --format asks for."""
+    from align_jax.evals import peers
+
+    found: dict[str, str | Path] = {}
+    for text in args.format:
+        form, _, folder = text.partition(":")
+        if form not in peers.FORMATS:
+            known = ", ".join(peers.FORMATS)
+            raise ValueError(f"--format {form!r} is unknown; use one of: {known}.")
+        if not folder and not (Path(args.model) / "checkpoints").is_dir():
+            raise ValueError(f"--format {form}: {args.model} is no workdir; add :DIR to say where.")
+        found[form] = folder or Path(args.model) / "eval" / form
+    return found
 
 
 def _choose(args: argparse.Namespace, rest: list[str]) -> dict[str, dict[str, Any]]:

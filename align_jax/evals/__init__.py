@@ -45,7 +45,8 @@ class Evaluator(Protocol):
     It may also have: `table(metrics)`, header and rows of its part of the table (rows of equal
     headers stand together; without it, each metric is a row); `write_plots(folder)`, pictures of
     its last call; `problems`, what its last call left out; `stamps`, what identifies its data,
-    argument -> stamp; `clip_benchmark(metrics)`, its task and metrics there.
+    argument -> stamp; `clip_benchmark(metrics)`, `mteb(metrics)` and `open_clip(metrics)`, its
+    metrics in the files of these tools, see peers.py.
     """
 
     name: str

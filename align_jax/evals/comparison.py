@@ -1,47 +1,169 @@
-"""Result files of several models side by side, with a word where their protocols differ."""
+"""Result files of several models side by side and beside published numbers, with a word where their
+protocols differ."""
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from align_jax.evals import presets
+from align_jax.storage import writing
 from align_jax.storage.text import read_json
 
 _RESULTS = Path("eval") / "align_eval.json"
+_BOUNDS = ("_low", "_high")
+# What says nothing of how good a model is.
+_NO_SCORES = (
+    "num_",
+    "problems/",
+    "l2",
+    "chance",
+    "_queries",
+    "_pairs",
+    "_missing",
+    "_std",
+    "_rank",
+)
+_COLORS = ("#1f6fb4", "#d1602c", "#3d8f4f", "#8a5fb0", "#b8912a", "#5b6770")
 
 
-def compare(paths: Sequence[str | os.PathLike]) -> tuple[str, list[str]]:
-    """Returns a Markdown table, a row a metric and a column a file, and warnings.
+class Comparison(NamedTuple):
+    """Columns: titles, and of each `<evaluator>/<metric>` -> value; rows: keys; and warnings.
 
-    A warning names an evaluator whose protocols differ between files, and in what. Metrics of such
-    an evaluator are marked by an asterisk.
+    The first `num_models` columns are models, the others what was published.
+    """
+
+    titles: list[str]
+    values: list[Mapping[str, float]]
+    num_models: int
+    keys: list[str]
+    notes: list[str]
+    warnings: dict[str, str]  # evaluator -> in what its protocols differ
+
+
+def compare(paths: Sequence[str | os.PathLike]) -> Comparison:
+    """Returns results side by side, and published ones of the same evaluators.
+
+    Published are those of presets/published.json whose evaluator has the name and type of one here.
 
     Args:
-      paths: JSON files of `align eval`, or workdirs that have one; two or more.
+      paths: JSON files of `align eval`, or workdirs that have one.
 
     Raises:
       ValueError: a file that is missing or holds no results.
     """
-    if len(paths) < 2:
-        raise ValueError("A report compares two or more results; name their JSON files.")
     contents = [_read(Path(path)) for path in paths]
-    columns = [_title(Path(path), content) for path, content in zip(paths, contents, strict=True)]
-    warnings, marked = [], set()
-    names = dict.fromkeys(n for c in contents for n in c["provenance"].get("protocols", {}))
-    for name in names:
-        found = [c["provenance"].get("protocols", {}).get(name) for c in contents]
-        known = [protocol for protocol in found if protocol]
+    titles = [_title(Path(path), content) for path, content in zip(paths, contents, strict=True)]
+    protocols = [content["provenance"].get("protocols", {}) for content in contents]
+    warnings = {}
+    for name in dict.fromkeys(name for found in protocols for name in found):
+        known = [found[name] for found in protocols if name in found]
         if len({protocol["fingerprint"] for protocol in known}) > 1:
-            marked.add(name)
             different = sorted({key for other in known[1:] for key in _differing(known[0], other)})
-            warnings.append(f"{name}: the protocols differ in {', '.join(different)}.")
-    lines = [f"| metric | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-    for key in dict.fromkeys(key for content in contents for key in content["results"]):
-        mark = "*" if any(key.startswith(f"{name}/") for name in marked) else ""
-        cells = [_cell(content["results"].get(key)) for content in contents]
+            warnings[name] = f"{name}: the protocols differ in {', '.join(different)}."
+    values = [content["results"] for content in contents]
+    keys = [k for k in dict.fromkeys(k for found in values for k in found) if not _is_bound(k)]
+    notes = []
+    for published in presets.published():
+        found = {
+            f"{name}/{metric}": value
+            for name, entry in published["results"].items()
+            if any(p.get(name, {}).get("type") == entry["type"] for p in protocols)
+            for metric, value in entry["metrics"].items()
+        }
+        if found := {key: value for key, value in found.items() if key in keys}:
+            titles.append(published["title"])
+            values.append(found)
+            notes.append(f"{published['title']}: published, {published['source']}.")
+    return Comparison(titles, values, len(contents), keys, notes, warnings)
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """Returns a table, a row a metric and a column a model or publication; intervals in brackets.
+
+    Metrics of an evaluator whose protocols differ are marked by an asterisk.
+    """
+    lines = [f"| metric | {' | '.join(comparison.titles)} |"]
+    lines.append("|---" * (1 + len(comparison.titles)) + "|")
+    for key in comparison.keys:
+        mark = "*" if any(key.startswith(f"{name}/") for name in comparison.warnings) else ""
+        cells = [_cell(found, key) for found in comparison.values]
         lines.append(f"| {key}{mark} | {' | '.join(cells)} |")
-    notes = [f"\\* {warning}" for warning in warnings]
-    return "\n".join([*lines, *([""] + notes if notes else [])]) + "\n", warnings
+    notes = [f"\\* {warning}" for warning in comparison.warnings.values()]
+    if any(_is_bound(key) for found in comparison.values for key in found):
+        notes.append("In brackets: 95 % interval of resampled queries.")
+    notes += comparison.notes
+    return "\n".join([*lines, *[line for note in notes for line in ("", note)]]) + "\n"
+
+
+def write_picture(path: str | os.PathLike, comparison: Comparison) -> None:
+    """Draws the scores of all models and publications as a PNG: a panel an evaluator.
+
+    Bars with the interval of a score where it has one. Counts are left out, and what has no score.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels: dict[str, list[str]] = {}
+    for key in comparison.keys:
+        name, _, metric = key.partition("/")
+        if not (metric.endswith("_rank") or any(part in metric for part in _NO_SCORES)):
+            panels.setdefault(name, []).append(key)
+    columns = min(3, max(1, len(panels)))
+    rows = max(1, math.ceil(len(panels) / columns))
+    heights = [
+        max(
+            (len(keys) for keys in list(panels.values())[r * columns : (r + 1) * columns]),
+            default=1,
+        )
+        for r in range(rows)
+    ]
+    bars = len(comparison.titles)
+    size = 5.2 * columns, 1.0 + sum(0.9 + 0.13 * (bars + 1) * height for height in heights)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    all_axes = figure.subplots(rows, columns, squeeze=False, height_ratios=heights).flatten()
+    for axes in all_axes[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (name, keys) in zip(all_axes, panels.items(), strict=False):
+        for column, (title, found) in enumerate(
+            zip(comparison.titles, comparison.values, strict=True)
+        ):
+            places = [(row, key) for row, key in enumerate(keys) if key in found]
+            heights_of = [row + (column + 0.5) / (bars + 1) for row, _ in places]
+            widths = [found[key] for _, key in places]
+            errors = [
+                (
+                    max(0.0, found[key] - found.get(f"{key}_low", found[key])),
+                    max(0.0, found.get(f"{key}_high", found[key]) - found[key]),
+                )
+                for _, key in places
+            ]
+            axes.barh(
+                heights_of,
+                widths,
+                height=0.9 / (bars + 1),
+                xerr=list(zip(*errors, strict=True)) if errors else None,
+                error_kw={"elinewidth": 0.8, "ecolor": "0.2"},
+                color=_COLORS[column % len(_COLORS)],
+                alpha=1.0 if column < comparison.num_models else 0.55,
+                label=title,
+            )
+        mark = "*" if name in comparison.warnings else ""
+        axes.set_title(f"{name}{mark}", fontsize=10)
+        axes.set_yticks([row + 0.4 for row in range(len(keys))])
+        axes.set_yticklabels([key.partition("/")[2] for key in keys], fontsize=7)
+        axes.set_ylim(len(keys), -0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x", color="0.9")
+        axes.set_axisbelow(True)
+        axes.tick_params(axis="x", labelsize=8)
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, loc="outside upper left", ncols=4, fontsize=9, frameon=False)
+    with writing.replacing(Path(path)) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -71,7 +193,16 @@ def _differing(left: dict[str, Any], right: dict[str, Any], prefix: str = "") ->
     return found
 
 
-def _cell(value: float | None) -> str:
+def _is_bound(key: str) -> bool:
+    return key.endswith(_BOUNDS)
+
+
+def _cell(found: Mapping[str, float], key: str) -> str:
+    value = found.get(key)
     if value is None:
         return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    text = f"{value:.2f}"
+    bounds = [found.get(key + bound) for bound in _BOUNDS]
+    return text if None in bounds else f"{text} [{bounds[0]:.1f}, {bounds[1]:.1f}]"

@@ -1,9 +1,14 @@
-"""Results in the JSON of LAION's CLIP_benchmark: a file an evaluator, as its `build` reads them.
+"""Results in the files of other evaluation tools: LAION's CLIP_benchmark, MTEB, open_clip.
 
-Source: CLIP_benchmark 1.6, cli.py: accuracies and recalls from 0 to 1; its image_retrieval is text
-to image. An evaluator says how its metrics are called there by `clip_benchmark(metrics)`.
+An evaluator says how its metrics are called there: `clip_benchmark(metrics)` returns a task and its
+metrics, `mteb(metrics)` returns task suffix -> scores, `open_clip(metrics)` a line. Those that a
+tool has nothing for are left out of its files. All numbers there are from 0 to 1.
+
+Sources: CLIP_benchmark 1.6, cli.py (its image_retrieval is text to image); the task files of
+embeddings-benchmark/results; open_clip 3, train.py (`results.jsonl`).
 """
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -12,8 +17,11 @@ from typing import Any
 
 from align_jax.storage import writing
 
+FORMATS = ("clip_benchmark", "mteb", "open_clip")
 
-def write_clip_benchmark(
+
+def write(
+    form: str,
     folder: str | os.PathLike,
     results: Mapping[str, float],
     evaluators: Iterable[Any],
@@ -22,11 +30,10 @@ def write_clip_benchmark(
     pretrained: str,
     language: str = "en",
 ) -> list[Path]:
-    """Returns the files written, `<dataset>_<pretrained>_<model>_<language>_<task>.json`.
-
-    Evaluators that CLIP_benchmark has no task for are left out.
+    """Returns the files written.
 
     Args:
+      form: one of FORMATS.
       folder: made where missing.
       results: of `run_evaluators`.
       evaluators: that gave them; their names become those of the data sets.
@@ -34,24 +41,25 @@ def write_clip_benchmark(
       pretrained: name of the weights.
       language: of the captions and prompts.
     """
-    paths = []
+    parts = []
     for evaluator in evaluators:
-        if not hasattr(evaluator, "clip_benchmark"):
-            continue
         start = f"{evaluator.name}/"
-        metrics = {k[len(start) :]: v for k, v in results.items() if k.startswith(start)}
-        task, values = evaluator.clip_benchmark(metrics)
-        content = {
-            "dataset": evaluator.name,
-            "model": model,
-            "pretrained": pretrained,
-            "task": task,
-            "metrics": values,
-            "language": language,
-        }
-        name = "_".join((evaluator.name, pretrained, model, language, task))
-        path = Path(folder) / f"{re.sub('[^A-Za-z0-9_.-]', '-', name)}.json"
-        writing.write_json(path, content, sort_keys=True, allow_nan=False)
+        if hasattr(evaluator, form):
+            metrics = {k[len(start) :]: v for k, v in results.items() if k.startswith(start)}
+            parts.append((evaluator.name, getattr(evaluator, form)(metrics)))
+    files = {
+        "clip_benchmark": _clip_benchmark_files,
+        "mteb": _mteb_files,
+        "open_clip": _open_clip_file,
+    }[form](parts, model, pretrained, language)
+    paths = []
+    for name, content in files.items():
+        path = Path(folder) / re.sub("[^A-Za-z0-9_.-]", "-", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".jsonl":
+            writing.write_text(path, "".join(json.dumps(line) + "\n" for line in content))
+        else:
+            writing.write_json(path, content, sort_keys=True, allow_nan=False)
         paths.append(path)
     return paths
 
@@ -59,3 +67,49 @@ def write_clip_benchmark(
 def renamed(metrics: Mapping[str, float], names: Mapping[str, str]) -> dict[str, float]:
     """Returns percentages of `metrics` from 0 to 1 under other names; those not there left out."""
     return {new: metrics[ours] / 100 for new, ours in names.items() if ours in metrics}
+
+
+_Parts = list[tuple[str, Any]]
+
+
+def _clip_benchmark_files(
+    parts: _Parts, model: str, pretrained: str, language: str
+) -> dict[str, dict[str, Any]]:
+    files = {}
+    for dataset, (task, values) in parts:
+        name = "_".join((dataset, pretrained, model, language, task)) + ".json"
+        files[name] = {
+            "dataset": dataset,
+            "model": model,
+            "pretrained": pretrained,
+            "task": task,
+            "metrics": values,
+            "language": language,
+        }
+    return files
+
+
+def _mteb_files(
+    parts: _Parts, model: str, pretrained: str, language: str
+) -> dict[str, dict[str, Any]]:
+    files = {}
+    languages = [{"en": "eng-Latn"}.get(language, language)]
+    for dataset, tasks in parts:
+        for suffix, scores in tasks.items():
+            place = {"hf_subset": "default", "languages": languages}
+            files[f"{dataset}{suffix}.json"] = {
+                "dataset_revision": pretrained,
+                "task_name": f"{dataset}{suffix}",
+                "mteb_version": None,  # not its program
+                "evaluation_time": None,
+                "kg_co2_emissions": None,
+                "scores": {"test": [scores | place]},
+            }
+    return files
+
+
+def _open_clip_file(
+    parts: _Parts, model: str, pretrained: str, language: str
+) -> dict[str, list[dict[str, Any]]]:
+    about = {"model": model, "pretrained": pretrained}
+    return {"results.jsonl": [{"dataset": name} | about | line for name, line in parts]}

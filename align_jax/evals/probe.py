@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from align_jax.evals.accuracy import reported_accuracy, row_of, score_accuracy, score_ranks
+from align_jax.evals.peers import renamed
 from align_jax.evals.records import Learned
 
 _PENALTIES = np.logspace(-6, 6, 97)
@@ -79,6 +80,17 @@ class Probe(Learned):
         scores = fit(np.arange(len(train.labels)), l2)(test.z)
         ranks = score_ranks(scores, test.labels)
         return reported_accuracy(ranks, test.labels, num_classes) | {"l2": l2} | counts
+
+    def clip_benchmark(self, metrics: Mapping[str, float]) -> tuple[str, dict[str, float]]:
+        """Returns task and metrics of CLIP_benchmark, whose probe is trained by AdamW."""
+        kinds = {"acc1": "top1", "acc5": "top5", "mean_per_class_recall": "mean_per_class"}
+        found = renamed(metrics, {f"lp_{new}": ours for new, ours in kinds.items()})
+        about = {"weight_decay": metrics["l2"], "fewshot_k": -1, "seed": self._seed}
+        return "linear_probe", found | about | {"normalized": True}
+
+    def mteb(self, metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """Returns the scores of MTEB's classification task, which has 16 images a class."""
+        return {"": renamed(metrics, {"accuracy": "top1", "main_score": "top1"})}
 
     def table(self, metrics: Mapping[str, float]) -> list[list[str]]:
         """Returns header and rows of the table of results."""

@@ -105,6 +105,29 @@ def index_ranks(
     return ranks[0], ranks[1]
 
 
+def ndcg_at_10(
+    z_query: np.ndarray, z_index: np.ndarray, of_index: np.ndarray, of_query: np.ndarray
+) -> float:
+    """Returns the mean normalised discounted cumulative gain of the 10 nearest, 0 to 1.
+
+    Items with the group of the query are right; of equal scores the lower index comes first.
+
+    Args:
+      z_query: [N, D].
+      z_index: [M, D].
+      of_index: [M], the group of each item.
+      of_query: [N], the group of each query, which has an item.
+
+    Source: Jarvelin & Kekalainen 2002, binary relevance.
+    """
+    nearest, _ = top_k(z_query, z_index, min(10, len(z_index)))
+    discounts = 1 / np.log2(np.arange(2, 2 + nearest.shape[1]))
+    gains = (of_index[nearest] == of_query[:, None]) @ discounts
+    sizes = np.bincount(of_index, minlength=of_query.max() + 1)[of_query]
+    ideal = np.cumsum(discounts)[np.minimum(sizes, len(discounts)) - 1]
+    return float(np.mean(gains / ideal))
+
+
 @dataclasses.dataclass(frozen=True)
 class RetrievalEmbeddings:
     """What an evaluation embedded: row i of z_image is record `records[i]` of the source."""
@@ -248,6 +271,33 @@ class Retrieval:
         names = {f"image_retrieval_recall@{k}": f"text_to_image_r{k}" for k in (1, 5, 10)}
         names |= {f"text_retrieval_recall@{k}": f"image_to_text_r{k}" for k in (1, 5, 10)}
         return "zeroshot_retrieval", renamed(metrics, names)
+
+    def mteb(self, metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """Returns the scores of MTEB's tasks of the last call: I2T and T2I, main score nDCG@10.
+
+        `hit_rate_at_<k>` are our recalls, with the evaluator's ties; nDCG goes by index.
+        """
+        found = self.embeddings
+        owner, own = found.text_to_image, np.arange(len(found.z_image))
+        sides = {
+            "I2T": ("image_to_text", found.z_image, found.z_text, owner, own),
+            "T2I": ("text_to_image", found.z_text, found.z_image, own, owner),
+        }
+        tasks = {}
+        for suffix, (task, z_query, z_index, of_index, of_query) in sides.items():
+            names = {f"hit_rate_at_{k}": f"{task}_r{k}" for k in (1, 5, 10)}
+            gain = ndcg_at_10(z_query, z_index, of_index, of_query)
+            tasks[suffix] = renamed(metrics, names) | {"ndcg_at_10": gain, "main_score": gain}
+        return tasks
+
+    def open_clip(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Returns metrics as open_clip's evaluation calls them."""
+        line: dict[str, float] = {"num_samples": metrics["num_images"]}
+        for task in ("image_to_text", "text_to_image"):
+            line |= renamed(metrics, {f"{task}_R@{k}": f"{task}_r{k}" for k in (1, 5, 10)})
+            for kind in ("mean_rank", "median_rank"):
+                line[f"{task}_{kind}"] = metrics[f"{task}_{kind}"]
+        return line
 
     def write_plots(self, folder: Path) -> None:
         """Draws the gallery of the last call: `gallery_<name>.png`."""

@@ -124,6 +124,12 @@ class Selection:
         names = {new: f"{kind}_accuracy" for new, kind in kinds.items()}
         return "image_caption_selection", renamed(metrics, names)
 
+    def mteb(self, metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """Returns the scores of MTEB's compositionality tasks."""
+        kinds = {"text_acc": "text", "image_acc": "image", "accuracy": "group"}
+        found = renamed(metrics, {new: f"{kind}_accuracy" for new, kind in kinds.items()})
+        return {"": found | {"main_score": found.get("accuracy", found["text_acc"])}}
+
     def table(self, metrics: Mapping[str, float]) -> list[list[str]]:
         """Returns header and rows of the table of results."""
         header = ["selection [%]", "text", "image", "group", "chance of text", "questions"]

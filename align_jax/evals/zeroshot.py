@@ -187,6 +187,15 @@ class ZeroShot:
         names = {"acc1": "top1", "acc5": "top5", "mean_per_class_recall": "mean_per_class"}
         return "zeroshot_classification", renamed(metrics, names)
 
+    def mteb(self, metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """Returns the scores of MTEB's zero-shot task."""
+        return {"ZeroShot": renamed(metrics, {"accuracy": "top1", "main_score": "top1"})}
+
+    def open_clip(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Returns metrics as open_clip's evaluation calls them."""
+        start = f"{self.name.replace('_', '')}-zeroshot-val"
+        return renamed(metrics, {f"{start}-top1": "top1", f"{start}-top5": "top5"})
+
     def table(self, metrics: Mapping[str, float]) -> list[list[str]]:
         """Returns header and rows of the table of results."""
         header = ["zero-shot [%]", "top-1", "top-5", "mean per class"]

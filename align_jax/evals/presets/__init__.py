@@ -34,5 +34,12 @@ def class_names(preset: str) -> tuple[str, ...]:
 
 
 @cache
+def published() -> list[dict[str, Any]]:
+    """Returns published numbers: `title`, `source` and `results`, name of an evaluator in
+    configs/ -> its `type` and `metrics`."""
+    return read_json(Path(__file__).with_name("published.json"))
+
+
+@cache
 def _imagenet() -> dict[str, Any]:
     return read_json(Path(__file__).with_name("imagenet.json"))
