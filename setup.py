@@ -14,6 +14,7 @@ CURATE = [
     "icu4py>=1.2,<2",  # words of scripts that have no spaces between them
     "pyarrow>=17",
 ]
+ONNX = ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5", "torch==2.13.0"]
 SEARCH = ["pymilvus>=3.0,<4", "milvus-lite>=3.2.2,<4"]  # 3.2.0 of Lite drops nprobe and ef
 SERVE = [
     "h11>=0.16",
@@ -61,6 +62,7 @@ setup(
         "parquet": ["pyarrow>=17"],
         "search": SEARCH,
         "serve": SERVE,
+        "onnx": ONNX,
         "fast": ["simplejpeg>=1.9,<2"],
         "spark": ["ibis-framework[pyspark]>=12,<13"],  # and Java 17 or later
         "beam": ["apache-beam>=2.77,<3"],
@@ -68,6 +70,7 @@ setup(
         "cuda": ["jax[cuda13]"],
         "test": [
             *CURATE,
+            *ONNX,
             *SEARCH,
             *SERVE,
             "cohere",
@@ -83,7 +86,6 @@ setup(
             "scikit-learn>=1.5",
             "selenium>=4.20",  # the page, where Chromium is installed
             "simplejpeg>=1.9,<2",
-            "torch==2.13.0",
         ],
     },
     entry_points={"console_scripts": ["align = align_jax.cli.main:main"]},

@@ -25,7 +25,7 @@ ORDER = (
     ("embed",),
     ("curate", "search"),
     ("train",),
-    ("plan", "serve"),
+    ("plan", "serve", "export"),
     ("cli",),
 )
 LAYERS = {part: level for level, parts in enumerate(ORDER) for part in parts}
@@ -45,7 +45,8 @@ ONLY_IN = {
     "tensorboard": ("run/metrics.py",),
     "huggingface_hub": ("hf",),
     "tensorflow": (),
-    "torch": (),
+    "torch": ("export/onnx.py",),
+    "onnxruntime": ("export/onnx.py",),
     "transformers": ("hf", "data/tokenizer.py"),
     "safetensors": ("hf",),
     "pymilvus": ("search/milvus.py",),
@@ -76,6 +77,7 @@ OPENS = {
     "data/tokenizer.py": "tokenizer folders, written by transformers or here",
     "data/vocabulary.py": "counts written here",
     "embed.py": "manifests written here",
+    "export/stablehlo.py": "programs written here",
     "hf/convert.py": "Hugging Face folders",
     "hf/hub.py": "Hugging Face folders",
     "hf/processor.py": "Hugging Face folders",
@@ -137,7 +139,8 @@ def test_what_trains_is_jitted_in_one_place_and_only_rankings_and_embeddings_els
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr in ("jit", "pjit", "pmap")
     }
-    assert sites == {"train_step.py", "encode.py", "evals/ranking.py", "evals/top_k.py"}
+    exports = {"export/package.py", "export/stablehlo.py"}
+    assert sites - exports == {"train_step.py", "encode.py", "evals/ranking.py", "evals/top_k.py"}
 
 
 def test_mesh_axis_names_are_written_in_mesh_only():

@@ -1,6 +1,6 @@
-"""The verbs that use a trained model, embed, classify and convert: arguments and what they print.
+"""The verbs that use a trained model, embed, classify, convert, export: arguments, what they print.
 
-The work is done in embed.py and align.py, which are imported when it begins.
+The work is done in embed.py, align.py and export/, which are imported when it begins.
 """
 
 import argparse
@@ -58,6 +58,17 @@ def add_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
     convert.add_argument("--adapter", metavar="DIR", help="LoRA adapter of MODEL to merge into it")
     convert.add_argument("--step", type=int, help="checkpoint of a workdir; default: the newest")
+
+    export = add_verb("export", _export, "write both towers as programs that need no align_jax")
+    export.epilog = "example: align export --model runs/mine --to onnx --out exported/mine"
+    add_model(export, "--model")
+    export.add_argument("--to", choices=("stablehlo", "onnx"), required=True, help="format")
+    export.add_argument("--out", required=True, metavar="DIR", help="folder")
+    export.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="default: that of the run, or float32; ONNX is float32",
+    )
 
 
 def add_model(parser: argparse.ArgumentParser, *names: str, required: bool = True) -> None:
@@ -143,3 +154,24 @@ def _convert(args: argparse.Namespace, rest: list[str]) -> None:
     else:
         model.save(args.out)
     print(f"wrote {args.out}")
+
+
+def _export(args: argparse.Namespace, rest: list[str]) -> None:
+    from align_jax.export import package
+
+    package.check_folder(args.out)
+    if args.to == "onnx":
+        from align_jax.export import onnx as writer
+
+        writer.check_packages()
+        args.dtype = args.dtype or "float32"
+    else:
+        from align_jax.export import stablehlo as writer
+
+    from align_jax import align
+
+    model = align.load(args.model, step=args.step, dtype=args.dtype)
+    differences = writer.write(model, args.out)
+    found = ", ".join(f"{tower} {value:.1e}" for tower, value in differences.items())
+    print(f"wrote {args.out}; largest difference from the model's own embeddings: {found}")
+    package.check(differences)

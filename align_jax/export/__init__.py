@@ -1,0 +1,1 @@
+"""Models that leave the house: programs that run where align_jax is not installed."""
