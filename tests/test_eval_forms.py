@@ -102,7 +102,7 @@ def tars(folder):
 
 
 def test_webdataset_classes_are_labelled_images(tars):
-    with pytest.raises(ValueError, match="has .cls files, whose numbers classnames.txt must name"):
+    with pytest.raises(ValueError, match="has classes by number, which classnames.txt must name"):
         open_labelled("wds/test")
     (tars / "wds" / "classnames.txt").write_text("dark\ngrey\n bright \n")
     source = open_labelled("wds/test")

@@ -30,6 +30,7 @@ TYPES = {
     "eccv": "eccv:Eccv",
     "fewshot": "fewshot:FewShot",
     "knn": "knn:Knn",
+    "multilabel": "multilabel:MultiLabel",
     "probe": "probe:Probe",
     "retrieval": "retrieval:Retrieval",
     "selection": "selection:Selection",

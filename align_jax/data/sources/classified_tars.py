@@ -28,15 +28,11 @@ def open_classified_tars(spec: str, pattern: str, limit: int | None) -> Labelled
       ValueError: classnames.txt is neither beside the tars nor in the folder above.
     """
     problems = Problems()
-    tars = []
-    for path in expand(pattern, "folders and .tar files"):
-        inside = sorted(os.listdir(path)) if os.path.isdir(path) else []
-        tars += [os.path.join(path, name) for name in inside] or [path]
-    tars = [path for path in tars if path.lower().endswith(".tar") and os.path.isfile(path)]
-    samples = [sample for path in tars for sample in _samples(list_files(path, problems))]
+    tars = find_tars(pattern)
+    samples = [sample for path in tars for sample in group_samples(list_files(path, problems))]
     if not any(".cls" in sample for sample in samples):
         return None
-    classes = _read_names(spec, tars)
+    classes = read_names(spec, tars)
     entries: list[tuple[Member, int]] = []
     for sample in samples:
         image = next((m for suffix, m in sample.items() if suffix in IMAGE_SUFFIXES), None)
@@ -54,8 +50,21 @@ def open_classified_tars(spec: str, pattern: str, limit: int | None) -> Labelled
     return LabelledFiles(spec, entries, classes, problems)
 
 
-def _samples(members: Iterable[Member]) -> list[dict[str, Member]]:
-    """Files of one name but for the suffix: suffix -> member."""
+def find_tars(pattern: str) -> list[str]:
+    """Returns the tars that a folder holds, or a path or glob names, sorted.
+
+    Raises:
+      ValueError: the path does not exist.
+    """
+    tars = []
+    for path in expand(pattern, "folders and .tar files"):
+        inside = sorted(os.listdir(path)) if os.path.isdir(path) else []
+        tars += [os.path.join(path, name) for name in inside] or [path]
+    return [path for path in tars if path.lower().endswith(".tar") and os.path.isfile(path)]
+
+
+def group_samples(members: Iterable[Member]) -> list[dict[str, Member]]:
+    """Returns the files of each name but for the suffix: suffix -> member."""
     samples: dict[str, dict[str, Member]] = {}
     for member in members:
         stem, suffix = posixpath.splitext(member.name)
@@ -63,13 +72,18 @@ def _samples(members: Iterable[Member]) -> list[dict[str, Member]]:
     return list(samples.values())
 
 
-def _read_names(spec: str, tars: Sequence[str]) -> tuple[str, ...]:
+def read_names(spec: str, tars: Sequence[str]) -> tuple[str, ...]:
+    """Returns the lines of classnames.txt beside the tars or in the folder above.
+
+    Raises:
+      ValueError: there is none.
+    """
     beside = os.path.dirname(os.path.abspath(tars[0]))
     for folder in (beside, os.path.dirname(beside)):
         path = os.path.join(folder, _NAMES_FILE)
         if os.path.isfile(path):
             return tuple(line.strip() for line in read_lines(path) if line.strip())
     raise ValueError(
-        f"{spec} has .cls files, whose numbers {_NAMES_FILE} must name: it does not exist in "
+        f"{spec} has classes by number, which {_NAMES_FILE} must name: it does not exist in "
         f"{beside} or the folder above."
     )

@@ -300,7 +300,10 @@ def list_images(paths: Sequence[str], problems: Problems) -> list[tuple[str, Mem
 
 
 def open_class_folders(
-    spec: str, paths: list[str], classes_tsv: str | None, limit: int | None
+    spec: str,
+    paths: list[str],
+    classes: str | tuple[tuple[str, ...], dict[str, int]] | None,
+    limit: int | None,
 ) -> LabelledFiles:
     """Returns the images of `class/file` names with their classes.
 
@@ -310,8 +313,8 @@ def open_class_folders(
     Args:
       spec: names the source in messages.
       paths: folders, zips and tars.
-      classes_tsv: lines of index, folder, name; None numbers the folders in the
-        order of their names, which is that of the numbers where all are numbers.
+      classes: TSV with lines of index, folder, name; or (names, folder -> label); None numbers the
+        folders in the order of their names, which is that of the numbers where all are numbers.
       limit: images to use, evenly spaced so that all classes stay; None for all.
 
     Raises:
@@ -324,11 +327,11 @@ def open_class_folders(
             members.append((posixpath.basename(posixpath.dirname(member.name)), member))
         else:
             problems.add("file_not_an_image", f"{member.path}: {member.name}")
-    if classes_tsv is not None:
-        classes, label_of = _read_classes(classes_tsv)
+    if classes is None:
+        names = tuple(_sorted_classes({folder for folder, _ in members if folder}))
+        label_of = {name: label for label, name in enumerate(names)}
     else:
-        classes = tuple(_sorted_classes({folder for folder, _ in members if folder}))
-        label_of = {name: label for label, name in enumerate(classes)}
+        names, label_of = _read_classes(classes) if isinstance(classes, str) else classes
     entries = []
     for folder, member in members:
         if folder in label_of:
@@ -337,7 +340,7 @@ def open_class_folders(
             problems.add("class_unknown", member.name)
     if limit is not None and limit < len(entries):
         entries = [entries[i * len(entries) // limit] for i in range(limit)]
-    return LabelledFiles(spec, entries, classes, problems)
+    return LabelledFiles(spec, entries, names, problems)
 
 
 def expand(pattern: str, accepted: str) -> list[str]:

@@ -15,7 +15,9 @@ from align_jax.data.sources import files, parquet
 from align_jax.data.sources.classified_tars import open_classified_tars
 from align_jax.data.sources.img2dataset import Img2Dataset, is_img2dataset
 from align_jax.data.sources.karpathy import open_karpathy
+from align_jax.data.sources.objectnet import open_objectnet
 from align_jax.data.sources.packed import TfdsPairs, find_tfds_folder
+from align_jax.data.sources.packed_labels import TfdsLabelled
 from align_jax.data.sources.parquet import ParquetLabelled, ParquetPairs
 from align_jax.data.sources.parts import Part
 from align_jax.data.sources.record import LabelledImage, Record
@@ -145,6 +147,8 @@ def open_labelled(spec: str) -> LabelledSource:
 
     | `wds/test`, `wds/test/*.tar` | tars of `key.jpg` + `key.cls`, and `classnames.txt` |
     | `folder?split=test`, `test-*.parquet` | Parquet with image bytes and labels |
+    | `folder?split=test&label=fine_label` | TFDS dataset of ArrayRecord files with a ClassLabel |
+    | `objectnet-1.0/images?mappings=objectnet-1.0/mappings` | ObjectNet; also `border` (2 px) |
 
     `max=N` keeps N of the images, evenly spaced, so that all classes stay. `part=K/N` keeps of each
     class the K-th image and every N-th after it: `part=1/2` to learn from, `part=2/2` to test.
@@ -166,7 +170,15 @@ def open_labelled(spec: str) -> LabelledSource:
     if tables := _parquet_files(path, options):
         _check_options(spec, options, ("split", "max"))
         return ParquetLabelled(spec, tables, _limit(spec, options))
+    if os.path.isdir(path) and (folder := find_tfds_folder(path)):
+        _check_options(spec, options, ("split", "label", "max"))
+        split, limit = options.get("split", "train"), _limit(spec, options)
+        return TfdsLabelled(spec, folder, split, limit, options.get("label"))
     paths = files.expand(path, _ACCEPTED_LABELLED)
+    if "mappings" in options:
+        _check_options(spec, options, ("mappings", "border", "max"))
+        border = _integer(spec, "border", options.get("border", "2"), least=0)
+        return open_objectnet(spec, paths, options["mappings"], border, _limit(spec, options))
     _check_options(spec, options, ("classes", "max"))
     if "classes" not in options:
         classified = open_classified_tars(spec, path, _limit(spec, options))

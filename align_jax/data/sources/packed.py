@@ -101,6 +101,18 @@ class TfdsPairs:
           OSError: the record is damaged.
           ShardUnreadable: the shard is missing, damaged as a whole or cannot be opened.
         """
+        example = self.example(index)
+        texts = {name: _texts(example[name], inner) for name, inner in self._captions.items()}
+        key = example[self._key] if self._key else index % self._length
+        return Record(
+            key.decode("utf-8", "replace") if isinstance(key, bytes) else str(key),
+            example["image"],
+            *self._weigh(texts),
+            _present({name: example[name] for name in self._metadata}),
+        )
+
+    def example(self, index: int) -> dict[str, Any]:
+        """Returns the features in use of a record, the image encoded; errors as of an item."""
         if not -self._length <= index < self._length:
             raise IndexError(f"index {index} is out of range for {self.describe()}.")
         index %= self._length
@@ -116,15 +128,7 @@ class TfdsPairs:
             (data,) = reader.read([skipped + index - self._ends[number] + length])
         except RuntimeError as error:  # ArrayRecord's word for a damaged block
             raise OSError(f"{self._spec}: record {index} cannot be read: {error}") from error
-        example = self._features.deserialize_example_np(data, decoders=self._decoders)
-        texts = {name: _texts(example[name], inner) for name, inner in self._captions.items()}
-        key = example[self._key] if self._key else index
-        return Record(
-            key.decode("utf-8", "replace") if isinstance(key, bytes) else str(key),
-            example["image"],
-            *self._weigh(texts),
-            _present({name: example[name] for name in self._metadata}),
-        )
+        return self._features.deserialize_example_np(data, decoders=self._decoders)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Returns the captions of a record."""
