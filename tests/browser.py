@@ -58,7 +58,7 @@ def make_world(folder):
     """Writes a tiny model, an index of pictures and captions, and files to ask with."""
     (folder / "model").mkdir()
     tiny_hf.make_folder(folder / "model")
-    (folder / "images").mkdir()
+    (folder / "images" / "sub dir").mkdir(parents=True)
     rng, table, columns = np.random.default_rng(0), [], {}
     extra = {0: EVIL, 1: RIGHT_TO_LEFT, 2: LONG}
     for number in range(30):
@@ -66,11 +66,12 @@ def make_world(folder):
         picture = Image.new("RGB", (60, 50), colour)
         noise = rng.integers(0, 90, (20, 30, 3), np.uint8)
         picture.paste(Image.fromarray(noise), (int(rng.integers(30)), int(rng.integers(30))))
-        picture.save(folder / "images" / f"{number}.png")
+        name = "sub dir/ü #8? 100%.png" if number == 8 else f"{number}.png"
+        picture.save(folder / "images" / name)
         caption = extra.get(number, f"a {colour} picture, number {number}")
         split = ("dev", "test")[number % 2]
-        table.append({"image": f"{number}.png", "caption": caption})
-        columns[f"{number}.png"] = {"split": split, "number": number}
+        table.append({"image": name, "caption": caption})
+        columns[name] = {"split": split, "number": number}
     write_table(folder / "captions.jsonl", table)
     Image.effect_noise((6000, 5000), 40).convert("RGB").save(folder / "large.jpg", quality=30)
     (folder / "notes.txt").write_text("no picture")
@@ -175,9 +176,8 @@ class Page:
         return self.text("status")
 
     def keys(self):
-        return self.run(
-            "return [...document.querySelectorAll('.extra')].map(e => e.textContent.split(' ')[0])"
-        )
+        texts = "return [...document.querySelectorAll('.extra')].map(one => one.textContent)"
+        return [text.split(" · ")[0] for text in self.run(texts)]
 
     def scores(self):
         return [float(one.text) for one in self.all("#list .score")]

@@ -331,9 +331,10 @@ function showMode() {
 }
 
 function number(field, text) {
-  const value = text.trim() ? Number(text) : NaN;
-  if (!Number.isFinite(value)) throw new FieldError(field, "Write a number.");
-  return value;
+  const { min, max, validity } = at(field);
+  if (text.trim() && validity.valid) return Number(text);
+  const what = max ? `a whole number from ${min} to ${max}` : "a number";
+  throw new FieldError(field, `Write ${what}.`);
 }
 
 /** Shows an error as one line at the field that it names, else above the results. */

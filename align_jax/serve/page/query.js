@@ -57,6 +57,9 @@ export function fromFragment(fragment) {
   for (const name of Object.keys(DEFAULTS)) {
     if (given.has(name)) state[name] = given.get(name);
   }
+  for (const name of ["k", "weight"]) {
+    if (!Number.isFinite(Number(state[name]))) state[name] = DEFAULTS[name];
+  }
   if (!MODES.includes(state.mode)) state.mode = DEFAULTS.mode;
   if (!["image", "text", "any"].includes(state.kind)) state.kind = DEFAULTS.kind;
   return { state, row: given.get("row") ?? "", fileName: given.get("file") ?? "" };

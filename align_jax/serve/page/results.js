@@ -27,6 +27,7 @@ export function showHits(list, hits, use) {
     button.append(span("score", hit.score.toFixed(3)));
     if (hit.image && caption) {
       const below = span("caption", caption);
+      below.title = caption;
       below.setAttribute("aria-hidden", "true"); // it is the picture's alternative text
       button.append(below);
     }
