@@ -104,11 +104,7 @@ def open_texts(spec: str) -> Items:
       ValueError: there is no text.
     """
     if not spec.endswith(".txt"):
-        return _source_items(
-            sources.open_source(spec),
-            "text",
-            _caption_rows,
-        )
+        return _source_items(sources.open_source(spec), "text", _caption_rows)
     if not os.path.isfile(spec):
         raise ValueError(f"{spec} does not exist; name a file with one text a line, or pairs.")
     problems, texts = Problems(), []
@@ -152,7 +148,8 @@ def embed(
 ) -> dict[str, int]:
     """Writes shards of embeddings and returns counts: rows, skipped, shards, shards_found.
 
-    What was left out is said on standard error and, with what the source misses, in `report.json`:
+    `skipped` is the sum of all reasons by which something was left out (Problems.num_lost). They
+    are said on standard error and, with what the source misses, in `report.json`:
     reason -> count and first.
 
     `npy`: NNNNN.npy float32 [rows, D], keys in NNNNN.json. `parquet`: NNNNN.parquet with columns
@@ -207,12 +204,11 @@ def _embed_shards(
     written = [json.loads((out / f"{k:05d}.json").read_text()) for k in range(len(starts))]
     problems = Problems()
     problems.merge(items.problems)
-    skipped = [item for shard in written for item in _skipped_of(shard)]
-    for name, reason, _ in skipped:
+    for name, reason, _ in (item for shard in written for item in _skipped_of(shard)):
         problems.add(reason, name)
     counts = {
         "rows": sum(shard["rows"] for shard in written),
-        "skipped": len(skipped),
+        "skipped": problems.num_lost(),
         "shards": len(starts),
         "shards_found": len(starts) - len(todo),
     }

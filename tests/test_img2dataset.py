@@ -108,6 +108,8 @@ def test_key_in_two_shards_is_one_key(tmp_path):
     report = pack(open_source(str(tmp_path / "in")), tmp_path / "out")
     assert read(tmp_path / "out") == records
     assert report["skipped"] == {"key_duplicate": 4}
+    source = open_source(str(tmp_path / "in"))  # as other verbs see it
+    assert len(source) == 4 and source.problems["key_duplicate"] == 4
 
 
 def test_damaged_shards_lose_what_is_damaged_only(tmp_path):

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 
 from align_jax.run.progress import num_cores, show_progress
+from align_jax.storage import writing
 from align_jax.storage.problems import Problems, report
 
 
@@ -264,5 +265,6 @@ def _vocab(args: argparse.Namespace, rest: list[str]) -> None:
         progress=show_progress,
     )
     trained.save(args.out)
-    report(problems, args.source)
+    content = {"source": args.source, "problems": report(problems, args.source)}
+    writing.write_json(os.path.join(args.out, "report.json"), content, ensure_ascii=False)
     print(f"wrote {trained.vocab_size} wordpieces to {args.out} ({trained.fingerprint()})")

@@ -230,10 +230,9 @@ def open_samples(
 ) -> FilePairs:
     """Returns the pairs of files that share a name but for the suffix: image and .txt (or .json).
 
-    A name that an archive holds twice belongs to a second pair of the same key.
-
     Problems counted: those of `archives.list_files`, `caption_missing`, `image_missing`,
-    `file_not_an_image` (of a name that is no pair's).
+    `file_not_an_image` (of a name that is no pair's), `key_duplicate` (the first pair of a key is
+    used: a name that an archive holds twice, or that `img2dataset` has in several archives).
 
     Args:
       spec: names the source in messages.
@@ -249,7 +248,7 @@ def open_samples(
     problems = Problems()
     entries, keys, earlier = [], set(), set(taken.tolist())
     for path, name in zip(paths, names or short_names(paths), strict=True):
-        samples, seen, key_of = {}, collections.Counter(), {}
+        samples, seen, own = {}, collections.Counter(), set()
         for member in list_files(path, problems):
             stem, suffix = posixpath.splitext(member.name)
             kind = "image" if _is_image(member.name) else suffix.lower()
@@ -258,12 +257,14 @@ def open_samples(
         for (stem, _), files in samples.items():
             captions = (None if weights else files.get(".txt")) or files.get(".json")
             if "image" in files and captions:
-                if stem not in key_of:
-                    key = printable(stem)
-                    if earlier and hash_key(key) in earlier:
-                        keys.add(key)
-                    key_of[stem] = key if img2dataset else _unique_key(key, name, keys)
-                entries.append((key_of[stem], files["image"], captions))
+                key = printable(stem)
+                if key in own or (img2dataset and key in keys):
+                    problems.add("key_duplicate", f"{path}: {stem}")
+                    continue
+                own.add(key)
+                if earlier and hash_key(key) in earlier:
+                    keys.add(key)
+                entries.append((_unique_key(key, name, keys), files["image"], captions))
             elif "image" in files:
                 problems.add("caption_missing", f"{path}: {stem}")
             else:
