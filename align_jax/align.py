@@ -285,7 +285,7 @@ class Align:
             version=__version__,
         )
         writing.write_text(folder / "README.md", card)
-        config.save_pretrained(folder)
+        writing.write_text(folder / "config.json", config.to_json_string())
 
     def save_adapter(self, folder: str | os.PathLike) -> None:
         """Writes A and B of a model that has an adapter, in PEFT's format.

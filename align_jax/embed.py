@@ -28,7 +28,7 @@ from align_jax.run.progress import show_progress
 from align_jax.storage import identity, writing
 from align_jax.storage.paths import find_paths
 from align_jax.storage.problems import Problems, reason_of, report
-from align_jax.storage.text import check_caption, read_blocks
+from align_jax.storage.text import check_caption, check_line_ends, read_blocks
 
 FORMATS = ("npy", "parquet")
 
@@ -109,6 +109,7 @@ def open_texts(spec: str) -> Items:
         raise ValueError(f"{spec} does not exist; name a file with one text a line, or pairs.")
     problems, texts = Problems(), []
     for block in read_blocks(spec):
+        check_line_ends(spec, block)
         for i in sorted(block.repaired):
             problems.add("text_repaired", f"{spec}:{block.first + i}")
         texts += block.lines

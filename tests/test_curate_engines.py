@@ -102,6 +102,38 @@ def test_spark_keeps_the_same_rows_as_duckdb_of_200k(tmp_path):
     assert snapshot(tmp_path / "duckd") == snapshot(tmp_path / "spark")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["duckdb", "spark://local"])
+@pytest.mark.parametrize("name", ["set [v2]", "it's {a,b}", 'a "b" c', "50%?*", "a=b"])
+def test_names_of_files_and_folders_are_no_patterns(tmp_path, engine, name):
+    if engine != "duckdb":
+        pytest.importorskip("pyspark")
+        try:
+            engines.check_engine(engine)
+        except RuntimeError as error:
+            pytest.skip(str(error))
+    columns_ = {"key": ["1", "2"], "text": ["a red dog", ""], "width": [9, 9], "height": [9, 9]}
+    folder = tmp_path / name
+    folder.mkdir()
+    pq.write_table(pa.table(columns_), folder / f"{name}.parquet")
+    preset = write_preset(folder / f"{name}.py", "has_text()")
+    for source in (folder / f"{name}.parquet", folder):
+        if source == folder:
+            (folder / f"{name}.py").rename(tmp_path / "p.py")
+            preset = str(tmp_path / "p.py")
+        out = tmp_path / f"{source == folder} {name}"
+        made = curate_lib.curate(str(source), out, preset=preset, engine=engine)
+        assert made["rows_kept"] == 1
+        assert pq.read_table(out / "kept.parquet")["key"].to_pylist() == ["1"]
+
+
+def test_backslash_that_duckdb_cannot_read_is_refused_in_one_line(tmp_path):
+    pq.write_table(pa.table({"key": ["1"], "text": ["a red dog"]}), tmp_path / "t.parquet")
+    preset = write_preset(tmp_path / "p.py", "has_text()")
+    with pytest.raises(ValueError, match=r"^/.*a\\b.*: DuckDB takes \\ for the end of a folder"):
+        curate_lib.curate(str(tmp_path / "t.parquet"), tmp_path / "a\\b", preset=preset)
+
+
 class _Recorder(engines.Engine):
     """Compiles what a rule asks for and answers with numbers that need every query."""
 

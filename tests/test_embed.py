@@ -476,3 +476,10 @@ def test_wrong_input_is_one_line(folder, capfd, arguments, message):
 
 def test_conversion_over_a_workdir_is_refused(inside, capfd):
     assert error_of(capfd, "convert", "run", "run") == "run is a workdir; name another folder."
+
+
+def test_conversion_over_a_model_is_refused_before_anything_is_read(folder, capfd):
+    before = snapshot(folder / "model")
+    said = "model holds a model already; name a new folder."
+    assert error_of(capfd, "convert", "nothing", "model") == said
+    assert snapshot(folder / "model") == before

@@ -492,3 +492,15 @@ def test_control_characters_are_repaired_and_counted(tmp_path, suffix):
         path.write_text("\n".join([f"image{mark}caption", *lines]))
     expected = ["a\ufffddog", "a\ufffd[1mcat", "a\ufffdcow", "a fox"]
     check_all(path, {f"{n}.jpg": [one] for n, one in enumerate(expected)}, {"text_repaired": 3})
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
+def test_table_whose_lines_end_in_carriage_returns_is_refused_in_one_short_line(tmp_path, suffix):
+    rows = ['{"image": "1.jpg", "caption": "a"}'] if suffix == "jsonl" else ["image,caption", "1,a"]
+    path = tmp_path / f"t.{suffix}"
+    path.write_bytes("\r".join(rows * 1000).encode())
+    for read in (pairs, by_vocab, by_curate):
+        with pytest.raises(ValueError) as caught:
+            read(path)
+        said = f"{path}: its lines end in \\r alone; save it with \\n or \\r\\n."
+        assert str(caught.value) == said

@@ -147,7 +147,11 @@ def _labels(given: str) -> list[str]:
 
 def _convert(args: argparse.Namespace, rest: list[str]) -> None:
     from align_jax import align
+    from align_jax.hf import hub
 
+    out = Path(args.out)
+    if hub.is_hugging_face(out) or (out / "adapter_config.json").exists():
+        raise ValueError(f"{out} holds a model already; name a new folder.")
     model = align.load(args.model, step=args.step, adapter=args.adapter)
     if args.to == "peft":
         model.save_adapter(args.out)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from align_jax.data import tokenizer as tokenizer_lib
+from align_jax.storage import writing
 
 _BILINEAR = 2  # Pillow's number
 _RESIZE_KEY = "align_jax_resize"  # ours: the format has no word for a resize without antialias
@@ -121,9 +122,10 @@ def write_processor(
     with tokenizer_lib.quiet_transformers() as transformers:
         image_processor = transformers.EfficientNetImageProcessorPil(**config)
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
-        image_processor.save_pretrained(folder)  # for transformers 4
         processor = transformers.AlignProcessor(image_processor, theirs)
-        processor.to_json_file(folder / "processor_config.json")
+    # The first one for transformers 4.
+    writing.write_text(folder / "preprocessor_config.json", image_processor.to_json_string())
+    writing.write_text(folder / "processor_config.json", processor.to_json_string())
 
 
 def _find_image_config(folder: Path) -> tuple[Path, dict[str, Any]]:

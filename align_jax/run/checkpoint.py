@@ -63,7 +63,7 @@ class Checkpointer:
           data: small arrays that belong to the input.
 
         Raises:
-          ValueError: the first checkpoint cannot be read back.
+          RuntimeError: the first checkpoint cannot be read back.
         """
         step = int(state.step)
         if step in self.steps():
@@ -77,7 +77,12 @@ class Checkpointer:
         self._checkpointer.save_checkpointables_async(step, items, force=True)
         if not self._is_opened:
             self.wait()
-            self._check(step, items)
+            try:
+                self._check(step, items)
+            except Exception as error:  # Orbax's own kinds among them: the storage is at fault
+                raise RuntimeError(
+                    f"{self.folder} cannot hold checkpoints, the first one does not open: {error}"
+                ) from error
             self._is_opened = True
 
     def wait(self) -> None:

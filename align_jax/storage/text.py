@@ -200,6 +200,12 @@ def read_blocks(path: str | os.PathLike) -> Iterator[Block]:
         yield _decode(number, rest, num_bytes)
 
 
+def check_line_ends(path: str | os.PathLike, first: Block) -> None:
+    """Raises ValueError if the first block is one line that holds lone \\r, meant to end lines."""
+    if first.first == len(first.lines) == 1 and "\r" in first.lines[0].rstrip("\r"):
+        raise ValueError(f"{path}: its lines end in \\r alone; save it with \\n or \\r\\n.")
+
+
 def _decode(first: int, data: bytes, num_bytes: int) -> Block:
     repaired, too_long = [], []
     try:

@@ -139,6 +139,8 @@ class _DuckDB(_Hashing):
 
 def _files_of(path: str) -> str:
     """Returns the pattern of a file or of the Parquet files of a folder, whose name is none."""
+    if "\\" in path:
+        raise ValueError(f"{path}: DuckDB takes \\ for the end of a folder; use names without it.")
     escaped = glob.escape(path)
     return os.path.join(escaped, "*.parquet") if os.path.isdir(path) else escaped
 

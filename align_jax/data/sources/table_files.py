@@ -206,6 +206,7 @@ def _is_null(value: object) -> bool:
 
 def _open_separated(path: str, suffix: str) -> Table:
     block = next(text.read_blocks(path), text.Block(1, [], frozenset(), frozenset(), 0))
+    text.check_line_ends(path, block)
     filled = [i for i, line in enumerate(block.lines) if line.strip()][:2]
     first, second = ([block.lines[i] for i in filled] + ["", ""])[:2]
     delimiter = "\t" if suffix == ".tsv" else separated.find_delimiter(first)
@@ -337,6 +338,7 @@ class _JsonLines(Table):
     def __init__(self, path: str):
         rows: list[dict] = []
         for block in text.read_blocks(path):
+            text.check_line_ends(path, block)
             for line in block.lines:
                 row = _parse_json(line)
                 rows += [row] if isinstance(row, dict) else []
