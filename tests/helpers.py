@@ -1,5 +1,6 @@
 """What the tests of the training loop and of the command line share: tiny data, runs, snapshots."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -85,6 +86,16 @@ def make_pairs(folder, count=44):
         rows.append({"image": f"{index}.jpg", "captions": captions})
     write_table(folder / "captions.jsonl", rows)
     return rows
+
+
+def make_project(folder):
+    """Returns the folder as a user has it: packed pairs, a vocabulary, a config."""
+    make_pairs(folder)
+    (folder / "config.py").write_text(CONFIG)
+    with contextlib.chdir(folder):
+        assert cli.main(["pack", "captions.jsonl?images=images", "--out", "data"]) == 0
+        assert cli.main(["vocab", "data", "--out", "tokenizer", "--size", "200"]) == 0
+    return folder
 
 
 def write_table(path, rows):

@@ -13,6 +13,7 @@ from pyarrow import parquet
 
 from align_jax.cli import main as cli
 from align_jax.curate.near_duplicates import decontaminate as decontaminate_module
+from align_jax.curate.near_duplicates import match_sheet
 from align_jax.curate.near_duplicates.decontaminate import decontaminate
 from align_jax.curate.scan import scan
 from align_jax.data.perceptual_hash import phash
@@ -127,6 +128,13 @@ def test_a_sheet_has_24_pairs_of_all_distances():
     shown = decontaminate_module._spread(matches)
     assert np.unique(shown.scores, return_counts=True)[1].tolist() == [11, 11, 2]
     assert shown.rows.tolist() == [*range(11), *range(40, 51), 70, 71]
+
+
+def test_a_sheet_shows_whole_names_of_files():
+    for key in ("short.jpg", "a/folder/with/a/rather/long/name/photo_of_the_beach_0001.jpg"):
+        lines = match_sheet._lines_of(key)
+        assert "".join(lines) == key and max(map(len, lines)) <= 20
+    assert "".join(match_sheet._lines_of("x" * 300 + ".jpg")) == "..." + "x" * 93 + ".jpg"
 
 
 def test_ten_thousand_blank_pictures_are_one_group(inside):

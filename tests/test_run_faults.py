@@ -3,7 +3,6 @@
 `StubStep` stands in for the train step where only the loop is in question.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -15,10 +14,9 @@ from pathlib import Path
 
 import pytest
 from helpers import (
-    CONFIG,
     StubStep,
     environment,
-    make_pairs,
+    make_project,
     read_lines,
     run_align,
     saved_steps,
@@ -35,13 +33,7 @@ from align_jax.run.trained import load_trained
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """A folder as a user has it: packed pairs, a vocabulary, a config."""
-    folder = tmp_path_factory.mktemp("project")
-    make_pairs(folder)
-    (folder / "config.py").write_text(CONFIG)
-    with contextlib.chdir(folder):
-        assert cli.main(["pack", "captions.jsonl?images=images", "--out", "data"]) == 0
-        assert cli.main(["vocab", "data", "--out", "tokenizer", "--size", "200"]) == 0
-    return folder
+    return make_project(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from pyarrow import parquet
 from align_jax.cli import main as cli
 from align_jax.curate import scan as scan_module
 from align_jax.curate.pack.pack import pack
-from align_jax.curate.scan import read_report, scan
+from align_jax.curate.scan import open_any, read_report, scan
 from align_jax.data.sources import open_source as sources
 from align_jax.storage import writing
 
@@ -287,3 +287,11 @@ def test_wrong_scan_arguments_are_one_line(inside, capfd):
     assert message == "there.parquet exists; name a new file."
     message = error_of(capfd, "scan", "nowhere", "--out", "out.parquet")
     assert message.startswith("nowhere does not exist; accepted: ")
+
+
+def test_labelled_images_say_where_they_are(inside):
+    (inside / "set" / "dog").mkdir(parents=True)
+    (inside / "set" / "dog" / "a.jpg").write_bytes(jpeg(noise(20, 30, 0)))
+    source = open_any("set", labelled=True)
+    assert source.where(0) == f"{source.describe()}: dog/a.jpg"
+    assert open_any("scenes?size=4&label=shape", labelled=True).where(3).endswith("image 3")

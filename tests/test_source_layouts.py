@@ -10,6 +10,7 @@ import zipfile
 
 import pytest
 from PIL import Image
+from test_sources import write_files, write_tar
 
 from align_jax import embed
 from align_jax.curate.pack.pack import pack
@@ -22,24 +23,6 @@ def picture(shade=1, kind="JPEG"):
     file = io.BytesIO()
     Image.new("RGB", (16, 16), (shade, 90, 255 - shade)).save(file, kind)
     return file.getvalue()
-
-
-def write(folder, files):
-    for name, data in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return folder
-
-
-def write_tar(path, files):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
 
 
 def pairs(*stems, shade=1):
@@ -64,7 +47,7 @@ KINDS = {".avif": "AVIF", ".jfif": "JPEG", ".jpe": "JPEG", ".jp2": "JPEG2000", "
 @pytest.mark.parametrize("suffix", [*KINDS, ".webp", ".GIF", ".tiff", ".bmp", ".ppm", ".mpo"])
 def test_every_suffix_that_the_decoder_admits_is_an_image(tmp_path, suffix):
     kind = KINDS.get(suffix, suffix[1:].upper())
-    write(tmp_path / "in" / "c", {f"a{suffix}": picture(1, kind), "a.txt": b"a picture"})
+    write_files(tmp_path / "in" / "c", {f"a{suffix}": picture(1, kind), "a.txt": b"a picture"})
     path = str(tmp_path / "in")
     for source in (open_source(path), open_labelled(path)):
         assert images.decode_image(source[0].image).shape == (16, 16, 3)
@@ -74,19 +57,20 @@ def test_every_suffix_that_the_decoder_admits_is_an_image(tmp_path, suffix):
 def test_files_that_are_no_images_are_counted_by_pack_embed_and_labelled(tmp_path):
     files = {"a.jpg": picture(), "a.txt": b"a", "a.cls": b"3", "b.heic": b"ftyp", "b.txt": b"b"}
     files |= {"film.mp4": b"x", "Thumbs.db": b"y", "lone.txt": b"c"}
-    folder = write(tmp_path / "in", files)
+    folder = write_files(tmp_path / "in", files)
     wanted = {"file_not_an_image": 3, "image_missing": 1}
     source = open_source(str(folder))
     assert keys(source) == ["a"] and source.problems == wanted
     assert source.problems.first["file_not_an_image"] == f"{folder}: Thumbs.db"
     items = embed.open_images(str(folder))
     assert items.count == 1 and items.problems == wanted
-    labelled = open_labelled(str(write(tmp_path / "set", {f"c/{n}": d for n, d in files.items()})))
+    inside = {f"c/{name}": data for name, data in files.items()}
+    labelled = open_labelled(str(write_files(tmp_path / "set", inside)))
     assert labelled.problems == {"file_not_an_image": 7}
 
 
 def test_folder_of_archives_and_loose_images_is_refused_by_all(tmp_path):
-    folder = write(tmp_path / "in", pairs("b"))
+    folder = write_files(tmp_path / "in", pairs("b"))
     write_tar(folder / "a.tar", pairs("a"))
     for open_it in (open_source, embed.open_images):
         with pytest.raises(ValueError, match=r"holds both archives \(a.tar\) and images \(b.jpg\)"):
@@ -98,8 +82,8 @@ def test_files_beside_archives_are_counted_unless_they_belong_to_them(tmp_path):
     folder = tmp_path / "in"
     write_tar(folder / "0.tar", pairs("a"))
     write_tar(folder / "1.tar", pairs("b"))
-    write(folder, {"0.parquet": b"", "nshards.txt": b"2", "notes.md": b""})
-    write(folder, {".0.tar.part": b"", "dataset_type.txt": b"retrieval"})
+    write_files(folder, {"0.parquet": b"", "nshards.txt": b"2", "notes.md": b""})
+    write_files(folder, {".0.tar.part": b"", "dataset_type.txt": b"retrieval"})
     source = open_source(str(folder))
     assert source.folder_problems == {"file_not_an_image": 1, "name_hidden": 1}
     assert keys(source) == ["a", "b"] and source.problems == source.folder_problems
@@ -164,7 +148,7 @@ def test_long_name_of_negative_size_does_not_read_the_whole_file(tmp_path):
 def test_each_line_of_a_text_file_is_a_caption(tmp_path):
     text = b"one dog\r\n two dogs \n\n three, dogs\n"
     write_tar(tmp_path / "test" / "0.tar", {"a.webp": picture(1, "WEBP"), "a.txt": text})
-    write(tmp_path / "test", {"dataset_type.txt": b"retrieval", "nshards.txt": b"1"})
+    write_files(tmp_path / "test", {"dataset_type.txt": b"retrieval", "nshards.txt": b"1"})
     source = open_source(str(tmp_path / "test"))
     assert source[0].captions == ("one dog", "two dogs", "three, dogs")
     assert source.problems == {}
@@ -172,7 +156,7 @@ def test_each_line_of_a_text_file_is_a_caption(tmp_path):
 
 def test_text_file_of_img2dataset_is_one_caption(tmp_path):
     write_tar(tmp_path / "in" / "00000.tar", {"0.jpg": picture(), "0.txt": b"two\nlines"})
-    write(tmp_path / "in", {"00000_stats.json": b'{"successes": 1}'})
+    write_files(tmp_path / "in", {"00000_stats.json": b'{"successes": 1}'})
     source = open_source(str(tmp_path / "in"))
     assert source[0].captions == ("two\nlines",)
     pack(source, tmp_path / "out")
@@ -208,7 +192,7 @@ def test_absent_image_never_gets_the_picture_of_another_folder(tmp_path):
 
 @pytest.mark.parametrize("name", ["./a/1.jpg", "a//1.jpg", "a/../a/1.jpg", "/data/a/1.jpg"])
 def test_spelling_of_a_path_in_a_table_does_not_matter(tmp_path, name):
-    write(tmp_path / "im", {"a/1.jpg": picture(1), "b/1.jpg": picture(2)})
+    write_files(tmp_path / "im", {"a/1.jpg": picture(1), "b/1.jpg": picture(2)})
     source = open_source(f"{table(tmp_path, name)}?images={tmp_path / 'im'}")
     assert source[0].image == picture(1)
 
@@ -269,20 +253,21 @@ def test_equal_names_of_a_table_in_shards_of_several_folders_stay_apart(tmp_path
 def test_hidden_names_are_left_out_and_counted(tmp_path):
     files = {"cat/1.jpg": picture(), "dog/2.jpg": picture(), "dog/._2.jpg": b"Mac"}
     files |= {".ipynb_checkpoints/1.jpg": picture(), "__MACOSX/x/1.jpg": b"", ".DS_Store": b""}
-    source = open_labelled(str(write(tmp_path / "set", files)))
+    source = open_labelled(str(write_files(tmp_path / "set", files)))
     assert source.classes == ("cat", "dog") and len(source) == 2
     assert source.problems == {"name_hidden": 4}
     source = open_labelled(str(zip_of(tmp_path / "set.zip", files)))
     assert source.classes == ("cat", "dog") and source.problems == {"name_hidden": 4}
     assert embed_keys(tmp_path / "set") == ["cat/1.jpg", "dog/2.jpg"]
-    write(tmp_path / "in", pairs("a") | {".b.jpg": b"", ".b.txt": b"", ".git/c.jpg": picture()})
+    hidden = {".b.jpg": b"", ".b.txt": b"", ".git/c.jpg": picture()}
+    write_files(tmp_path / "in", pairs("a") | hidden)
     source = open_source(str(tmp_path / "in"))
     assert keys(source) == ["a"] and source.problems == {"name_hidden": 3}
 
 
 def test_linked_folders_are_followed_once_and_loops_are_counted(tmp_path):
-    write(tmp_path / "elsewhere", {"1.jpg": picture(1), "2.jpg": picture(2)})
-    write(tmp_path / "set" / "dog", {"3.jpg": picture(3)})
+    write_files(tmp_path / "elsewhere", {"1.jpg": picture(1), "2.jpg": picture(2)})
+    write_files(tmp_path / "set" / "dog", {"3.jpg": picture(3)})
     os.symlink(tmp_path / "elsewhere", tmp_path / "set" / "cat")
     os.symlink("..", tmp_path / "set" / "dog" / "up")
     os.symlink(tmp_path / "elsewhere", tmp_path / "set" / "puss")
@@ -295,7 +280,7 @@ def test_linked_folders_are_followed_once_and_loops_are_counted(tmp_path):
 
 
 def test_numeric_class_folders_are_sorted_as_numbers(tmp_path):
-    write(tmp_path, {f"{n}/x.jpg": picture(n) for n in range(12)})
+    write_files(tmp_path, {f"{n}/x.jpg": picture(n) for n in range(12)})
     source = open_labelled(str(tmp_path))
     assert source.classes == tuple(map(str, range(12)))
     assert [(source[place].key, source[place].label) for place in (1, 2)] == [

@@ -40,6 +40,7 @@ def write_zip(path, files, compression=zipfile.ZIP_STORED):
 
 
 def write_tar(path, files):
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for name, data in files.items():
             info = tarfile.TarInfo(name)

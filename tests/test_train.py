@@ -4,7 +4,6 @@ Processes that are killed are real. Where only the loop is in question, `StubSte
 train step, so that nothing has to be compiled.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -15,11 +14,10 @@ import time
 import numpy as np
 import pytest
 from helpers import (
-    CONFIG,
     StubStep,
     assert_same_bytes,
     environment,
-    make_pairs,
+    make_project,
     read_checkpoint,
     read_lines,
     run_align,
@@ -41,13 +39,7 @@ FAST_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """A folder as a user has it: packed pairs, a vocabulary, a config; and a compile cache."""
-    folder = tmp_path_factory.mktemp("project")
-    make_pairs(folder)
-    (folder / "config.py").write_text(CONFIG)
-    with contextlib.chdir(folder):
-        assert cli.main(["pack", "captions.jsonl?images=images", "--out", "data"]) == 0
-        assert cli.main(["vocab", "data", "--out", "tokenizer", "--size", "200"]) == 0
-    return folder
+    return make_project(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(scope="module")

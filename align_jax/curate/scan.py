@@ -163,6 +163,11 @@ class _Labelled:
     def captions(self, index: int) -> tuple[str, ...]:
         return self[index].captions
 
+    def where(self, index: int) -> str:
+        is_named = hasattr(self._source, "key")
+        name = self._source.key(index) if is_named else f"image {index}"
+        return f"{self.describe()}: {name}"
+
     def describe(self) -> str:
         return self._source.describe()
 

@@ -9,9 +9,9 @@ from align_jax.curate.near_duplicates.image_sets import ImageSet
 from align_jax.curate.scan import open_any
 from align_jax.data.images import decode_image
 
-_THUMB_PX, _TEXT_PX, _GAP_PX = 128, 36, 12
+_THUMB_PX, _GAP_PX, _LINE_PX = 128, 12, 13
 _COLUMNS = 4  # pairs in a row
-_KEY_LETTERS = 20
+_LINE_LETTERS, _MOST_LINES = 20, 5  # of a key, whose end is shown if it is longer
 
 
 class Pictures:
@@ -42,23 +42,31 @@ def draw(
     titles: Sequence[str],
 ) -> Image.Image:
     """Returns the sheet: pair k is row left[k][1] of left[k][0] beside that of right[k]."""
-    width, height = 2 * (_THUMB_PX + 2) + _GAP_PX, _THUMB_PX + _TEXT_PX + _GAP_PX
+    found = [[pictures[row] for pictures, row in sides] for sides in zip(left, right, strict=True)]
+    names = [[_lines_of(key) for key, _ in sides] for sides in found]
+    text_px = _LINE_PX * (1 + max(len(lines) for sides in names for lines in sides))
+    width, height = 2 * (_THUMB_PX + 2) + _GAP_PX, _THUMB_PX + text_px + _GAP_PX
     columns = min(_COLUMNS, len(titles))
     num_rows = -(-len(titles) // columns)
     sheet = Image.new("RGB", (columns * width + _GAP_PX, num_rows * height + _GAP_PX), "white")
     pen = ImageDraw.Draw(sheet)
-    for number, (sides, title) in enumerate(
-        zip(zip(left, right, strict=True), titles, strict=True)
-    ):
+    for number, (sides, title) in enumerate(zip(found, titles, strict=True)):
         x = _GAP_PX + number % columns * width
         y = _GAP_PX + number // columns * height
         pen.text((x, y), title, "black")
-        for side, (pictures, row) in enumerate(sides):
-            key, picture = pictures[row]
+        for side, (_, picture) in enumerate(sides):
             left_px = x + side * (_THUMB_PX + 2)
             thumb = Image.fromarray(picture)
             thumb.thumbnail((_THUMB_PX, _THUMB_PX))
-            sheet.paste(thumb, (left_px, y + _TEXT_PX))
-            name = key[-_KEY_LETTERS:].encode("ascii", "replace").decode()
-            pen.text((left_px, y + _TEXT_PX // 2), name, "grey")
+            sheet.paste(thumb, (left_px, y + text_px))
+            for line, text in enumerate(names[number][side], 1):
+                pen.text((left_px, y + line * _LINE_PX), text, "grey")
     return sheet
+
+
+def _lines_of(key: str) -> list[str]:
+    """A key in lines that are as wide as a picture."""
+    most = _MOST_LINES * _LINE_LETTERS
+    key = key if len(key) <= most else f"...{key[3 - most :]}"
+    key = key.encode("ascii", "replace").decode()
+    return [key[i : i + _LINE_LETTERS] for i in range(0, len(key), _LINE_LETTERS)]

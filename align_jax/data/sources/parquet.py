@@ -118,7 +118,7 @@ class ParquetTable:
         return self._length
 
     def key(self, index: int) -> str:
-        """Returns the key of a record without reading its image."""
+        """Returns the key of a record without reading its image: of its column, or `stem:row`."""
         file, row = self._locate(index)
         if self._key is None:
             return f"{file.name}:{row}"

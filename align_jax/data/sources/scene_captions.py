@@ -64,7 +64,7 @@ def write_captions(
     captions = [_write_caption(scene, rng, drop_rate=noise / 4, noise=noise)]
     for _ in range(1 + int(rng.integers(2))):
         if rng.random() < noise / 10:
-            captions.append(_pick(rng, _UNRELATED))
+            captions.append(pick(rng, _UNRELATED))
         else:
             captions.append(_write_caption(scene, rng, min(1.0, 2 * noise), noise))
     return tuple(captions)
@@ -111,27 +111,28 @@ def _write_caption(
 
 def _say(rng: np.random.Generator, name: str) -> str:
     names = _SYNONYMS.get(name, (name,))
-    return names[0] if rng.random() < 0.7 else _pick(rng, names)
+    return names[0] if rng.random() < 0.7 else pick(rng, names)
 
 
 def _say_place(rng: np.random.Generator, position: str) -> str:
     if position == "center":
-        return _pick(rng, ("in the center", "in the middle", "center", "centered"))
+        return pick(rng, ("in the center", "in the middle", "center", "centered"))
     if position in ("left", "right"):
-        return _pick(rng, (f"on the {position}", f"{position} side", f"on the {position} side"))
+        return pick(rng, (f"on the {position}", f"{position} side", f"on the {position} side"))
     if position in ("top", "bottom"):
-        return _pick(rng, (f"at the {position}", position, f"at {position} center"))
+        return pick(rng, (f"at the {position}", position, f"at {position} center"))
     corner = position.replace("top", "upper").replace("bottom", "lower")
-    return _pick(rng, (position, f"at the {position}", f"in the {position} corner", corner))
+    return pick(rng, (position, f"at the {position}", f"in the {position} corner", corner))
 
 
 def _say_relation(rng: np.random.Generator, relation: str) -> str:
     if relation in ("left of", "right of"):
-        return _pick(rng, (relation, f"to the {relation}"))
+        return pick(rng, (relation, f"to the {relation}"))
     return relation.replace("and ", "and to the ") if rng.random() < 0.5 else relation
 
 
-def _pick(rng: np.random.Generator, items: Sequence[_T]) -> _T:
+def pick(rng: np.random.Generator, items: Sequence[_T]) -> _T:
+    """Returns one of the items, each as often."""
     return items[int(rng.integers(len(items)))]
 
 
@@ -141,11 +142,11 @@ def _a(phrase: str) -> str:
 
 def _add_junk(caption: str, rng: np.random.Generator, noise: float) -> str:
     if rng.random() < noise:
-        caption = _pick(rng, _LEADS).format(rng.integers(1000, 10000)) + caption
+        caption = pick(rng, _LEADS).format(rng.integers(1000, 10000)) + caption
     if rng.random() < noise:
-        caption += _pick(rng, _TAILS).format(rng.integers(2, 10000))
+        caption += pick(rng, _TAILS).format(rng.integers(2, 10000))
     if rng.random() < noise / 4:
         caption = caption.replace(", ", "-").replace(" ", "-") + ".jpg"
     if rng.random() < 2 * noise:
-        caption = _pick(rng, (str.capitalize, str.capitalize, str.title, str.upper))(caption)
+        caption = pick(rng, (str.capitalize, str.capitalize, str.title, str.upper))(caption)
     return caption

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from align_jax.data.sources.record import LabelledImage, Record
-from align_jax.data.sources.scene_captions import write_captions
+from align_jax.data.sources.scene_captions import pick, write_captions
 from align_jax.storage.problems import Problems
 
 COLOURS = {
@@ -242,7 +242,7 @@ def _draw_scene(
     if num_objects == 1:
         places, relation = ["center"], ""
     else:
-        *places, relation = _pick(rng, _PAIRS)
+        *places, relation = pick(rng, _PAIRS)
     objects = []
     for place in places:
         # Two objects never share shape or colour: "the red one" then means one of them.
@@ -250,18 +250,14 @@ def _draw_scene(
         colours = [c for c in COLOURS if all(c != o.colour for o in objects)]
         objects.append(
             _Object(
-                shape or _pick(rng, shapes),
-                colour or _pick(rng, colours),
-                _pick(rng, tuple(SIZES)),
+                shape or pick(rng, shapes),
+                colour or pick(rng, colours),
+                pick(rng, tuple(SIZES)),
                 place,
             )
         )
     tones = [tone for tone in TONES if all(tone in _TONES_FOR[o.colour] for o in objects)]
-    return _Scene(tuple(objects), relation, _pick(rng, tones), _pick(rng, PATTERNS))
-
-
-def _pick(rng: np.random.Generator, items: Sequence[_T]) -> _T:
-    return items[int(rng.integers(len(items)))]
+    return _Scene(tuple(objects), relation, pick(rng, tones), pick(rng, PATTERNS))
 
 
 def _tones_by_colour() -> dict[str, set[str]]:
