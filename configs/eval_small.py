@@ -2,7 +2,7 @@
 
 ROOT (default: data) holds public files under these names:
 
-    flickr8k/     dev.jsonl (image, captions; also zh, ar and the caption in de, fr, cs), dev.zip
+    flickr8k/     dev.jsonl (image, captions; zh and ar, multi30k with de, fr, cs), dev.zip
     cifar10/      test.zip (members class/file), classes.tsv (index, folder, name)
     imagenette/   train_subset.zip (members wnid/file), classes.tsv
     text/         cxc_sts_val_subset.tsv, simlex999.tsv, wordsim353.tsv (item, item, score)
@@ -32,6 +32,11 @@ def get_config(root: str = "data") -> ConfigDict:
             "flickr8k": {
                 "type": "retrieval",
                 "source": f"{root}/flickr8k/dev.jsonl?images={root}/flickr8k/dev.zip",
+            },
+            "languages": {
+                "type": "multilingual",
+                "source": f"{root}/flickr8k/dev.jsonl?lang={{lang}}&images={root}/flickr8k/dev.zip",
+                "languages": ("zh", "ar", "de", "fr", "cs"),
             },
             "cifar10": {"type": "zeroshot", "source": cifar10},
             "imagenette": {"type": "zeroshot", "source": imagenette},

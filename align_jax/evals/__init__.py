@@ -31,10 +31,12 @@ TYPES = {
     "fewshot": "fewshot:FewShot",
     "knn": "knn:Knn",
     "multilabel": "multilabel:MultiLabel",
+    "multilingual": "multilingual:Multilingual",
     "probe": "probe:Probe",
     "retrieval": "retrieval:Retrieval",
     "selection": "selection:Selection",
     "similarity": "similarity:Similarity",
+    "vtab": "vtab:Vtab",
     "words": "similarity:Words",
     "zeroshot": "zeroshot:ZeroShot",
 }

@@ -52,7 +52,7 @@ class Probe(Learned):
             raise ValueError(f"val={val} must lie between 0 and 1.")
         if l2 is not None and l2 <= 0:
             raise ValueError(f"l2={l2} must be positive.")
-        _import_sklearn()
+        require_sklearn()
         super().__init__(name, source, train)
         self._val, self._l2, self._iterations, self._seed = val, l2, iterations, seed
 
@@ -157,7 +157,7 @@ def fit_logistic(
     Raises:
       ValueError: there is only one class to learn.
     """
-    linear_model = _import_sklearn()
+    linear_model = require_sklearn()
     present = np.unique(labels)
     if len(present) < 2:
         raise ValueError("A linear probe needs training images of at least two classes.")
@@ -175,7 +175,12 @@ def fit_logistic(
     return scores
 
 
-def _import_sklearn() -> Any:
+def require_sklearn() -> Any:
+    """Returns sklearn.linear_model.
+
+    Raises:
+      RuntimeError: it is not installed.
+    """
     try:
         from sklearn import linear_model
     except ImportError as error:

@@ -253,8 +253,8 @@ class Retrieval:
             row += [f"{metrics[f'{direction}_r{k}']:.1f}" for k in ks]
         num_images, num_captions = metrics["num_images"], metrics["num_captions"]
         row += [f"{num_images:,}", f"{num_captions:,}", f"{metrics.get('num_skipped', 0):,}"]
-        chances = [_chance(k, num_captions / num_images, num_captions) for k in ks]
-        chances += [_chance(k, 1, num_images) for k in ks]
+        chances = [chance_recall(k, num_captions / num_images, num_captions) for k in ks]
+        chances += [chance_recall(k, 1, num_images) for k in ks]
         chance = ["  chance", *(f"{chance:.1f}" for chance in chances), "", "", ""]
         rows = [row, chance]
         if folds := next((key for key in metrics if key.endswith("_folds/mean_recall")), None):
@@ -321,8 +321,8 @@ class Retrieval:
         return []
 
 
-def _chance(k: int, num_right: float, num_candidates: int) -> float:
-    """Percentage of random rankings with a right candidate among the first k."""
+def chance_recall(k: int, num_right: float, num_candidates: int) -> float:
+    """Returns the percentage of random rankings with a right candidate among the first k."""
     miss = 1.0
     for drawn in range(min(k, num_candidates)):
         miss *= max(0.0, 1 - num_right / (num_candidates - drawn))

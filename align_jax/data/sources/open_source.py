@@ -15,6 +15,7 @@ from align_jax.data.sources import files, parquet
 from align_jax.data.sources.classified_tars import open_classified_tars
 from align_jax.data.sources.img2dataset import Img2Dataset, is_img2dataset
 from align_jax.data.sources.karpathy import open_karpathy
+from align_jax.data.sources.languages import open_language
 from align_jax.data.sources.objectnet import open_objectnet
 from align_jax.data.sources.packed import TfdsPairs, find_tfds_folder
 from align_jax.data.sources.packed_labels import TfdsLabelled
@@ -88,6 +89,7 @@ def open_source(spec: str) -> PairSource:
     | `captions.jsonl?images=a.zip,b.zip` | table (tables.read_table) + folders, zips or tars |
     | `data/train-*.parquet`, `folder?split=train` | Parquet with image bytes and captions |
     | `dataset_coco.json?images=coco&split=test` | Karpathy's splits; several as `train,restval` |
+    | `captions.jsonl?lang=de&images=a.zip` | a field a language, XM3600's too; Multi30k's `data` |
     | `folder?unfinished=refuse` | output of img2dataset; by default unfinished shards are skipped |
     | `folder/*.tar`, `x.tar`, `x.zip`, `folder` | `key.jpg` + `key.txt` or `key.json` |
 
@@ -105,7 +107,13 @@ def open_source(spec: str) -> PairSource:
     if path == "scenes":
         _check_options(spec, options, ("size", "seed", "image_size_px"))
         return Scenes(**_scene_options(spec, options))
-    if "images" not in options and (tables := _parquet_files(path, options)):
+    if "lang" in options:
+        _check_options(spec, options, ("lang", "images", "max"))
+        if "images" not in options:
+            raise ValueError(f"{spec} does not say where its images are; add &images=.")
+        images, lang = options["images"], options["lang"]
+        source = open_language(spec, path, images, lang, _limit(spec, options))
+    elif "images" not in options and (tables := _parquet_files(path, options)):
         _check_options(spec, options, ("split", "captions", "max"))
         source = ParquetPairs(spec, tables, _limit(spec, options), weights)
     elif os.path.splitext(path)[1].lower() in TABLE_SUFFIXES and not os.path.isdir(path):

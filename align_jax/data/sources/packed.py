@@ -70,7 +70,7 @@ class TfdsPairs:
         self._spec, self._folder, self._split = spec, folder, split
         self._weights = weights
         self._lock, self._opened = threading.Lock(), object()
-        builder = _open_builder(folder)
+        builder = open_builder(folder)
         if split.split("[")[0] not in builder.info.splits:
             raise ValueError(
                 f"{spec}: split {split!r} is not in {folder}; "
@@ -119,7 +119,7 @@ class TfdsPairs:
         if self._features is None:
             with self._lock:
                 if self._features is None:
-                    self._open(_open_builder(self._folder))
+                    self._open(open_builder(self._folder))
         number = bisect.bisect_right(self._ends, index)
         name, skipped, length = self._shards[number]
         path = os.path.join(self._folder, name)
@@ -309,7 +309,8 @@ def find_tfds_folder(path: str) -> str | None:
     return found[0] if found else None
 
 
-def _open_builder(folder: str) -> "tfds.core.DatasetBuilder":
+def open_builder(folder: str) -> "tfds.core.DatasetBuilder":
+    """Returns the builder of a prepared dataset."""
     # Imported late: TFDS costs a third of a second and most sources do not need it.
     import tensorflow_datasets as tfds
 

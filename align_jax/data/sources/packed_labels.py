@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from align_jax.data.sources.packed import TfdsPairs
+from align_jax.data.sources.packed import TfdsPairs, open_builder
 from align_jax.data.sources.record import LabelledImage
 from align_jax.storage import identity
 
@@ -111,3 +111,15 @@ class TfdsLabelled(TfdsPairs):
             )
         self._label, self._metadata = wanted, [wanted]
         self.classes = tuple(features[wanted].names)
+
+
+def num_examples(folder: str, split: str) -> int:
+    """Returns the number of records of a split.
+
+    Raises:
+      ValueError: there is no such split.
+    """
+    splits = open_builder(folder).info.splits
+    if split not in splits:
+        raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(sorted(splits))}.")
+    return splits[split].num_examples
