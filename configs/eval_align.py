@@ -6,8 +6,11 @@ their owners publish them:
     flickr30k/  dataset_flickr30k.json (Karpathy), flickr30k-images/
     coco/       dataset_coco.json, val2014/
     cxc/        sts_test.csv, sis_test.csv, sits_test.csv
+    eccv/       eccv_image_to_caption.json, eccv_caption_to_image.json
+    multi30k/   task1/ and task2/ (the folder `data` of its repository)
     imagenet/   train/ and val/ with a folder a wnid; imagenet-a/, imagenet-r/, imagenet-sketch/
-                likewise; imagenetv2/ with folders 0 to 999
+                likewise; imagenetv2/ with folders 0 to 999; objectnet-1.0/images/ and mappings/
+    tfds/       VTAB's datasets, prepared with file_format="array_record"
     text/       SimLex-999.txt as SimLex-999.tsv
 
 Published for ALIGN (zero-shot, Jia et al. 2021, tables 1 to 4): Flickr30k 88.6 / 98.7 / 99.7 image
@@ -51,11 +54,30 @@ def get_config(root: str = "data") -> ConfigDict:
                 "images": f"{root}/coco",
                 "annotations": f"{root}/cxc",
             },
+            "eccv": {
+                "type": "eccv",
+                "captions": coco,
+                "images": f"{root}/coco",
+                "annotations": f"{root}/eccv",
+            },
+            "multi30k": {
+                "type": "multilingual",
+                "source": f"{root}/multi30k?lang={{lang}}&images={root}/flickr30k/flickr30k-images",
+                "languages": ("en", "de", "fr", "cs"),
+                "ties": "index",
+            },
             "imagenet": zeroshot("val"),
             "imagenet_a": zeroshot("imagenet-a", "imagenet_a"),
             "imagenet_r": zeroshot("imagenet-r", "imagenet_r"),
             "imagenet_sketch": zeroshot("imagenet-sketch"),
             "imagenet_v2": zeroshot("imagenetv2"),
+            "objectnet": {
+                "type": "zeroshot",
+                "source": f"{imagenet}/objectnet-1.0/images?"
+                f"mappings={imagenet}/objectnet-1.0/mappings",
+                "templates": "imagenet80",
+            },
+            "vtab": {"type": "vtab", "data": f"{root}/tfds"},
             "imagenet_knn": {
                 "type": "knn",
                 "train": f"{imagenet}/train",

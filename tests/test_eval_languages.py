@@ -63,6 +63,7 @@ def test_fields_of_languages_and_xm3600_give_the_same_pairs(folder):
         open_source("none.jsonl?lang=it&images=images")
     with pytest.raises(ValueError, match="does not say where its images are"):
         open_source("a.jsonl?lang=de")
+    (folder / "a.csv").write_text("image,de\n")
     with pytest.raises(ValueError, match="lang= is of use for .jsonl files and Multi30k"):
         open_source("a.csv?lang=de&images=images")
 

@@ -17,7 +17,7 @@ from align_jax.evals.records import Learned
 _PENALTIES = np.logspace(-6, 6, 97)
 _FIRST_STEP = 16
 # Of the gradient of the mean loss. That of the search is scikit-learn's own, as in CLIP.
-_TOLERANCE, _SEARCH_TOLERANCE = 1e-7, 1e-4
+_TOLERANCE, SEARCH_TOLERANCE = 1e-7, 1e-4
 
 
 class Probe(Learned):
@@ -73,7 +73,7 @@ class Probe(Learned):
             learned, held = split_by_class(train.labels, self._val, self._seed)
 
             def accuracy(l2: float) -> float:
-                scores = fit(learned, l2, _SEARCH_TOLERANCE)(train.z[held])
+                scores = fit(learned, l2, SEARCH_TOLERANCE)(train.z[held])
                 return score_accuracy(scores, train.labels[held])["top1"]
 
             l2 = search_penalty(accuracy)

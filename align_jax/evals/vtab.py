@@ -15,7 +15,12 @@ import numpy as np
 from align_jax.data.sources.packed import find_tfds_folder
 from align_jax.data.sources.packed_labels import Formula, TfdsLabelled, num_examples
 from align_jax.evals.accuracy import score_accuracy
-from align_jax.evals.probe import fit_logistic, require_sklearn, search_penalty
+from align_jax.evals.probe import (
+    SEARCH_TOLERANCE,
+    fit_logistic,
+    require_sklearn,
+    search_penalty,
+)
 from align_jax.evals.records import count_problems, encode_labelled
 from align_jax.storage import identity
 from align_jax.storage.problems import Problems
@@ -208,8 +213,10 @@ class Vtab:
         num_classes = len(sources[0].classes)
 
         def accuracy(l2: float) -> float:
-            scores = fit_logistic(train.z, train.labels, num_classes, l2)(val.z)
-            return score_accuracy(scores, val.labels)["top1"]
+            fitted = fit_logistic(
+                train.z, train.labels, num_classes, l2, tolerance=SEARCH_TOLERANCE
+            )
+            return score_accuracy(fitted(val.z), val.labels)["top1"]
 
         l2 = search_penalty(accuracy)
         z, labels = (np.concatenate(pair) for pair in zip(train, val, strict=True))

@@ -44,9 +44,9 @@ def open_language(
     problems = Problems()
     if os.path.isdir(path):
         rows = _read_multi30k(path, lang)
+    elif not os.path.isfile(path):
+        raise ValueError(f"{path} does not exist; it holds captions by language.")
     elif path.lower().endswith(".jsonl"):
-        if not os.path.isfile(path):
-            raise ValueError(f"{path} does not exist; it holds captions by language.")
         rows = _read_json_lines(path, lang, problems)
     else:
         raise ValueError(f"{spec}: lang= is of use for .jsonl files and Multi30k's folder alone.")
