@@ -4,9 +4,13 @@ import asyncio
 import base64
 import contextlib
 import io
+import re
+import subprocess
+import time
 
 import httpx
 import numpy as np
+from helpers import align_command, environment
 from PIL import Image
 
 from align_jax.serve.app import Endpoints
@@ -78,3 +82,22 @@ def error_of(answer, status):
     (error,) = answer.json().values()
     assert set(error) == {"message", "type", "param", "code"}
     return error
+
+
+@contextlib.contextmanager
+def process(*arguments, cwd, cache):
+    """A server in a process of its own, on one CPU device, once it is ready: (Popen, URL)."""
+    log = (cwd / "serve.log").open("w+")
+    env = environment(cache, JAX_PLATFORMS="cpu", PYTHONUNBUFFERED="1")
+    command = align_command("serve", "--port", "0", *arguments)
+    running = subprocess.Popen(command, cwd=cwd, env=env, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        end = time.monotonic() + 300
+        while "ready:" not in (text := (cwd / "serve.log").read_text()):
+            assert running.poll() is None and time.monotonic() < end, text
+            time.sleep(0.1)
+        yield running, re.search(r"http://\S+", text)[0]
+    finally:
+        running.kill()
+        running.wait()
+        log.close()

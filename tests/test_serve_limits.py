@@ -261,7 +261,7 @@ def test_odd_images_are_embedded_as_the_model_does(server, model, odd):
     ("method", "path", "status"),
     [
         *(("TRACE", "/v1/embeddings", 405), ("GET", "/v1/embeddings", 405)),
-        *(("PUT", "/v1/models", 415), ("OPTIONS", "/v1/embeddings", 405), ("GET", "/nope", 404)),
+        *(("PUT", "/v1/models", 405), ("OPTIONS", "/v1/embeddings", 405), ("GET", "/nope", 404)),
         *(("GET", "/page/../app.py", 404), ("GET", "/page/..%2f..%2fapp.py", 404)),
         *(("GET", "/page/%2e%2e/app.py", 404), ("GET", "/page//etc/passwd", 404)),
     ],
@@ -317,11 +317,12 @@ def test_a_request_that_takes_too_long_is_ended_and_frees_its_place(model):
 
 
 class Slow:
-    def __init__(self, encode):
-        self.encode, self.seconds, self.rows = encode, 0.5, 0
+    def __init__(self, encode, seconds=0.5):
+        self.encode, self.seconds, self.rows, self.calls = encode, seconds, 0, 0
 
     def encode_tokens(self, ids, mask):
         self.rows += len(ids)
+        self.calls += 1
         time.sleep(self.seconds)
         return self.encode(ids, mask)
 
@@ -347,6 +348,18 @@ def test_what_a_client_that_has_gone_asked_for_is_not_computed(model):
     texts = [str(number) for number in range(40)]
     np.testing.assert_allclose(z, model.encode_text(texts[:8]), atol=1e-6)
     np.testing.assert_allclose(z_last, model.encode_text(texts[32:]), atol=1e-6)
+
+
+def test_single_requests_of_many_clients_share_batches(tiny_hf):
+    model = align_jax.load(tiny_hf[0], batch_size=32)
+    with serving(model) as server:
+        server.service._batcher._model = slow = Slow(model.encode_tokens, seconds=0.1)
+        one = ("POST", "/v1/embeddings", {"json": {"input": "a photo of a cat"}})
+        answers = server.gather([one] * 64)
+        assert {answer.status_code for answer in answers} == {200}
+        assert slow.rows == 64 and slow.calls <= 8
+        (answer,) = server.gather([one])  # and nobody waits for others
+        assert answer.status_code == 200 and slow.calls <= 9
 
 
 def test_an_embedding_that_is_not_finite_is_an_error_of_the_server(model):

@@ -215,6 +215,10 @@ class Endpoints:
 
     def _body(self, request: Request, kind: type) -> Any:
         """Returns the parsed body, once the model is ready and is the one that is asked for."""
+        sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if sent != "application/json":  # which a page of another site cannot send unasked
+            message = "Send JSON, with Content-Type: application/json."
+            raise ApiError(415, message, code="unsupported_media_type")
         if not self._service.is_ready:
             done, total = self._service.warmed
             raise retry_later(503, f"The model warms up: {done}/{total} shapes.", "not_ready")

@@ -16,6 +16,7 @@ _ERRORS = {
     408: "the body came too slowly",
     413: "the body is too large",
     415: "the body is no JSON, or compressed",
+    431: "too many headers",
     429: "the queue is full; see Retry-After",
     500: "the server failed",
     503: "warming up, stopping, or no answer in time; see Retry-After",
