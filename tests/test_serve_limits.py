@@ -5,6 +5,7 @@ of pictures and filters in test_serve_classify_search.py.
 """
 
 import asyncio
+import base64
 import gzip
 import hmac
 import io
@@ -49,11 +50,15 @@ def send(server, content, **headers):
     return server.request("POST", "/v1/embeddings", content=content, headers={**JSON, **headers})
 
 
+def b64(text):
+    return base64.b64encode(text.encode()).decode()
+
+
 ROUTES = [
     *(("GET", path) for path in ("/ready", "/metrics", "/openapi.json", "/v1/models", "/nowhere")),
     *(("POST", path) for path in ("/v1/embeddings", "/embeddings", "/v2/embed", "/v1/classify")),
     *(("POST", "/v1/search"), ("POST", "/v1/items"), ("DELETE", "/v1/items")),
-    ("GET", "/v1/items/a/image"),
+    *(("GET", "/v1/items/a/image"), ("GET", "/"), ("GET", "/page/page.js")),
 ]
 
 
@@ -63,16 +68,18 @@ ROUTES = [
     [
         *({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"bearer {KEY}"}),
         *({"Authorization": f"Bearer {KEY[:-1]}"}, {"Authorization": "Bearer "}),
+        *({"Authorization": "Basic " + b64("any:wrong")}, {"Authorization": "Basic \xff"}),
         *({"Authorization": KEY}, {"X-Api-Key": KEY}, {"Authorization": f"Bearer {KEY}x"}),
     ],
 )
-def test_every_address_but_health_and_the_files_of_the_page_wants_the_key(
+def test_every_address_but_health_wants_the_key(
     locked, method, path, sent
 ):
     answer = locked.request(method, path, headers=sent, params={"key": KEY})
     error = error_of(answer, 401)
     assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
-    assert answer.headers["www-authenticate"] == "Bearer"
+    is_page = path == "/" or path.startswith("/page/")
+    assert answer.headers["www-authenticate"].startswith("Basic" if is_page else "Bearer")
     assert KEY not in answer.text
 
 
@@ -87,8 +94,10 @@ def test_the_key_opens_and_is_compared_in_constant_time(locked, monkeypatch):
     headers = {"Authorization": f"Bearer {KEY}"}
     assert locked.request("GET", "/v1/models", headers=headers).status_code == 200
     assert compared == [(KEY.encode(), KEY.encode())]
-    for path in ("/health", "/", "/page/page.js"):
-        assert locked.request("GET", path).status_code == 200
+    assert locked.request("GET", "/health").status_code == 200
+    headers = {"Authorization": "Basic " + b64(f"anybody:{KEY}")}  # of a browser
+    for path in ("/", "/page/page.js", "/v1/models"):
+        assert locked.request("GET", path, headers=headers).status_code == 200
 
 
 @pytest.mark.parametrize("host", ["evil.test", "evil.test:80", "127.0.0.1.evil.test", "", "[::2]"])

@@ -49,6 +49,8 @@ def _serve(args: argparse.Namespace, rest: list[str]) -> None:
         ) from None
     if not 0 <= args.port <= 65_535:
         raise ValueError(f"--port {args.port} must be between 0 and 65,535.")
+    if not args.name.strip():
+        raise ValueError("--name is empty; clients name the model by it.")
     if args.writable and args.index is None:
         raise ValueError("--writable needs --index, whose rows are written.")
     run.serve(

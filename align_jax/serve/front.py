@@ -4,6 +4,8 @@ An endpoint gets the whole body in `scope["align.body"]`, and is cancelled when 
 """
 
 import asyncio
+import base64
+import binascii
 import contextlib
 import hmac
 import logging
@@ -26,9 +28,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 BODY = "align.body"
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 
-# The files of the page are the same for everybody; it asks for the key and then for data.
-_OPEN = ("/health", "/", "/favicon.ico")
-_OPEN_FOLDER = "/page/"
+_OPEN = "/health"
 _MAX_HEADERS = 100
 _DISCARDED_S = 2.0  # a client that is refused while it sends may go on for so long
 _HEADERS = [
@@ -138,9 +138,8 @@ class Front:
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2].lower() != host.lower():
             raise ApiError(400, "Pages of other sites may not ask.", code="origin_not_allowed")
-        is_open = scope["path"] in _OPEN or scope["path"].startswith(_OPEN_FOLDER)
-        if self._key is not None and not is_open:
-            self._check_key(headers.get("authorization", ""))
+        if self._key is not None and scope["path"] != _OPEN:
+            self._check_key(scope["path"], headers.get("authorization", ""))
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError(
                 415, "Send the body as it is, uncompressed.", code="unsupported_encoding"
@@ -148,13 +147,18 @@ class Front:
         if "content-length" in headers and "transfer-encoding" in headers:
             raise ApiError(400, "Content-Length and Transfer-Encoding exclude each other.")
 
-    def _check_key(self, given: str) -> None:
+    def _check_key(self, path: str, given: str) -> None:
         scheme, _, value = given.partition(" ")
         offered = value.encode("utf-8", "replace") if scheme == "Bearer" else b""
+        if scheme == "Basic":  # what a browser sends after it has asked for a password
+            with contextlib.suppress(binascii.Error, ValueError):
+                offered = base64.b64decode(value, validate=True).partition(b":")[2]
         if not hmac.compare_digest(offered, self._key):
             self._metrics.rejected.labels("key").inc()
             message = "The API key is missing or wrong; send Authorization: Bearer KEY."
-            headers = {"WWW-Authenticate": "Bearer"}
+            is_page = path == "/" or path.startswith("/page/")
+            ask = 'Basic realm="align", charset="UTF-8"' if is_page else "Bearer"
+            headers = {"WWW-Authenticate": ask}
             raise ApiError(401, message, code="invalid_api_key", headers=headers)
 
     async def _body(self, headers: Mapping[str, str], receive: Receive) -> Any:

@@ -217,7 +217,7 @@ def make_model(folder: Path, size: str) -> None:
             "hidden_dim": 64,
         }
         text |= {"intermediate_size": 128}
-        config = AlignConfig(text_config=text, vision_config=vision, projection_dim=64)
+        config = AlignConfig(text_config=text, vision_config=vision, projection_dim=32)
     torch.manual_seed(0)
     model = AlignModel(config).eval()
     with torch.no_grad():
