@@ -68,13 +68,11 @@ ROUTES = [
     [
         *({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"bearer {KEY}"}),
         *({"Authorization": f"Bearer {KEY[:-1]}"}, {"Authorization": "Bearer "}),
-        *({"Authorization": "Basic " + b64("any:wrong")}, {"Authorization": "Basic \xff"}),
+        *({"Authorization": "Basic " + b64("any:wrong")}, {"Authorization": "Basic !"}),
         *({"Authorization": KEY}, {"X-Api-Key": KEY}, {"Authorization": f"Bearer {KEY}x"}),
     ],
 )
-def test_every_address_but_health_wants_the_key(
-    locked, method, path, sent
-):
+def test_every_address_but_health_wants_the_key(locked, method, path, sent):
     answer = locked.request(method, path, headers=sent, params={"key": KEY})
     error = error_of(answer, 401)
     assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
