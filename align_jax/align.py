@@ -85,6 +85,7 @@ class Align:
         self._show_progress = show_progress
         shardings = jax.tree.map(lambda leaf: leaf.sharding, variables)
         self._embed_image, self._embed_text = encode.compile_embed(model, shardings, mesh)
+        self._embed_cls = encode.compile_embed_cls(model, shardings, mesh)
 
     @property
     def temperature(self) -> float:
@@ -131,8 +132,13 @@ class Align:
         )
         return self._encode(self._embed_image, batches, images, "images")
 
-    def encode_text(self, texts: Iterable[str]) -> np.ndarray:
+    def encode_text(self, texts: Iterable[str], *, projected: bool = True) -> np.ndarray:
         """Returns z_text [N, D] float32, unit norm, of texts cut to the model's number of tokens.
+
+        Args:
+          texts: any number of them.
+          projected: False gives the state of [CLS] before the projection instead, [N, W] of unit
+            norm with the width of the text tower, which has no place among images.
 
         Raises:
           ValueError: nothing to encode, one text instead of a list of them, or no strings.
@@ -149,7 +155,8 @@ class Align:
             max_tokens=self.preprocessing.max_tokens,
             batch_size=self._batch_size,
         )
-        return self._encode(self._embed_text, batches, texts, "texts")
+        embed = self._embed_text if projected else self._embed_cls
+        return self._encode(embed, batches, texts, "texts")
 
     def encode_views(self, views: np.ndarray) -> np.ndarray:
         """Returns z_image [N, D] of pictures that are cut already, uint8 [N, S, S, 3].

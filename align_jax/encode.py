@@ -64,6 +64,19 @@ def compile_embed(
     )
 
 
+def compile_embed_cls(
+    model: dual_encoder.DualEncoder, variable_shardings: Any, mesh: Mesh
+) -> Callable[..., jax.Array]:
+    """Returns embed_cls(variables, ids, mask), jitted: `compile_embed`'s of texts, but what it
+    gives is the state of [CLS] before the projection, see dual_encoder.embed_text."""
+    rows, everywhere = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
+    return jax.jit(
+        partial(dual_encoder.embed_text, model, projected=False),
+        in_shardings=(variable_shardings, rows, rows),
+        out_shardings=everywhere,
+    )
+
+
 def encode(
     embed: Callable[..., jax.Array],
     batches: Batches,

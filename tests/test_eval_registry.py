@@ -149,6 +149,7 @@ def test_eval_runs_a_config_on_a_hugging_face_folder(tiny_hf, tmp_path, monkeypa
     command = ["eval", "--model", str(tiny_hf[0]), "--config", "evals.py"]
     assert error_of(capfd, *command).startswith("Evaluator 'lost': lost.zip does not exist")
     command += ["--skip-missing", "--out", "out.json", "--set", "near.k=1,3"]
+    command += ["--format", f"clip_benchmark:{tmp_path}/peer"]
     assert cli.main(command) == 0
     printed = capfd.readouterr().out
     assert "nearest images [%]" in printed and "lost: not run: lost.zip does not exist" in printed

@@ -4,9 +4,11 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from helpers import real_data
 from scipy.stats import spearmanr
 
+import align_jax
 from align_jax.evals import run_evaluators
 from align_jax.evals.correlation import sampled_spearman, spearman
 from align_jax.evals.rated_pairs import RatedPairs, read_rated_pairs
@@ -146,13 +148,31 @@ def test_words_by_part_of_speech_from_the_columns(tmp_path):
         "a b\ta b\tN\t9\t1\t1\na c\ta b\tN\t5\t1\t0\nc\tb\tN\t1\t2\t0\n"
         "x\ty\tA\t1\t3\t0\nx\tx\tA\t0\t3\t0\n"
     )
-    evaluator = Words("w", str(table))
+    evaluator = Words("w", str(table), feature="embedding")
     results = run_evaluators([evaluator], _BagOfWords())
     assert results["w/spearman_nouns"] == pytest.approx(100.0)
     assert results["w/spearman_adjectives"] == pytest.approx(-100.0)
     assert "w/spearman_verbs" not in results and "w/spearman_concreteness_q1" in results
     assert "nouns" in format_table(results, [evaluator]).splitlines()[0]
     assert results["w/num_pairs"] == 5
+
+
+def test_words_are_compared_before_the_projection(tiny_hf, tmp_path):
+    words = ["cat", "dog", "a red car"]
+    model = align_jax.load(str(tiny_hf[0]))
+    z = model.encode_text(words, projected=False)
+    ids, mask = model.tokenizer.encode(words, model.preprocessing.max_tokens)
+    with torch.no_grad():
+        states = tiny_hf[1].eval().text_model(torch.tensor(ids), torch.tensor(mask))
+    expected = torch.nn.functional.normalize(states.last_hidden_state[:, 0])
+    np.testing.assert_allclose(z, expected, atol=1e-5)
+    table = tmp_path / "words.tsv"
+    table.write_text("cat\tdog\t1\ndog\ta red car\t2\ncat\ta red car\t9\n")
+    cosines = z.astype(np.float64) @ z.T
+    expected = spearman(np.array([1.0, 2, 9]), cosines[[0, 1, 0], [1, 2, 2]])
+    assert Words("w", str(table))(model)["spearman"] == pytest.approx(expected)
+    with pytest.raises(ValueError, match="feature='mean' is unknown; use one of: cls, embedding"):
+        Words("w", str(table), feature="mean")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,13 @@ TRAIN = (
     *("--config.model.bn_group_size=8", "--config.train.steps=12", "--config.eval.every_steps=6"),
     *("--config.checkpoint.every_steps=3", "--config.checkpoint.keep=9"),
 )
+NEAR = """
+    c.eval.evaluators.near = {
+        "type": "knn",
+        "source": "scenes?size=24&seed=6&label=colour",
+        "k": (1, 5),
+    }
+"""
 STOP_S = 60  # how long the others may take to notice that a process is gone
 PAIRS = 44  # that make_pairs writes
 
@@ -43,7 +50,7 @@ if os.environ.get("RECORD"):
 def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     make_pairs(folder)
-    (folder / "config.py").write_text(CONFIG)
+    (folder / "config.py").write_text(CONFIG.replace("    return c\n", f"{NEAR}    return c\n"))
     (folder / "recorder").mkdir()
     (folder / "recorder" / "sitecustomize.py").write_text(RECORDER)
     with contextlib.chdir(folder):

@@ -152,6 +152,7 @@ def _report(args: argparse.Namespace) -> None:
 def _formats(args: argparse.Namespace) -> dict[str, str | Path]:
     """Returns format -> folder of what --format asks for."""
     from align_jax.evals import peers
+    from align_jax.storage import writing
 
     found: dict[str, str | Path] = {}
     for text in args.format:
@@ -161,6 +162,7 @@ def _formats(args: argparse.Namespace) -> dict[str, str | Path]:
             raise ValueError(f"--format {form!r} is unknown; use one of: {known}.")
         if not folder and not (Path(args.model) / "checkpoints").is_dir():
             raise ValueError(f"--format {form}: {args.model} is no workdir; add :DIR to say where.")
+        writing.check_local(folder, f"--format {form}")
         found[form] = folder or Path(args.model) / "eval" / form
     return found
 

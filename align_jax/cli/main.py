@@ -68,7 +68,10 @@ def _use_huge_pages() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-_NO_PATHS = ("engine", "beam", "coordinator", "index", "to", "text", "add", "remove", "filter")
+_NO_PATHS = (
+    *("engine", "beam", "coordinator", "index", "to", "text", "add", "remove", "filter"),
+    "format",  # NAME:DIR
+)
 
 
 def _check_paths(args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ Source: CLIP (Radford et al. 2021), appendix A.3: L-BFGS, at most 1,000 iteratio
 steps; chosen on validation images, fitted again on all. Features here are embeddings of unit norm.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -162,7 +163,9 @@ def fit_logistic(
     if len(present) < 2:
         raise ValueError("A linear probe needs training images of at least two classes.")
     fitted = linear_model.LogisticRegression(C=1 / l2, max_iter=iterations, tol=tolerance)
-    fitted.fit(z.astype(np.float64), labels)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="lbfgs failed to converge")  # `iterations` is one
+        fitted.fit(z.astype(np.float64), labels)
 
     def scores(z: np.ndarray) -> np.ndarray:
         found = fitted.decision_function(z.astype(np.float64))

@@ -15,6 +15,7 @@ from align_jax.evals.records import count_problems
 from align_jax.storage import identity
 from align_jax.storage.problems import Problems
 
+FEATURES = ("cls", "embedding")
 QUERIES = ("first", "second", "both")
 _POS = {"A": "adjectives", "N": "nouns", "V": "verbs"}
 # SimLex-999 in its own order, for copies that have only words and scores.
@@ -84,26 +85,31 @@ class Words:
 
     Subsets: part of speech (column POS: A, N, V), quarters of concreteness (concQ), associated
     words (SimAssoc333), each where the table has the column. A table without POS that is SimLex-999
-    in its order gets it from the row. The vector of a word is the text embedding of the word alone;
-    the paper takes [CLS] before the projection.
+    in its order gets it from the row.
 
     Args:
       name: prefix of its metrics.
       pairs: table, see `rated_pairs.read_rated_pairs`.
+      feature: what the vector of a word is: "cls", the state of [CLS] before the projection, as in
+        the paper; or "embedding", the text embedding.
 
     Raises:
-      ValueError: a table that cannot be read.
+      ValueError: a table that cannot be read, or an unknown feature.
     """
 
-    def __init__(self, name: str, pairs: str):
+    def __init__(self, name: str, pairs: str, feature: str = "cls"):
         self.name = name
+        if feature not in FEATURES:
+            raise ValueError(f"feature={feature!r} is unknown; use one of: {', '.join(FEATURES)}.")
+        self._feature = feature
         self.problems = Problems()
         self.pairs = read_rated_pairs(pairs, self.problems, ("POS", "concQ", "SimAssoc333"))
         self.stamps = {"pairs": stamp_of(self.pairs)}
 
     def __call__(self, model: Any) -> dict[str, float]:
         """Returns `spearman` (x 100), `spearman_<subset>` and `num_pairs`."""
-        cosines = text_cosines(model, self.pairs.left, self.pairs.right)
+        projected = self._feature == "embedding"
+        cosines = text_cosines(model, self.pairs.left, self.pairs.right, projected=projected)
         metrics = {"spearman": spearman(self.pairs.scores, cosines)}
         for subset, rows in word_subsets(self.pairs).items():
             if len(rows) > 1:
@@ -121,13 +127,16 @@ class Words:
         ]
 
 
-def text_cosines(model: Any, left: Sequence[str], right: Sequence[str]) -> np.ndarray:
+def text_cosines(
+    model: Any, left: Sequence[str], right: Sequence[str], *, projected: bool = True
+) -> np.ndarray:
     """Returns cosines [N] float64 of texts with texts; each different text is encoded once."""
     rows: dict[str, int] = {}
     left_rows, right_rows = (
         [rows.setdefault(text, len(rows)) for text in side] for side in (left, right)
     )
-    z = np.asarray(model.encode_text(list(rows)), np.float64)
+    which = {} if projected else {"projected": False}
+    z = np.asarray(model.encode_text(list(rows), **which), np.float64)
     return np.einsum("nD,nD->n", z[left_rows], z[right_rows])
 
 

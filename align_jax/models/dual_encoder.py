@@ -91,8 +91,17 @@ class DualEncoder(nn.Module):
         constrain: layers.Constrain = layers.unconstrained,
     ) -> jax.Array:
         """Returns [B, D] float32 of int32 ids and mask [B, L]."""
-        states = self.text(ids, mask, keys, constrain)
-        return self.text_projection(states[:, 0].astype(jnp.float32))
+        return self.text_projection(self.encode_cls(ids, mask, keys, constrain))
+
+    def encode_cls(
+        self,
+        ids: jax.Array,
+        mask: jax.Array,
+        keys: jax.Array | None = None,
+        constrain: layers.Constrain = layers.unconstrained,
+    ) -> jax.Array:
+        """Returns the state of [CLS] before the projection, [B, W] float32."""
+        return self.text(ids, mask, keys, constrain)[:, 0].astype(jnp.float32)
 
 
 def make_model(
@@ -223,11 +232,19 @@ def embed_image(model: DualEncoder, variables: Variables, images: jax.Array) -> 
 
 
 def embed_text(
-    model: DualEncoder, variables: Variables, ids: jax.Array, mask: jax.Array
+    model: DualEncoder,
+    variables: Variables,
+    ids: jax.Array,
+    mask: jax.Array,
+    *,
+    projected: bool = True,
 ) -> jax.Array:
-    """Returns z_text [B, D] float32, unit norm, in eval mode, of int32 ids and mask [B, L]."""
-    z = model.apply(merge_lora(model, variables), ids, mask, method=DualEncoder.encode_text)
-    return unit_norm(z)
+    """Returns z_text [B, D] float32, unit norm, in eval mode, of int32 ids and mask [B, L].
+
+    Not projected, it is the state of [CLS] instead, [B, W] with the width of the text tower.
+    """
+    method = DualEncoder.encode_text if projected else DualEncoder.encode_cls
+    return unit_norm(model.apply(merge_lora(model, variables), ids, mask, method=method))
 
 
 def merge_lora(model: DualEncoder, variables: Variables) -> Variables:
