@@ -10,10 +10,8 @@ import shutil
 import subprocess
 import sys
 
-import cohere
 import httpx
 import numpy as np
-import openai
 import pytest
 from helpers import environment
 from serve_helpers import encoded, picture, process, uri
@@ -45,7 +43,14 @@ def url(tiny_hf, model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def client(url):
+def openai():
+    import openai  # seconds, which the collection of the quick tests need not wait for
+
+    return openai
+
+
+@pytest.fixture(scope="module")
+def client(url, openai):
     return openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
 
 
@@ -81,7 +86,7 @@ def test_openai_images_mixed_inputs_and_messages(client, expected):
     np.testing.assert_allclose(found["data"][0]["embedding"], z_image[1], atol=1e-6)
 
 
-def test_openai_errors_and_models(client):
+def test_openai_errors_and_models(client, openai):
     with pytest.raises(openai.BadRequestError) as error:
         client.embeddings.create(model="align", input=["a", {"image": "data:image/png;base64,AA"}])
     assert error.value.param == "input[1].image" and error.value.code == "invalid_image"
@@ -91,6 +96,8 @@ def test_openai_errors_and_models(client):
 
 
 def test_cohere(url, expected):
+    import cohere
+
     z_text, z_image = expected
     client = cohere.ClientV2(api_key="any", base_url=url)
     options = {"model": "align", "embedding_types": ["float"]}
@@ -175,7 +182,7 @@ def test_openai_in_node(url, expected, tmp_path):
     assert found["param"] == "input"
 
 
-def test_token_ids_get_an_answer_that_helps(client):
+def test_token_ids_get_an_answer_that_helps(client, openai):
     with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length=False"):
         client.embeddings.create(model="align", input=[[1, 2, 3]])
 
