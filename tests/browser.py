@@ -116,14 +116,13 @@ class Page:
     def __init__(self, driver, address):
         self.driver, self.address = driver, address
 
-    def open(self, fragment="", about=True):
+    def open(self, fragment=""):
         self.driver.get("about:blank")
         self.size(1200, 900)
         self.driver.get_log("performance")
         self.driver.get_log("browser")
         self.driver.get(f"{self.address}/{fragment}")
-        if about:
-            self.until(lambda: self.text("about"))
+        self.until(lambda: self.text("about"))
         return self
 
     def size(self, width, height):

@@ -1,6 +1,6 @@
 // The page: a form that asks the server, its state in the URL, and errors beside what they name.
 
-import { ask, fetchPicture, ServerError, useKey } from "./api.js";
+import { ask, fetchPicture, ServerError } from "./api.js";
 import { dataUri, readPicture } from "./picture.js";
 import {
   cut, DEFAULTS, FieldError, fromFragment, lines, parseFilter, toFragment,
@@ -60,16 +60,6 @@ at("picture-clear").addEventListener("click", () => {
   setPicture(null);
   at("picture").focus();
 });
-at("key-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  const text = at("key").value.trim();
-  if (!/^[\x21-\x7e]+$/.test(text)) {
-    showError(at("key"), "A key is made of letters, digits and signs, without spaces.");
-    return;
-  }
-  useKey(text);
-  start();
-});
 document.addEventListener("paste", (event) => {
   const [file] = event.clipboardData?.files ?? [];
   if (!file) return;
@@ -106,9 +96,6 @@ async function start() {
     fail(error);
     return;
   }
-  at("key-form").hidden = true;
-  at("key").value = "";
-  showError(at("key"), "");
   const { id, index } = models.data[0];
   const search = index && (index.is_exact ? "exact search" : "approximate search");
   at("about").textContent = [id, search ?? "no index"].join(" · ");
@@ -352,13 +339,6 @@ function number(field, text) {
 
 /** Shows an error as one line at the field that it names, else above the results. */
 function fail(error, state, picture) {
-  if (error.status === 401) {
-    at("key-form").hidden = false;
-    showError(at("key"), at("key").value ? "This is not the key." : "");
-    say("");
-    at("key").focus();
-    return;
-  }
   let field = error.field;
   if (error instanceof ServerError) {
     const [root, index] = error.param.split(/[.[\]]+/);

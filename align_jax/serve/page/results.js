@@ -1,6 +1,6 @@
 // Results: a grid of rows of the index, or lines with bars. All of their text is put in as text.
 
-import { showPicture } from "./api.js";
+import { pictureUrl } from "./api.js";
 import { cut } from "./query.js";
 
 const MOST_CHARACTERS = 300;
@@ -20,7 +20,7 @@ export function showHits(list, hits, use) {
       img.loading = "lazy";
       img.decoding = "async";
       img.addEventListener("error", () => img.replaceWith(words("This picture cannot be read.")));
-      showPicture(img, hit.key);
+      img.src = pictureUrl(hit.key);
     } else {
       button.append(words(caption || hit.key));
     }
