@@ -14,7 +14,7 @@ from align_jax.config import default_config
 from align_jax.data import images, mixture
 from align_jax.data.sources import open_source as sources
 from align_jax.data.sources.record import Record
-from align_jax.plan import bench
+from align_jax.plan import bench, bench_search
 
 READ_S = 0.004
 
@@ -150,3 +150,43 @@ def test_bench_input_mistake_is_one_line(tmp_path, monkeypatch, capfd, arguments
     assert error_of(capfd, "bench", "input", "--config", str(config), *arguments).startswith(
         message
     )
+
+
+def test_search_is_measured_beside_exact_search(tmp_path, capsys):
+    command = ["bench", "search", "--rows", "300", "--dim", "24", "--queries", "60"]
+    assert cli.main([*command, "--out", str(tmp_path / "r.json")]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert [report[name] for name in ("rows", "dim", "queries", "k")] == [300, 24, 60, 10]
+    assert [found["what"] for found in report["results"]] == [
+        *("numpy", "JAX, exact top_k", "folder index"),
+    ]
+    for found in report["results"]:
+        assert found["recall"] == 1.0 and found["single_p99_ms"] >= found["single_p50_ms"]
+        assert f"{found['what']} " in printed
+    z, queries = bench_search.make_vectors(300, 24, 60)
+    assert z.shape == (300, 24) and queries.shape == (60, 24) and z.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(np.concatenate([z, queries]), axis=1), 1, atol=1e-6)
+
+
+def test_recall_of_a_search_that_misses_half_is_half(monkeypatch):
+    right = np.arange(40).reshape(4, 10)
+    found = bench_search._measure(
+        "half", 2, np.zeros((4, 3)), lambda q: np.where(right < 20, right, -1)[-len(q) :], right
+    )
+    assert found["recall"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("input",), "align bench input needs --config FILE."),
+        (("search", "--config", "x.py"), "--config is of align bench input."),
+        (("search", "--rows", "9"), "--rows 9 must be at least 10."),
+        (("search", "--dim", "0"), "--dim 0 must be at least 1."),
+        (("search", "--queries", "0"), "--queries 0 must be at least 1."),
+        (("input", "--rows", "9"), "--rows is of align bench search."),
+    ],
+)
+def test_options_of_the_other_measurement_and_wrong_numbers_are_one_line(capfd, arguments, message):
+    assert error_of(capfd, "bench", *arguments) == message

@@ -72,6 +72,25 @@ def test_rows_are_found_before_and_after_they_are_sealed_and_after_reopening(fol
         assert_whole(index)
 
 
+@pytest.mark.slow
+def test_filters_that_keep_few_of_20000_rows_return_exactly_those_there_are(folder):
+    count, queries = 20_000, random_unit(50, seed=1)
+    rng = np.random.default_rng(2)
+    kept = {f"of{size}": rng.choice(count, size, False) for size in (1000, 100, 20, 1)}
+    chosen = {name: set(rows.tolist()) for name, rows in kept.items()}
+    metadata = [{name: i in rows for name, rows in chosen.items()} for i in range(count)]
+    with align_jax.open_index(folder, FakeModel()) as index:
+        z = fill(index, count, metadata=metadata)
+        index.flush()
+        for name, rows in chosen.items():
+            rows = np.array(sorted(rows))
+            found = index.search(queries, k=30, filter={name: True})
+            expected = rows[exact(queries, z[rows], min(30, len(rows)))]
+            assert [[hit.key for hit in hits] for hits in found] == [
+                [f"k{row}" for row in line] for line in expected
+            ]
+
+
 @pytest.mark.parametrize("index_type", ["IVF_FLAT", "HNSW"])
 def test_selective_filters_return_all_there_are(folder, index_type):
     """HNSW of Milvus Lite returns fewer; they must be completed."""

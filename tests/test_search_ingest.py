@@ -4,18 +4,20 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 from helpers import environment, error_of, run_align, start_align, write_table
 from PIL import Image
-from search_helpers import FakeModel, exact, unit
+from search_helpers import DIM, FakeModel, exact, unit
 
 import align_jax
 from align_jax import align
 from align_jax.cli import main as cli
-from align_jax.data.sources.open_source import InMemory
+from align_jax.data.sources.open_source import InMemory, open_source
 from align_jax.data.sources.record import Record
 from align_jax.search import ingest
 from align_jax.search.index import Index
@@ -111,6 +113,46 @@ def test_found_is_what_exact_numpy_finds_both_ways(photos, model):
                 # Rows whose scores agree to 1e-6 may change places.
                 wants = np.sort(best[query])[::-1][:10]
                 np.testing.assert_allclose(best[query][places], wants, atol=1e-6)
+
+
+class Colours(FakeModel):
+    """Pictures become unit vectors by their pixels, as texts do by their letters."""
+
+    def encode_image(self, images, *, on_error="raise"):
+        pixels = (image() if callable(image) else image for image in images)
+        small = np.stack([p[::8, ::8].ravel() for p in pixels]).astype(np.float64)
+        mixed = (small - 128) @ np.random.default_rng(0).normal(size=(small.shape[1], DIM))
+        return unit(mixed)
+
+
+def test_a_thousand_scenes_both_ways_equal_exact_numpy_for_200_queries(tmp_path):
+    source, asked = open_source("scenes?size=1000&seed=7"), open_source("scenes?size=200&seed=8")
+    model = Colours()
+    z_image = model.encode_image([source[row].image for row in range(1000)])
+    texts = [text for row in range(1000) for text in source.captions(row) if text.strip()]
+    z_text = model.encode_text(texts)
+    queries = model.encode_image([asked[row].image for row in range(200)])
+    words = [text for row in range(200) for text in asked.captions(row) if text.strip()][:200]
+    with align_jax.open_index(tmp_path / "index", model) as index:
+        counts = ingest.add(index, model, "scenes?size=1000&seed=7", kind="both")
+        assert counts["added"] == 1000 + len(texts)
+        for query, kind, z in (
+            (queries, "text", z_text),
+            (model.encode_text(words), "image", z_image),
+        ):
+            answers = index.search(query, k=10, filter={"kind": kind})
+            cosines = query.astype(np.float64) @ z.T
+            best = -np.sort(-cosines, axis=1)[:, :10]
+            for hits, row, wanted in zip(answers, cosines, best, strict=True):
+                # Captions that are equal share their score: the rows of the first may differ.
+                np.testing.assert_allclose([hit.score for hit in hits], wanted, atol=2e-6)
+                if kind == "image":
+                    places = [int(hit.key.rpartition("_")[2]) for hit in hits]
+                    np.testing.assert_allclose(row[places], wanted, atol=2e-6)
+                else:
+                    own = {text: score for text, score in zip(texts, row, strict=True)}
+                    found = [own[hit.caption] for hit in hits]
+                    np.testing.assert_allclose(found, wanted, atol=2e-6)
 
 
 def test_adding_again_embeds_nothing(photos, model, monkeypatch):
@@ -231,10 +273,10 @@ def test_key_that_a_source_gives_twice_loses_no_row_in_silence(tmp_path, model, 
     source = InMemory([*records, Record("a", picture, ("z",))])
     monkeypatch.setattr(ingest, "open_source", lambda spec: source)
     with align_jax.open_index(tmp_path / "index", model) as index:
-        with pytest.raises(ValueError, match=r"a \(key_repeated; --on-error skip"):
+        with pytest.raises(ValueError, match=r"a \(key_duplicate; --on-error skip"):
             ingest.add(index, model, "pairs")
         counts = ingest.add(index, model, "pairs", on_error="skip")
-        assert counts["problems"] == {"key_repeated": 1} and index.count() == 2
+        assert counts["problems"] == {"key_duplicate": 1} and index.count() == 2
         assert index.search(image=picture, k=1, filter={"key": "a"})[0].caption == "x"
 
 
@@ -328,6 +370,27 @@ def test_delete_by_file_and_by_filter(tmp_path, model, capsys):
     out = run(capsys, "index", "delete", "--index", folder, "--filter", "kind=text")
     assert f"{texts} rows deleted" in out
     assert "rows           18" in run(capsys, "index", "info", "--index", folder)
+    assert cli.main(["index", "delete", "--index", str(folder), "--filter", "knd=text"]) == 0
+    said = "no row passes the filter on knd; fields of the first rows: key, kind, caption, source."
+    assert capsys.readouterr().err.strip() == said
+
+
+def test_few_rows_are_indexed_without_a_word_of_the_library(tmp_path):
+    program = (
+        "import sys, numpy as np\n"
+        "from align_jax.search.index import Identity, Index\n"
+        "with Index(sys.argv[1], Identity('0' * 16, 4)) as index:\n"
+        "    index.add(['a', 'b'], np.eye(4, dtype=np.float32)[:2])\n"
+        "    index.flush()\n"
+        "    assert index.search(np.eye(4, dtype=np.float32)[1:2], k=1)[0][0].key == 'b'\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "index")],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_large_folders_are_warned_of_and_refused(tmp_path, model, capsys, monkeypatch, project):

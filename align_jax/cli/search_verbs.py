@@ -143,7 +143,10 @@ def _delete(args: argparse.Namespace) -> None:
     keys = read_lines(args.keys) if args.keys else []
     where = filters.parse(args.filter) or None
     with index.Index(args.index, work="align index delete") as rows:
-        print(f"{args.index}: {rows.delete(keys, filter=where):,} rows deleted")
+        deleted = rows.delete(keys, filter=where)
+        if not deleted and where:
+            _explain_nothing(rows, where)
+        print(f"{args.index}: {deleted:,} rows deleted")
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -143,7 +143,7 @@ def add(
         ready = []
         for row, value in batch.rows:
             if (hashed := hash_key(row.key)) in seen:
-                _leave_out("key_repeated", shorten(row.key), problems, on_error)
+                _leave_out("key_duplicate", shorten(row.key), problems, on_error)
                 continue
             seen.add(hashed)
             try:

@@ -7,6 +7,7 @@ rows and errors that nobody would want is kept from the user here:
   IVF_FLAT with one list, which compares with all rows whatever a search says.
 - Lite has no password. It is reached by a socket in a folder of this user, not by a port.
 - Its client puts keys into expressions unquoted. The primary key is a hash of the key instead.
+- Its clustering warns of few rows, on standard error, although one list needs no centre.
 - Its loggers print a traceback for every error that is raised as well, and importing it sets up
   logging anew for the whole program.
 """
@@ -242,9 +243,29 @@ def _import() -> Any:
         ) from None
     finally:
         logging.config.dictConfig = configure
+    _silence_clustering()
     for name in ("pymilvus", "milvus_lite", "grpc._server"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     return pymilvus
+
+
+def _silence_clustering() -> None:
+    """Lets Lite train the one list of an index of few rows without a word on standard error."""
+    from milvus_lite.index import faiss_ivf_flat
+
+    faiss = faiss_ivf_flat.faiss
+
+    class _Faiss:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(faiss, name)
+
+        def IndexIVFFlat(self, *arguments: Any) -> Any:
+            index = faiss.IndexIVFFlat(*arguments)
+            index.cp.min_points_per_centroid = 1
+            return index
+
+    if type(faiss).__name__ != "_Faiss":
+        faiss_ivf_flat.faiss = _Faiss()
 
 
 def _open_folder(uri: str, may_create: bool, work: str, cleanup: contextlib.ExitStack) -> Any:
