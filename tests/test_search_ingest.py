@@ -325,6 +325,28 @@ def test_recall_is_one_for_each_kind_of_query(photos, capsys):
         assert f"{kind}  recall@10 1.0000  queries 50".replace(" ", "") in out.replace(" ", "")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("index add scenes --model m --index i --kind x", "argument --kind: invalid choice: 'x'"),
+        ("index info", "the following arguments are required: --index"),
+        ("search --index i -k ten", "argument -k: invalid int value: 'ten'"),
+        ("search --index i --colour red", "unrecognised argument '--colour' of search"),
+        ("bench index", "argument what: invalid choice: 'index'"),
+    ],
+)
+def test_options_that_are_wrong_are_one_line(capfd, arguments, message):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments.split())
+    (line,) = capfd.readouterr().err.splitlines()
+    assert caught.value.code == 2 and line.startswith(f"align: {message}") and "--help" in line
+
+
+def test_recall_of_no_hits_is_refused(photos, capfd):
+    assert cli.main(["index", "recall", "--index", str(photos), "-k", "0"]) == 2
+    assert "k=0 must be between 1 and 16,384" in capfd.readouterr().err
+
+
 def test_recall_sees_what_an_index_loses(photos, monkeypatch):
     from align_jax.search.recall import measure_recall
 
@@ -426,6 +448,7 @@ def test_foreign_model_changes_nothing(photos, tiny_hf, capsys, monkeypatch):
         (("index", "delete", "--index", "none"), "--keys FILE or --filter field=value"),
         (("index", "delete", "--index", "none", "--keys", "k.txt"), "k.txt: No such file"),
         (("index", "copy", "--index", "none", "--to", "b"), "none holds no index"),
+        (("index", "copy", "--index", "none", "--to", "./none"), "--to ./none is the index itself"),
         (("search", "--index", "none", "--text", "a"), "none holds no index"),
         (("search", "--index", "none"), "--image FILE, --text TEXT, or both"),
         (("search", "--index", "none", "--image", "x.jpg"), "--image x.jpg does not exist"),

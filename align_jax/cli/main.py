@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from align_jax import __version__
 from align_jax.cli import (
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if rest and not (args.takes_config and args.config):
-        parser.error(f"unrecognised argument {rest[0]!r}; see `align {args.verb} --help`.")
+        parser.error(f"unrecognised argument {rest[0]!r} of {args.verb}")
     with output.kept_safe() as printed:
         code = _run(args, rest)
     if printed.error is not None:
@@ -93,8 +94,15 @@ def _fail(error: BaseException, debug: bool, code: int) -> int:
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as all errors are said."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"align: {message}; see `{self.prog} --help`.\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="align", description="Train, evaluate and use ALIGN (EfficientNet + BERT) in JAX."
     )
     parser.add_argument("--version", action="version", version=__version__)

@@ -186,6 +186,8 @@ def _copy(args: argparse.Namespace) -> None:
     from align_jax.run.progress import show_progress
     from align_jax.search import index
 
+    if os.path.realpath(args.to) == os.path.realpath(args.index):
+        raise ValueError(f"--to {args.to} is the index itself; name another one.")
     with (
         index.Index(args.index, work="align index copy") as old,
         index.Index(

@@ -11,7 +11,7 @@ import numpy as np
 
 from align_jax.evals.top_k import top_k
 from align_jax.search.index import Index
-from align_jax.search.rows import KINDS, Row
+from align_jax.search.rows import KINDS, Row, check_k
 
 
 def measure_recall(
@@ -34,6 +34,7 @@ def measure_recall(
     """
     if num_queries < 1:
         raise ValueError(f"--queries {num_queries} must be at least 1.")
+    check_k(k)
     rows = {kind: _all(index.scan({"kind": kind}), index.identity.dim) for kind in KINDS}
     queries = {kind: (keys[:num_queries], z[:num_queries]) for kind, (keys, z, _) in rows.items()}
     captions = [text for text in rows["image"][2] if text.strip()][:num_queries]
