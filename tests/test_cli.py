@@ -43,7 +43,7 @@ def changed_config(change):
         (
             "--config.trian.steps=3",
             "Unknown key config.trian. Did you mean 'train'? Known: checkpoint, data, eval, "
-            "init_from, init_towers, log, loss, mesh, model, optim, train.",
+            "init_from, init_towers, log, lora, loss, mesh, model, optim, train.",
         ),
         (
             "--config.train.stepz=3",

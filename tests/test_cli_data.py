@@ -109,7 +109,8 @@ def test_wrong_arguments_exit_with_2(inside, capfd, arguments):
     with pytest.raises(SystemExit) as exit_info:
         cli.main(arguments)
     assert exit_info.value.code == 2
-    assert "error: " in capfd.readouterr().err.splitlines()[-1]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("align: ") and line.endswith(" --help`.")
 
 
 @pytest.mark.parametrize("verb", VERBS)

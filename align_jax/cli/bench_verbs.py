@@ -10,9 +10,9 @@ def add_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     """Adds the verb by `add_verb(name, function of (args, rest), help) -> parser`."""
     bench = add_verb("bench", _bench, "measure this machine: the input of training, or search")
     bench.epilog = (
-        "examples: align bench input --config configs/coyo_b7_base.py --step-time 0.9 "
+        "example: align bench input --config configs/coyo_b7_base.py --step-time 0.9 "
         "--config.data.source=data/mine --config.data.num_threads=16; "
-        "align bench search --rows 100000 --dim 640"
+        "or align bench search --rows 100000 --dim 640"
     )
     bench.set_defaults(takes_config=True)
     bench.add_argument(
