@@ -3,6 +3,7 @@ protocols differ."""
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,6 +65,8 @@ def compare(paths: Sequence[str | os.PathLike]) -> Comparison:
             warnings[name] = f"{name}: the protocols differ in {', '.join(different)}."
     values = [content["results"] for content in contents]
     keys = [k for k in dict.fromkeys(k for found in values for k in found) if not _is_bound(k)]
+    names = list(dict.fromkeys(key.partition("/")[0] for key in keys))
+    keys.sort(key=lambda key: (names.index(key.partition("/")[0]), _in_order(key)))
     notes = []
     for published in presets.published():
         found = {
@@ -104,6 +107,7 @@ def write_picture(path: str | os.PathLike, comparison: Comparison) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     panels: dict[str, list[str]] = {}
     for key in comparison.keys:
@@ -126,10 +130,15 @@ def write_picture(path: str | os.PathLike, comparison: Comparison) -> None:
     all_axes = figure.subplots(rows, columns, squeeze=False, height_ratios=heights).flatten()
     for axes in all_axes[len(panels) :]:
         axes.set_axis_off()
+    styles = [
+        {
+            "color": _COLORS[column % len(_COLORS)],
+            "alpha": 1.0 if column < comparison.num_models else 0.55,
+        }
+        for column in range(bars)
+    ]
     for axes, (name, keys) in zip(all_axes, panels.items(), strict=False):
-        for column, (title, found) in enumerate(
-            zip(comparison.titles, comparison.values, strict=True)
-        ):
+        for column, found in enumerate(comparison.values):
             places = [(row, key) for row, key in enumerate(keys) if key in found]
             heights_of = [row + (column + 0.5) / (bars + 1) for row, _ in places]
             widths = [found[key] for _, key in places]
@@ -146,9 +155,7 @@ def write_picture(path: str | os.PathLike, comparison: Comparison) -> None:
                 height=0.9 / (bars + 1),
                 xerr=list(zip(*errors, strict=True)) if errors else None,
                 error_kw={"elinewidth": 0.8, "ecolor": "0.2"},
-                color=_COLORS[column % len(_COLORS)],
-                alpha=1.0 if column < comparison.num_models else 0.55,
-                label=title,
+                **styles[column],
             )
         mark = "*" if name in comparison.warnings else ""
         axes.set_title(f"{name}{mark}", fontsize=10)
@@ -159,9 +166,10 @@ def write_picture(path: str | os.PathLike, comparison: Comparison) -> None:
         axes.grid(axis="x", color="0.9")
         axes.set_axisbelow(True)
         axes.tick_params(axis="x", labelsize=8)
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    if labels:
-        figure.legend(handles, labels, loc="outside upper left", ncols=4, fontsize=9, frameon=False)
+    handles = [
+        Patch(label=title, **style) for title, style in zip(comparison.titles, styles, strict=True)
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=4, fontsize=9, frameon=False)
     with writing.replacing(Path(path)) as temporary:
         figure.savefig(temporary, format="png")
 
@@ -191,6 +199,13 @@ def _differing(left: dict[str, Any], right: dict[str, Any], prefix: str = "") ->
         elif a != b and key != "fingerprint":
             found.append(prefix + key)
     return found
+
+
+def _in_order(key: str) -> tuple[bool, list[tuple[int, str]]]:
+    """Sorts scores before counts, and numbers in names as numbers: r5 before r10."""
+    parts = re.split(r"(\d+)", key)
+    is_count = "/num_" in key or "/problems/" in key
+    return is_count, [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
 
 
 def _is_bound(key: str) -> bool:
