@@ -20,13 +20,6 @@ TRAIN = (
     *("--config.model.bn_group_size=8", "--config.train.steps=12", "--config.eval.every_steps=6"),
     *("--config.checkpoint.every_steps=3", "--config.checkpoint.keep=9"),
 )
-NEAR = """
-    c.eval.evaluators.near = {
-        "type": "knn",
-        "source": "scenes?size=24&seed=6&label=colour",
-        "k": (1, 5),
-    }
-"""
 STOP_S = 60  # how long the others may take to notice that a process is gone
 PAIRS = 44  # that make_pairs writes
 
@@ -50,7 +43,7 @@ if os.environ.get("RECORD"):
 def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     make_pairs(folder)
-    (folder / "config.py").write_text(CONFIG.replace("    return c\n", f"{NEAR}    return c\n"))
+    (folder / "config.py").write_text(CONFIG)
     (folder / "recorder").mkdir()
     (folder / "recorder" / "sitecustomize.py").write_text(RECORDER)
     with contextlib.chdir(folder):
@@ -102,7 +95,9 @@ def assert_same_lines(found, expected):
     for line, want in zip(found, expected, strict=True):
         for name, value in want.items():
             # Ranks are integers: a near tie may turn over under rounding, in at most one query.
-            tolerance = {"atol": 5.0} if name.startswith("eval/") else {"rtol": 1e-5}
+            # The bounds of an interval move by more than its score.
+            points = 10.0 if name.endswith(("_low", "_high")) else 5.0
+            tolerance = {"atol": points} if name.startswith("eval/") else {"rtol": 1e-5}
             np.testing.assert_allclose(line[name], value, err_msg=name, **tolerance)
 
 
