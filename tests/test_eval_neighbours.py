@@ -1,18 +1,26 @@
 """k nearest images: recalls and votes against loops, with and without training images; CIFAR-10."""
 
 import io
+import subprocess
+import sys
 import zipfile
 from collections import Counter
 
 import numpy as np
 import pytest
-from helpers import decoded, real_data
+import tiny_hf
+from helpers import decoded, environment, real_data
 from PIL import Image
+from test_multihost import free_address
 
+import align_jax
+from align_jax.data.sources.open_source import open_labelled
 from align_jax.data.sources.record import LabelledImage
 from align_jax.evals.knn import Knn, neighbour_metrics
+from align_jax.evals.records import encode_labelled
 from align_jax.evals.tables import format_table
 from align_jax.evals.top_k import top_k
+from align_jax.storage.problems import Problems
 
 
 def _unit(rng, *shape):
@@ -133,3 +141,39 @@ def test_knn_on_cifar10_gives_the_known_numbers():
     metrics = neighbour_metrics(found, scores, labels[~is_even], (1, 5, 10))
     found = [metrics[key] for key in ("r1", "r5", "r10")]
     assert found == pytest.approx([28.58, 60.48, 74.04], abs=0.005)
+
+
+PROCESS = """
+import sys, numpy as np
+sys.path.insert(0, sys.argv[1])
+from align_jax.run import multihost
+with multihost.processes(sys.argv[2], 2, int(sys.argv[3])):
+    from test_eval_neighbours import near_scenes
+    near_scenes(sys.argv[4], f"{sys.argv[4]}/{sys.argv[3]}.npz")
+"""
+
+
+def near_scenes(folder, out):
+    """Writes the embeddings and labels of 43 scenes, their neighbours, and the metrics."""
+    model = align_jax.load(f"{folder}/model", batch_size=16)
+    source, problems = open_labelled("scenes?size=43&label=colour"), Problems()
+    kept = encode_labelled(model, source, problems)
+    metrics = Knn("near", source, k=(1, 5))(model)
+    np.savez(out, z=kept.z, labels=kept.labels, **metrics)
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_neighbours_of_one(tmp_path):
+    tiny_hf.make_folder(tmp_path / "model")
+    address, env = free_address(), environment(JAX_NUM_CPU_DEVICES="4")
+    command = [sys.executable, "-c", PROCESS, __file__.rpartition("/")[0], address]
+    started = [subprocess.Popen([*command, str(i), tmp_path], env=env) for i in range(2)]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    near_scenes(tmp_path, tmp_path / "one.npz")
+    with np.load(tmp_path / "one.npz") as expected:
+        for process in range(2):
+            with np.load(tmp_path / f"{process}.npz") as found:
+                assert found.files == expected.files
+                np.testing.assert_allclose(found["z"], expected["z"], rtol=0, atol=1e-6)
+                for name in set(found.files) - {"z"}:
+                    assert np.array_equal(found[name], expected[name]), name
