@@ -1,5 +1,6 @@
 """Exports: what was written runs without align_jax and computes what the model does."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -14,10 +15,10 @@ import pytest
 from helpers import environment, error_of
 from PIL import Image
 
-from align_jax import align
+from align_jax import align, mesh
 from align_jax.cli import main as cli
 from align_jax.export import package, stablehlo
-from align_jax.models import dual_encoder
+from align_jax.models import dual_encoder, lora
 
 DOCS = Path(__file__).parents[1] / "docs" / "export.md"
 STABLEHLO, ONNX = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
@@ -150,6 +151,29 @@ def test_onnx_runs_alone_for_any_batch_and_length(model, given, folder, tiny_hf,
                 dims = node.type.tensor_type.shape.dim
                 shape = [dim.dim_param or dim.dim_value for dim in dims]
                 assert (node.name, kind, shape) == (name, entry["dtype"], entry["shape"])
+
+
+def test_adapter_is_exported_as_part_of_the_kernels(model, folder):
+    adapter = lora.Lora(2, 4.0, ("/query/kernel$", "/project/kernel$"))
+    shapes = lora.with_shapes(adapter, model.variables["params"])["lora"]
+    rng = np.random.default_rng(0)
+    factors = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
+    variables = model.variables | {"params": model.variables["params"] | {"lora": factors}}
+    adapted = align.Align(
+        dataclasses.replace(model.model, lora=adapter),
+        jax.device_put(variables, mesh.replicated(mesh.make_mesh())),
+        model.tokenizer,
+        model.preprocessing,
+        mesh.make_mesh(),
+        batch_size=8,
+    )
+    products = []
+    for name, source in (("base", model), ("adapted", adapted)):
+        assert max(stablehlo.write(source, folder / name).values()) <= 1e-6
+        content = (folder / name / "text.stablehlo").read_bytes()
+        text = jax.export.deserialize(bytearray(content)).mlir_module()
+        products.append(text.count("stablehlo.dot_general"))
+    assert products[0] == products[1] > 10
 
 
 @pytest.mark.parametrize(("error", "code"), [(9e-5, 0), (2e-4, 1), (float("nan"), 1)])

@@ -1,5 +1,6 @@
 """Both towers as StableHLO programs with their weights, for CPU, CUDA and TPU, by `jax.export`."""
 
+import dataclasses
 import os
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,9 @@ def write(model: Align, folder: str | os.PathLike) -> dict[str, float]:
     folder = Path(folder)
     p, limit = model.preprocessing, model.model.text.max_positions
     # Constants of the programs, on no mesh; NumPy has no slices of a symbolic length.
-    variables = jax.tree.map(jnp.asarray, jax.device_get(model.variables))
+    variables = dual_encoder.merge_lora(model.model, jax.device_get(model.variables))
+    variables = jax.tree.map(jnp.asarray, variables)
+    plain = dataclasses.replace(model.model, lora=None)
     (batch,) = jax.export.symbolic_shape("batch")
     rows, length = jax.export.symbolic_shape("batch, length", constraints=[f"length <= {limit}"])
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
@@ -42,7 +45,7 @@ def write(model: Align, folder: str | os.PathLike) -> dict[str, float]:
     towers = {"image": dual_encoder.embed_image, "text": dual_encoder.embed_text}
     folder.mkdir(parents=True, exist_ok=True)
     for name, embed in towers.items():
-        program = jax.jit(partial(embed, model.model, variables))
+        program = jax.jit(partial(embed, plain, variables))
         exported = jax.export.export(program, platforms=PLATFORMS)(*arguments[name])
         writing.write_bytes(folder / FILES[name], exported.serialize())
     package.write_description(
