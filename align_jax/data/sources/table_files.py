@@ -173,8 +173,8 @@ def caption_cells(batch: Batch, names: Sequence[str]) -> "list[Any] | pa.Array":
             break
         cells, others = list(as_list(cells)), as_list(batch.columns[name])
         for i in rows:
-            # What is no text is kept, to be counted as that, unless a later column has a caption.
-            if _holds_caption(others[i]) or (captions_of(others[i]) is None and cells[i] is None):
+            # What is empty or no text is kept, to be counted, unless a later one has a caption.
+            if _holds_caption(others[i]) or _is_null(cells[i]):
                 cells[i] = others[i]
     return cells
 
