@@ -5,7 +5,6 @@ number of devices, processes and microbatches. Nothing here knows about meshes.
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -187,53 +186,9 @@ def _shifted_backward(
     zero = jnp.zeros((), dy.dtype)
     dilated = jax.lax.pad(dy, zero, ((0, 0, 0), adjoint(1), adjoint(2), (0, 0, 0)))
     dx = shifted_depthwise_conv(dilated, kernel[::-1, ::-1], 1, ((0, 0), (0, 0)))
-    return dx, _kernel_gradient(x, dy, size, stride, padding).astype(kernel.dtype)
-
-
-# Images that are in the works at once: they stay in the cache for all taps of the kernel. As many
-# as the fake devices that a batch is split over, so that each has its own.
-_BLOCK_IMAGES = 8
-_BLOCK_ROWS = 16  # products of so many rows are added up before anything is reduced
-
-
-def _kernel_gradient(
-    x: jax.Array, dy: jax.Array, size: int, stride: int, padding: Padding
-) -> jax.Array:
-    """Returns the gradient [k, k, 1, C], float32, of the kernel of `shifted_depthwise_conv`.
-
-    Each tap is the sum of x's window times dy over images and pixels. Written as k*k reductions
-    over the batch, XLA reads the batch from memory k*k times and adds up one number at a time:
-    3 to 6 times the CPU time of this loop over blocks of images, whose sums over rows are
-    additions of whole arrays (`experiments/benchmarks/depthwise.py`).
-    """
-    batch, height, width, channels = dy.shape
-    block = math.gcd(batch, _BLOCK_IMAGES)
-    step = -(-height // min(height, _BLOCK_ROWS))  # row h is added to row h mod step
-    rows = -(-height // step) * step
-    # A block is every (B / block)-th image: the batch stays split over devices as it is.
-    xs, dys = (a.reshape(block, batch // block, *a.shape[1:]) for a in (x, dy))
-    window_shape = (block, stride * (rows - 1) + 1, stride * (width - 1) + 1, channels)
-    (top, bottom), sides = padding
-    bottom += stride * (rows - height)
-
-    def add_block(kernel: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
-        x, dy = (jax.lax.dynamic_index_in_dim(a, number, 1, keepdims=False) for a in (xs, dys))
-        x = jnp.pad(x.astype(jnp.float32), ((0, 0), (top, bottom), sides, (0, 0)))
-        dy = jnp.pad(dy.astype(jnp.float32), ((0, 0), (0, rows - height), (0, 0), (0, 0)))
-
-        def tap(number: jax.Array) -> jax.Array:  # -> [block, C]
-            start = (0, number // size, number % size, 0)
-            window = jax.lax.dynamic_slice(x, start, window_shape)[:, ::stride, ::stride]
-            total = jnp.zeros((), jnp.float32)
-            for row in range(0, rows, step):
-                total = total + window[:, row : row + step] * dy[:, row : row + step]
-            return total.sum((1, 2))
-
-        return kernel + jax.lax.map(tap, jnp.arange(size * size)), None
-
-    zeros = jnp.zeros((size * size, block, channels), jnp.float32)
-    kernel, _ = jax.lax.scan(add_block, zeros, jnp.arange(batch // block))
-    return kernel.sum(1).reshape(size, size, 1, channels)
+    windows = _windows(x, size, stride, padding, dy.shape[1:3])
+    dkernel = jnp.stack([(window * dy).sum((0, 1, 2)) for _, window in windows])
+    return dx, dkernel.reshape(kernel.shape)
 
 
 shifted_depthwise_conv.defvjp(_shifted_forward, _shifted_backward)
