@@ -42,7 +42,6 @@ def test_folder_with_a_tokenizer_of_any_kind_equals_transformers_and_survives_sa
         np.testing.assert_allclose(z, wanted, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_text_tower_trains_on_a_multilingual_sentencepiece_tokenizer(
     project, monkeypatch, tmp_path
 ):
