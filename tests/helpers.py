@@ -256,6 +256,20 @@ def decoded(readers, on_error):
             yield np.zeros((2, 2, 3), np.uint8)
 
 
+class LevelModel:
+    """A perfect model of grey images and of captions that name their level, 0 to 255."""
+
+    def encode_image(self, images, on_error):
+        return self._vectors([int(image[0, 0, 0]) for image in decoded(images, on_error)])
+
+    def encode_text(self, texts):
+        return self._vectors([int(text) for text in texts])
+
+    def _vectors(self, levels):
+        angle = np.asarray(levels) / 200
+        return np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+
+
 def real_data(*parts):
     """A path inside the folder of real pairs; the test is skipped where it is not there."""
     beside = Path(__file__).resolve().parents[1].parent / "shared" / "data"

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers import decoded, real_data
+from helpers import LevelModel, real_data
 from PIL import Image
 
 from align_jax.data.sources.open_source import open_source
@@ -111,23 +111,11 @@ def coco(tmp_path):
     return tmp_path
 
 
-class _Model:
-    def encode_image(self, images, on_error):
-        return self._vectors([int(image[0, 0, 0]) for image in decoded(images, on_error)])
-
-    def encode_text(self, texts):
-        return self._vectors([int(text) for text in texts])
-
-    def _vectors(self, levels):
-        angle = np.asarray(levels) / 200
-        return np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
-
-
 def test_a_model_that_knows_the_images_scores_full_marks(coco, monkeypatch):
     monkeypatch.chdir(coco)
     entry = {"type": "cxc", "captions": "dataset_coco.json", "images": "coco", "rounds": 20}
     evaluator = make_evaluator("cxc", entry | {"annotations": "cxc"})
-    metrics = evaluator(_Model())
+    metrics = evaluator(LevelModel())
     for task in ("image_to_text", "text_to_image", "text_to_text", "image_to_image"):
         assert metrics[f"{task}_r1"] == 100.0
     assert metrics["image_to_text_queries"] == 5 and metrics["text_to_image_queries"] == 10
@@ -139,10 +127,10 @@ def test_a_model_that_knows_the_images_scores_full_marks(coco, monkeypatch):
     assert "I→I R@1" in table and "cxc: 1 left out" in table
     # Without co-captions, only the first caption of each image has a partner.
     alone = make_evaluator("cxc", entry | {"annotations": "cxc", "co_captions": False})
-    assert alone(_Model())["text_to_text_queries"] == 5
+    assert alone(LevelModel())["text_to_text_queries"] == 5
     strict = make_evaluator("cxc", entry | {"annotations": "cxc", "sis_threshold": 5.5})
     with pytest.raises(ValueError, match="image_to_image: no rated pair reaches"):
-        strict(_Model())
+        strict(LevelModel())
 
 
 def test_published_thresholds_are_the_defaults(coco, monkeypatch):
@@ -157,7 +145,9 @@ def test_published_thresholds_are_the_defaults(coco, monkeypatch):
         rows = ["caption,image,agg_score" if kind == "sits" else "image1,image2,agg_score"]
         rows += [f"{a},{b},{s}" for a, b, s in zip(left, right, scores, strict=True)]
         (coco / "cxc" / f"{kind}_test.csv").write_text("\n".join(rows) + "\n")
-    metrics = Cxc("c", "dataset_coco.json", "coco", "cxc", co_captions=False, rounds=3)(_Model())
+    metrics = Cxc("c", "dataset_coco.json", "coco", "cxc", co_captions=False, rounds=3)(
+        LevelModel()
+    )
     counts = [metrics[f"{task}_queries"] for task in ("image_to_text", "text_to_image")]
     assert counts == [1, 1]
     assert metrics["text_to_text_queries"] == metrics["image_to_image_queries"] == 2
@@ -169,7 +159,7 @@ def test_karpathy_splits_are_a_source_of_pairs(coco, monkeypatch):
     assert len(source) == 5 and source.problems == {"image_missing": 1}
     assert source[1].key == "val2014/COCO_val2014_1.jpg" and source[1].captions == ("30", "32")
     assert len(open_source("dataset_coco.json?images=coco&split=test,val")) == 6
-    assert Retrieval("r", source)(_Model())["image_to_text_r1"] == 100.0
+    assert Retrieval("r", source)(LevelModel())["image_to_text_r1"] == 100.0
     with pytest.raises(ValueError, match="has no split 'dev'; it has test, val"):
         open_source("dataset_coco.json?images=coco&split=dev")
     (coco / "other.json").write_text('[{"image": "a.jpg", "caption": "a"}]')

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers import decoded
+from helpers import LevelModel
 from PIL import Image
 
 from align_jax.data.sources.open_source import open_labelled
@@ -53,18 +53,6 @@ def test_precisions_equal_a_slow_reference_on_random_rankings():
     assert found["r_precision"] == pytest.approx(100 * np.mean(precisions))
 
 
-class _Model:
-    def encode_image(self, images, on_error):
-        return self._vectors([int(image[0, 0, 0]) for image in decoded(images, on_error)])
-
-    def encode_text(self, texts):
-        return self._vectors([int(text) for text in texts])
-
-    def _vectors(self, levels):
-        angle = np.asarray(levels) / 200
-        return np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
-
-
 def test_eccv_reads_its_files_and_counts_what_is_not_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "coco").mkdir()
@@ -83,7 +71,7 @@ def test_eccv_reads_its_files_and_counts_what_is_not_there(tmp_path, monkeypatch
     (tmp_path / "eccv_image_to_caption.json").write_text(json.dumps(found))
     (tmp_path / "eccv_caption_to_image.json").write_text(json.dumps({"0": [100, 101]}))
     evaluator = make_evaluator("e", entry | {"annotations": "."})
-    metrics = evaluator(_Model())
+    metrics = evaluator(LevelModel())
     # Levels 0, 1, 40 are the three captions nearest to level 0.
     assert metrics["image_to_text_map_at_r"] == metrics["text_to_image_map_at_r"] == 100.0
     assert metrics["image_to_text_missing"] == 2 and metrics["image_to_text_queries"] == 1

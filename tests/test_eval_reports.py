@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import decoded, error_of
+from helpers import LevelModel, error_of
 from PIL import Image
 
 from align_jax.cli import main as cli
@@ -124,7 +124,7 @@ def test_mteb_and_open_clip_have_their_keys(tmp_path):
               for i, texts in enumerate([("0", "41"), ("40",), ("80", "79")])]  # fmt: skip
     retrieval = Retrieval("flickr30k", InMemory(images))
     shapes = ZeroShot("imagenet_v2", "scenes?size=9&label=shape")
-    metrics = {f"flickr30k/{key}": value for key, value in retrieval(_Model()).items()}
+    metrics = {f"flickr30k/{key}": value for key, value in retrieval(LevelModel()).items()}
     metrics |= {"imagenet_v2/top1": 25.0, "imagenet_v2/top5": 75.0}
     about = {"model": "m", "pretrained": "p"}
     paths = peers.write("mteb", tmp_path / "m", metrics, [retrieval, shapes], **about)
@@ -143,18 +143,6 @@ def test_mteb_and_open_clip_have_their_keys(tmp_path):
     first, second = map(json.loads, path.read_text().splitlines())
     assert second["imagenetv2-zeroshot-val-top1"] == 0.25 and second["dataset"] == "imagenet_v2"
     assert first["text_to_image_R@1"] == pytest.approx(0.8) and first["num_samples"] == 3
-
-
-class _Model:
-    def encode_image(self, images, on_error):
-        return self._vectors([int(image[0, 0, 0]) for image in decoded(images, on_error)])
-
-    def encode_text(self, texts):
-        return self._vectors([int(text) for text in texts])
-
-    def _vectors(self, levels):
-        angle = np.asarray(levels) / 200
-        return np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
 
 
 def test_numbers_equal_the_functions_of_clip_benchmark(monkeypatch):
