@@ -36,7 +36,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
       devices: to use instead, e.g. those of a topology that is not there.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or the wires between them
+        allow no such mesh.
     """
     devices = jax.devices() if devices is None else devices
     if data == -1 and fsdp > 0 and len(devices) % fsdp == 0:
@@ -46,14 +47,21 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
             f"config.mesh.data={data} x config.mesh.fsdp={fsdp} is not the number of devices, "
             f"{len(devices)}; use config.mesh.data=-1 and a config.mesh.fsdp that divides it."
         )
-    types = (AxisType.Auto, AxisType.Auto)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh((data, fsdp), (DATA, FSDP), axis_types=types, devices=devices)
     if data % slices:
         raise ValueError(f"mesh.data={data} is not divisible by the {slices} slices.")
-    grid = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp), (slices, 1), devices)
-    return Mesh(grid, (DATA, FSDP), axis_types=types)
+    shape = (data // slices, fsdp)
+    try:
+        grid = _device_grid(shape, slices, devices, split=False)
+    except NotImplementedError:  # no product of whole axes of the torus
+        try:
+            grid = _device_grid(shape, slices, devices, split=True)
+        except (NotImplementedError, ValueError, AssertionError) as error:
+            raise ValueError(
+                f"config.mesh.data={data} x config.mesh.fsdp={fsdp} cannot be laid over the "
+                f"{len(devices)} {devices[0].device_kind} devices as they are wired: {error}"
+            ) from error
+    return Mesh(grid, (DATA, FSDP), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -96,14 +104,58 @@ def infer_shardings(
     return trees.map_named(sharding, tree)
 
 
+def process_rows(sharding: NamedSharding, batch_size: int, process: int) -> np.ndarray:
+    """Returns which rows of a global batch the devices of a process hold, int64, ascending.
+
+    On a TPU they are not one block: a mesh follows the wires between the chips, not the order of
+    the hosts.
+
+    Args:
+      sharding: from `batch_sharding`.
+      batch_size: B, a multiple of the devices.
+      process: index of the process.
+    """
+    slices = sharding.devices_indices_map((batch_size,)).items()
+    held = [rows for device, (rows,) in slices if device.process_index == process]
+    return np.sort(np.concatenate([np.arange(batch_size)[rows] for rows in held]))
+
+
 def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
     """Returns global arrays made of each process's own rows of the batch.
 
     Args:
-      batch: arrays whose first dimension is this process's share of the global batch.
+      batch: arrays of the rows that `process_rows` names for this process, in that order.
       sharding: from `batch_sharding`.
     """
-    return {
-        name: jax.make_array_from_process_local_data(sharding, value)
-        for name, value in batch.items()
-    }
+    own = len(next(iter(batch.values())))
+    size = own // len(sharding.addressable_devices) * sharding.num_devices
+    rows = process_rows(sharding, size, jax.process_index())
+
+    def put(value: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(size)
+            return value[np.searchsorted(rows, start) : np.searchsorted(rows, stop)]
+
+        return jax.make_array_from_callback((size, *value.shape[1:]), sharding, part)
+
+    return {name: put(value) for name, value in batch.items()}
+
+
+def _device_grid(
+    shape: tuple[int, int], slices: int, devices: Sequence[jax.Device], *, split: bool
+) -> np.ndarray:
+    """Returns the devices [slices * data, fsdp], neighbours in it close to each other.
+
+    Args:
+      shape: (data, fsdp) of a slice.
+      slices: number of them.
+      devices: of all slices.
+      split: whether an axis of the mesh may be a part of an axis of the torus.
+    """
+    if slices > 1:
+        return mesh_utils.create_hybrid_device_mesh(
+            shape, (slices, 1), devices, allow_split_physical_axes=split
+        )
+    if not split:  # what JAX does for the kind of device
+        return jax.make_mesh(shape, (DATA, FSDP), devices=devices).devices
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)

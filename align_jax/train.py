@@ -204,6 +204,7 @@ def _open_run(
     )
     stack.enter_context(reporter)
     stop = stack.enter_context(signals.StopSignals())
+    rows = mesh_lib.batch_sharding(mesh)
     batches = pipeline.train_batches(
         source,
         tokenizer,
@@ -212,8 +213,7 @@ def _open_run(
         seed=config.train.seed,
         hash_pairs=config.loss.mask_duplicates != "none",
         start_step=int(state.step),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=mesh_lib.process_rows(rows, config.train.batch_size, jax.process_index()),
     )
     stack.callback(batches.close)
     parts = model, state.variables(), tokenizer, preprocessing, mesh
@@ -222,7 +222,7 @@ def _open_run(
         config=config,
         step_fn=step_fn,
         batches=batches,
-        rows=mesh_lib.batch_sharding(mesh),
+        rows=rows,
         checkpoints=checkpoints,
         reporter=reporter,
         evaluations=in_training.Evaluations(path, config, evaluators, encoder, reporter),

@@ -189,6 +189,26 @@ def test_depthwise_kernels_are_never_split_over_chips(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["v5e:16x16", "v4:4x4x4", "v5p:4x4x8"])
+def test_rows_of_the_processes_of_a_tpu_topology(name):
+    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'align_jax[tpu]'")
+    devices = aot.topology_devices(name)
+    processes = sorted({device.process_index for device in devices})
+    size, blocks = 4 * len(devices), 0
+    for fsdp in (1, 2, 8, 16, 32):  # 2 and 32 are no whole axes of a 4 x 4 x 4 torus
+        made = aot.mesh_lib.make_mesh(fsdp=fsdp, devices=devices)
+        assert made.shape["fsdp"] == fsdp
+        sharding = aot.mesh_lib.batch_sharding(made)
+        owners = np.repeat([device.process_index for device in made.devices.flat], 4)
+        rows = [aot.mesh_lib.process_rows(sharding, size, process) for process in processes]
+        for process, own in zip(processes, rows, strict=True):
+            np.testing.assert_array_equal(own, np.flatnonzero(owners == process))
+        blocks += np.array_equal(np.concatenate(rows), np.arange(size))
+    # In almost every mesh, blocks in the order of the processes would be other rows.
+    assert blocks <= 1
+
+
+@pytest.mark.slow
 def test_quick_report_on_cpu_names_the_collectives(experiment, tmp_path):
     out = tmp_path / "plan.json"
     command = compile_command(

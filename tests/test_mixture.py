@@ -150,7 +150,7 @@ def test_mixture_is_the_same_for_any_start_process_and_worker(num_workers):
     assert_same_batches(
         whole[4:], take(5, mixed, batch_size=8, start_step=4, num_workers=num_workers)
     )
-    parts = [take(9, mixed, batch_size=8, process_index=i, process_count=2) for i in range(2)]
+    parts = [take(9, mixed, batch_size=8, rows=range(4 * i, 4 * i + 4)) for i in range(2)]
     for step, batch in enumerate(whole):
         index = np.concatenate([part[step].arrays["index"] for part in parts])
         np.testing.assert_array_equal(index, batch.arrays["index"])

@@ -188,7 +188,7 @@ def test_fewer_shards_and_records_than_readers_changes_nothing(tmp_path, num_wor
     assert_same_batches(
         take(7, source, batch_size=4, num_threads=4, num_workers=num_workers), expected
     )
-    parts = [take(7, source, batch_size=4, process_index=i, process_count=4) for i in range(4)]
+    parts = [take(7, source, batch_size=4, rows=[i]) for i in range(4)]
     for step, batch in enumerate(expected):
         ids = np.concatenate([part[step].arrays["ids"] for part in parts])
         np.testing.assert_array_equal(ids, batch.arrays["ids"])

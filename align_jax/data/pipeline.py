@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
@@ -35,7 +35,7 @@ _MAX_STEPS = 2**48
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One process's rows of a global batch, and what was dropped while building them.
+    """A process's rows of a global batch, and what was dropped while building them.
 
     Attributes:
       arrays: for the device. `image` uint8 [b, S, S, 3]; `ids` and `mask` int32 [b, L]; `index`
@@ -56,7 +56,7 @@ class BatchSpec:
     """All that the bytes of a process's batches depend on, next to the source and the tokenizer.
 
     Attributes:
-      batch_size: B, over all processes; a multiple of `process_count`.
+      batch_size: B, over all processes.
       seed: in [0, 2**32).
       image_size: side S of the random crop, in pixels.
       resize_size: side before the crop, at least `image_size`.
@@ -64,8 +64,7 @@ class BatchSpec:
       flip: whether half of the images are mirrored.
       max_tokens: L, including [CLS] and [SEP].
       hash_pairs: adds `caption_hash` and `image_hash`.
-      process_index: p; the batches hold the p-th of P equal blocks of rows.
-      process_count: P.
+      rows: which of the B rows the batches hold, in this order.
     """
 
     batch_size: int
@@ -76,14 +75,8 @@ class BatchSpec:
     decode: str
     flip: bool
     max_tokens: int
-    hash_pairs: bool = False
-    process_index: int = 0
-    process_count: int = 1
-
-    @property
-    def local_rows(self) -> int:
-        """Rows of a process's batch."""
-        return self.batch_size // self.process_count
+    hash_pairs: bool
+    rows: tuple[int, ...]
 
 
 class BatchIterator(Iterator[Batch]):
@@ -109,15 +102,14 @@ def train_batches(
     seed: int,
     hash_pairs: bool = False,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> BatchIterator:
     """Returns an endless iterator of training batches, from `start_step` on.
 
     Step s holds positions s*B to (s+1)*B - 1 of the epochs laid end to end, each epoch another
     permutation of the source (a Mixture lays out each of its sources so and takes turns, see
-    mixture.Order); process p of P gets the p-th of P equal blocks of those rows. Caption choice,
-    crop and flip depend on (seed, position) only. Reading ahead starts with the first batch;
+    mixture.Order); a process gets the `rows` of it that its devices hold. Caption choice, crop and
+    flip depend on (seed, position) only. Reading ahead starts with the first batch;
     `close` the iterator when it is no longer needed.
 
     Args:
@@ -125,21 +117,18 @@ def train_batches(
       tokenizer: of the model.
       config: group `data`, of which `num_threads` batches are built at the same time in each of
         `num_workers` processes (0: in this one); that many and two more wait in memory.
-      batch_size, seed, hash_pairs, process_index, process_count: see `BatchSpec`.
+      batch_size, seed, hash_pairs: see `BatchSpec`.
       start_step: first step.
+      rows: of the B rows, those that this process needs; None needs all.
 
     Raises:
-      ValueError: an empty source, a batch size that P does not divide, a seed out of range, a
-        way of decoding that the resize method does not allow.
+      ValueError: an empty source, a seed out of range, a way of decoding that the resize method
+        does not allow.
       RuntimeError: while iterating, when 100 records drawn for one row are all unusable, when a
         worker died, or when a batch gets no further for two minutes; names worker and record.
     """
     if len(source) == 0:
         raise ValueError(f"{source.describe()} holds no pairs; check config.data.source.")
-    if batch_size % process_count:
-        raise ValueError(
-            f"config.train.batch_size={batch_size} is not divisible by {process_count} processes."
-        )
     if not 0 <= seed < 2**32:
         raise ValueError(f"config.train.seed={seed} must lie in [0, 2**32).")
     images.check_decode(config.decode, config.resize)
@@ -148,8 +137,7 @@ def train_batches(
         batch_size=batch_size,
         seed=seed,
         hash_pairs=hash_pairs,
-        process_index=process_index,
-        process_count=process_count,
+        rows=tuple(range(batch_size) if rows is None else map(int, rows)),
         **{name: value for name, value in config.items() if name in names},
     )
     num_threads, num_workers = config.num_threads, config.num_workers
@@ -191,7 +179,7 @@ class _BatchBuilder:
     spec: BatchSpec
 
     def __call__(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, str]]:
-        spec, num_rows = self.spec, self.spec.local_rows
+        spec, num_rows = self.spec, len(self.spec.rows)
         arrays = {
             "image": np.empty((num_rows, spec.image_size, spec.image_size, 3), np.uint8),
             "index": np.empty(num_rows, np.int32),
@@ -200,9 +188,9 @@ class _BatchBuilder:
             arrays["caption_hash"] = np.empty((num_rows, 2), np.uint32)
             arrays["image_hash"] = np.empty((num_rows, 2), np.uint32)
         captions, drops = [], []
-        first_position = step * spec.batch_size + spec.process_index * num_rows
-        for row in range(num_rows):
-            index, record, image, caption = self._draw(step, row, first_position + row, drops)
+        for row, row_of_batch in enumerate(spec.rows):
+            position = step * spec.batch_size + row_of_batch
+            index, record, image, caption = self._draw(step, row, position, drops)
             arrays["index"][row] = index
             arrays["image"][row] = image
             captions.append(caption)

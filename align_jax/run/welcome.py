@@ -52,6 +52,12 @@ def welcome(
         f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s), mesh {axes}; global batch "
         f"{config.train.batch_size}, {config.train.steps} steps"
     )
+    group, each = config.model.bn_group_size, config.train.batch_size // mesh.size
+    if config.model.bn_mode == "grouped" and each % group:
+        multihost.log(
+            f"config.model.bn_group_size={group} is more than whole groups of the {each} images of "
+            "a device: every BatchNorm waits for other devices"
+        )
     problems = f" ({source.problems})" if source.problems else ""
     multihost.log(f"{source.describe()}{problems}")
     started = "starting" if resume_step is None else f"continuing from step {resume_step} of"
