@@ -66,6 +66,14 @@ def _add_curate(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
     verb.add_argument("--metadata", metavar="FILE", help="entries of MetaCLIP, one a line")
     verb.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    verb.add_argument(
+        "--url-list", metavar="FILE", help="write also the kept urls, for img2dataset to download"
+    )
+    verb.add_argument(
+        "--subset",
+        metavar="FILE.npy",
+        help="write also the kept uids, as DataComp's resharder takes",
+    )
 
 
 def _curate(args: argparse.Namespace, rest: list[str]) -> None:
@@ -85,6 +93,8 @@ def _curate(args: argparse.Namespace, rest: list[str]) -> None:
         metadata=args.metadata,
         seed=args.seed,
         memory_gib=args.memory,
+        url_list=args.url_list,
+        subset=args.subset,
     )
     print(curate.format_counts(report))
     print(f"wrote {args.out}: kept.parquet, dropped.parquet, report.json, report.md")
@@ -179,8 +189,14 @@ def _add_pack(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     pack.add_argument(
         "--keep",
         metavar="FILE",
-        help="Parquet with a column key: other records are skipped; with a column text, these "
-        "texts are the captions",
+        help="Parquet with a column key (or a folder of parts), or DataComp's .npy of uids: other "
+        "records are skipped; with a column text, these texts are the captions",
+    )
+    pack.add_argument(
+        "--keep-by",
+        metavar="NAME",
+        help="what joins records to --keep in place of their key: uid, id, SAMPLE_ID, url, ... of "
+        "img2dataset's tables, Parquet tables and packed datasets",
     )
     pack.add_argument(
         "--columns",
@@ -189,9 +205,8 @@ def _add_pack(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
         help="metadata to carry along as features, e.g. url,license,similarity: columns of the "
         "table of --keep, or what the source has",
     )
-    pack.add_argument(
-        "--drop", metavar="FILE", help="Parquet with a column key: these records are skipped"
-    )
+    pack.add_argument("--drop", metavar="FILE", help="as --keep, of records that are skipped")
+    pack.add_argument("--drop-by", metavar="NAME", help="as --keep-by, for --drop")
 
 
 def _pack(args: argparse.Namespace, rest: list[str]) -> None:
@@ -208,6 +223,8 @@ def _pack(args: argparse.Namespace, rest: list[str]) -> None:
         shard_bytes=args.shard_size * 2**20,
         keep=args.keep,
         drop=args.drop,
+        keep_by=args.keep_by,
+        drop_by=args.drop_by,
         columns=[name.strip() for name in args.columns.split(",") if name.strip()],
     )
     print(json.dumps(report, indent=2, sort_keys=True))

@@ -26,10 +26,11 @@ from align_jax import __version__
 from align_jax import storage as storage_package
 from align_jax.curate import filter as filter_package
 from align_jax.curate.filter import columns as columns_lib
-from align_jax.curate.filter import engines, ingest, report, unigrams
+from align_jax.curate.filter import engines, ingest, lists, report, unigrams
 from align_jax.curate.filter import rules as rules_lib
 from align_jax.curate.filter.metadata_table import PROBLEMS, Metadata
 from align_jax.curate.filter.presets import Preset, load_preset
+from align_jax.data.sources.table_files import open_table
 from align_jax.storage import identity, problems, writing
 
 KEPT = 255
@@ -62,6 +63,8 @@ def curate(
     metadata: str | None = None,
     seed: int = 0,
     memory_gib: float = 2.0,
+    url_list: str | None = None,
+    subset: str | None = None,
 ) -> dict:
     """Returns the report of filtering a metadata table by the rules of a preset.
 
@@ -79,6 +82,8 @@ def curate(
       metadata: file of MetaCLIP entries, for presets that need it.
       seed: of sampling rules.
       memory_gib: limit of the engine.
+      url_list: Parquet file to write beside, which img2dataset downloads (lists.write_url_list).
+      subset: .npy file of the kept uids, as DataComp has them, to write beside.
 
     Raises:
       ValueError: bad input, or `out_dir` holds the result of another call.
@@ -87,9 +92,15 @@ def curate(
     rules = load_preset(preset)
     _check_options(rules, metadata, seed, memory_gib)
     engines.check_engine(engine)
+    if subset is not None and not subset.endswith(".npy"):
+        raise ValueError(f"--subset {subset} must end in .npy, which DataComp's subset files are.")
     files = ingest.find_files(source)
     present = ingest.present_columns(files, chosen)
-    writing.check_local(out_dir, "--out")
+    if url_list is not None and "url" not in present:
+        raise ValueError(f"--url-list {url_list}: {source} has no column url.")
+    for path, option in ((out_dir, "--out"), (url_list, "--url-list"), (subset, "--subset")):
+        if path is not None:
+            writing.check_local(path, option)
     out = Path(out_dir).absolute()
     plan = _Plan(rules, present, ingest.other_columns(files, chosen))
     with (
@@ -99,6 +110,7 @@ def curate(
         config = _config(files, chosen, rules, plan, metadata, seed)
         if _is_done(out, config):
             shutil.rmtree(out / "stages", ignore_errors=True)
+            _write_lists(files, out, url_list, subset)
             return json.loads((out / report.JSON_FILE).read_text("utf-8"))
         stages = out / "stages"
         writing.write_json(stages / _CONFIG, config)
@@ -123,7 +135,18 @@ def curate(
         head["problems"] = problems.report(_problems_of(files, chosen), source)
         made = report.write_results(parts, reasons, plan, head, str(out))
         shutil.rmtree(stages)
+        _write_lists(files, out, url_list, subset)
     return made
+
+
+def _write_lists(files: list[str], out: Path, url_list: str | None, subset: str | None) -> None:
+    kept = [str(out / report.KEPT_FILE)]
+    if url_list is not None:
+        name = lists.key_name(open_table(files[0]).names)
+        count = lists.write_url_list(kept, url_list, name)
+        _say(f"wrote {count} urls to {url_list}: {lists.command(url_list, name)}")
+    if subset is not None:
+        _say(f"wrote {lists.write_subset(kept, subset)} uids to {subset}")
 
 
 def format_counts(made: dict) -> str:

@@ -124,7 +124,8 @@ def no_common_key(option: str, keys: KeyList, example: str) -> str:
     theirs = f", the source for example {example!r}" if example else ""
     return (
         f"--{option} {keys.path} has no key in common with the source: it has for example "
-        f"{keys.example!r}{theirs}; give a table made from this source."
+        f"{keys.example!r}{theirs}; give a table made from this source, or join by what both have: "
+        f"--{option}-by uid, id, url."
     )
 
 
@@ -162,9 +163,10 @@ def _check_usable(
     skipped: dict[str, int],
     skipped_keys: dict[str, list[str]],
 ) -> None:
-    not_kept, dropped = skipped.get("not_kept", 0), skipped.get("dropped_by_list", 0)
+    not_kept = skipped.get("not_kept", 0) + skipped.get("join_missing", 0)
+    dropped = skipped.get("dropped_by_list", 0)
     if read and not_kept == read:
-        example = skipped_keys["not_kept"][0]
+        example = next(iter(skipped_keys.get("not_kept", [])), "")
         raise ValueError(no_common_key("keep", settings.keep, example))
     if not shards:
         raise ValueError(f"{source.describe()} holds no usable record: skipped {skipped}.")

@@ -1,8 +1,9 @@
 """Lists of keys to keep or to drop, which every worker looks keys up in without holding them.
 
-A list is a Parquet table that `align curate` or `align decontaminate` wrote. It becomes sorted
-8-byte hashes in files that are mapped into memory, so that all processes share one copy. Two keys
-of the same hash are one to the list: expect n*m / 2^64 such among n keys and m records.
+A list is a Parquet table that `align curate` or `align decontaminate` wrote, a folder of such, or a
+subset file of DataComp (data/sources/subsets.py). It becomes sorted 8-byte hashes in files that are
+mapped into memory, so that all processes share one copy. Two keys of the same hash are one to the
+list: expect n*m / 2^64 such among n keys and m records.
 """
 
 import os
@@ -12,7 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from align_jax.data.sources import subsets
+from align_jax.data.sources.column_names import find_column
 from align_jax.data.sources.record import hash_key
+from align_jax.data.sources.table_files import plain_text
+from align_jax.storage import identity
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -29,6 +34,7 @@ class KeyList:
       has_texts: whether the table has texts.
       example: the first key, or "" in an empty table.
       columns: other columns of which the values are kept.
+      by: name of the metadata by which records are looked up; None for their key.
     """
 
     def __init__(
@@ -39,9 +45,10 @@ class KeyList:
         has_texts: bool,
         example: str,
         columns: tuple[str, ...] = (),
+        by: str | None = None,
     ):
         """Keeps what `write_key_list` wrote into `folder`."""
-        self.columns = columns
+        self.columns, self.by = columns, by
         self.path, self.size, self.has_texts, self.example = path, size, has_texts, example
         self._folder = folder
         self._maps = self._table = None
@@ -95,12 +102,30 @@ class KeyList:
         return hashes, spans, texts
 
 
+def is_subset(path: str) -> bool:
+    """Returns whether a list is a subset file of DataComp."""
+    return path.lower().endswith(".npy")
+
+
+def files_of(path: str) -> list[str]:
+    """Returns the files of a list: itself, or the Parquet files of a folder in order."""
+    if not os.path.isdir(path):
+        return [path]
+    names = sorted(name for name in os.listdir(path) if name.endswith(".parquet"))
+    return [os.path.join(path, name) for name in names if name[0] not in "._"]
+
+
+def stamp(path: str, by: str | None) -> str:
+    """Returns 32 hex digits of the content of a list and of how it is joined."""
+    return identity.digest([by, *map(identity.of_content, files_of(path))])
+
+
 def column_kinds(path: str) -> dict[str, str]:
-    """Returns name -> "text", "int" or "float" of the columns of a Parquet table that are such."""
+    """Returns name -> "text", "int" or "float" of the columns of a list that are such."""
     import pyarrow as pa
 
     kinds = {}
-    for field in _import_parquet("--columns").read_schema(path):
+    for field in [] if is_subset(path) else _open(files_of(path)[0], "--columns").schema_arrow:
         if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
             kinds[field.name] = "text"
         elif pa.types.is_integer(field.type):
@@ -111,47 +136,54 @@ def column_kinds(path: str) -> dict[str, str]:
 
 
 def write_key_list(
-    path: str, folder: str, *, option: str, texts: bool, columns: Sequence[str] = ()
+    path: str,
+    folder: str,
+    *,
+    option: str,
+    texts: bool,
+    columns: Sequence[str] = (),
+    by: str | None = None,
 ) -> KeyList:
-    """Returns the keys of a Parquet table with the column `key` (a Record.key a row).
+    """Returns the keys of a list: of the column `by`, or `key` (a Record.key a row) where it lacks.
 
     Memory holds 32 bytes a row while the list is written, with texts 56.
 
     Args:
-      path: the table.
+      path: Parquet table, folder of such, or subset file.
       folder: receives the files of the list; made if need be.
       option: names the table in messages, e.g. "--keep".
       texts: whether to keep the column `text`, if there is one.
       columns: others whose values to keep; those that the table lacks are left out.
+      by: metadata of the records that is looked up; None for their key, of a subset file `uid`.
 
     Raises:
-      ValueError: no Parquet file or no column `key`; names the columns that there are.
+      ValueError: no Parquet file or no column of keys; names the columns that there are.
     """
-    parquet = _import_parquet(option)
-    try:
-        table = parquet.ParquetFile(path)
-    except Exception as error:  # pyarrow's own kinds; all mean the same here
-        raise ValueError(f"{option} {path} is not a Parquet file: {error}") from error
-    with table:
-        names = table.schema_arrow.names
-        if "key" not in names:
+    os.makedirs(folder, exist_ok=True)
+    if is_subset(path):
+        by, column, texts, columns = by or "uid", "", False, ()
+        batches = ((uids, []) for uids in subsets.read_subset(path))
+    else:
+        names = _open(files_of(path)[0], option).schema_arrow.names
+        column = _key_column(names, by)
+        if column is None:
             raise ValueError(
-                f"{option} {path} has no column 'key': it has {', '.join(names)}; give a table "
-                "of `align curate` or `align decontaminate`."
+                f"{option} {path} has no column {by or 'key'!r}: it has {', '.join(names)}; give a "
+                "table of `align curate` or `align decontaminate`."
             )
         texts = texts and "text" in names
         columns = tuple(name for name in columns if name in names)
-        os.makedirs(folder, exist_ok=True)
-        hashes, spans, example = [], [], ""
-        with open(os.path.join(folder, "texts.bin"), "wb") as file:
-            for keys, batch_texts in _batches(table, texts):
-                example = example or next(iter(keys), "")
-                hashes.append(np.fromiter(map(hash_key, keys), np.uint64, len(keys)))
-                if texts:
-                    encoded = [text.encode("utf-8", "replace") for text in batch_texts]
-                    ends = file.tell() + np.cumsum([len(text) for text in encoded], dtype=np.int64)
-                    spans.append(np.stack([ends - [len(text) for text in encoded], ends], 1))
-                    file.write(b"".join(encoded))
+        batches = _batches(path, option, column, texts)
+    hashes, spans, example = [], [], ""
+    with open(os.path.join(folder, "texts.bin"), "wb") as file:
+        for keys, batch_texts in batches:
+            example = example or next(iter(keys), "")
+            hashes.append(np.fromiter(map(hash_key, keys), np.uint64, len(keys)))
+            if texts:
+                encoded = [text.encode("utf-8", "replace") for text in batch_texts]
+                ends = file.tell() + np.cumsum([len(text) for text in encoded], dtype=np.int64)
+                spans.append(np.stack([ends - [len(text) for text in encoded], ends], 1))
+                file.write(b"".join(encoded))
     hashes = np.concatenate([np.zeros(0, np.uint64), *hashes])
     order = np.argsort(hashes, kind="stable")
     np.save(os.path.join(folder, "hashes.npy"), hashes[order])
@@ -159,28 +191,52 @@ def write_key_list(
         spans = np.concatenate([np.zeros((0, 2), np.int64), *spans])
         np.save(os.path.join(folder, "spans.npy"), spans[order])
     if columns:
-        _write_columns(path, os.path.join(folder, "columns.arrow"), columns, order)
-    return KeyList(path, folder, len(hashes), texts, example, columns)
+        _write_columns(path, os.path.join(folder, "columns.arrow"), column, columns, order)
+    return KeyList(path, folder, len(hashes), texts, example, columns, by)
 
 
-def _write_columns(path: str, out: str, columns: Sequence[str], order: np.ndarray) -> None:
+def _key_column(names: Sequence[str], by: str | None) -> str | None:
+    known = ("key",) if by is None else (by.lower(), "key")
+    return find_column(names, known)
+
+
+def _write_columns(
+    path: str, out: str, key: str, columns: Sequence[str], order: np.ndarray
+) -> None:
     """Writes columns in the order of the hashes, as a file that is mapped into memory."""
     import pyarrow as pa
 
-    table = _import_parquet("--columns").read_table(path, columns=["key", *columns])
-    table = table.filter(table["key"].is_valid()).select(list(columns)).take(pa.array(order))
+    parquet, names = _import_parquet("--columns"), list(dict.fromkeys([key, *columns]))
+    table = pa.concat_tables(parquet.read_table(file, columns=names) for file in files_of(path))
+    table = table.filter(table[key].is_valid()).select(list(columns)).take(pa.array(order))
     with pa.OSFile(out, "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table.combine_chunks())
 
 
-def _batches(table: "pq.ParquetFile", texts: bool) -> Iterator[tuple[list[str], list[str]]]:
-    columns = ["key", "text"] if texts else ["key"]
-    for batch in table.iter_batches(_BATCH_ROWS, columns=columns):
-        keys = batch["key"].to_pylist()
-        values = batch["text"].to_pylist() if texts else [""] * len(keys)
-        # Keys that are numbers in the table are strings in a Record; no key, no record.
-        rows = [(str(k), v or "") for k, v in zip(keys, values, strict=True) if k is not None]
-        yield [key for key, _ in rows], [text for _, text in rows]
+def _batches(
+    path: str, option: str, column: str, texts: bool
+) -> Iterator[tuple[list[str], list[str]]]:
+    columns = [column, "text"] if texts else [column]
+    for file in files_of(path):
+        with _open(file, option) as table:
+            for batch in table.iter_batches(_BATCH_ROWS, columns=columns):
+                keys = batch[column].to_pylist()
+                values = batch["text"].to_pylist() if texts else [""] * len(keys)
+                # Keys that are numbers in the table are strings in a Record; no key, no record.
+                rows = [
+                    (plain_text(k) or str(k), v or "")
+                    for k, v in zip(keys, values, strict=True)
+                    if k is not None
+                ]
+                yield [key for key, _ in rows], [text for _, text in rows]
+
+
+def _open(path: str, option: str) -> "pq.ParquetFile":
+    parquet = _import_parquet(option)
+    try:
+        return parquet.ParquetFile(path)
+    except Exception as error:  # pyarrow's own kinds; all mean the same here
+        raise ValueError(f"{option} {path} is not a Parquet file: {error}") from error
 
 
 def _import_parquet(option: str) -> ModuleType:

@@ -20,9 +20,8 @@ from typing import Any
 
 from align_jax import __version__
 from align_jax.curate.pack import finish as pack_finish
-from align_jax.curate.pack import metadata
+from align_jax.curate.pack import joins, key_lists, metadata
 from align_jax.curate.pack import unit as pack_unit
-from align_jax.curate.pack.key_lists import KeyList, write_key_list
 from align_jax.curate.pack.unit import SKIP_REASONS, Unit
 from align_jax.data.sources.open_source import PairSource
 from align_jax.run.progress import show_progress
@@ -47,6 +46,8 @@ def pack(
     resize_px: int | None = None,
     keep: str | None = None,
     drop: str | None = None,
+    keep_by: str | None = None,
+    drop_by: str | None = None,
     columns: Sequence[str] = (),
 ) -> dict:
     """Returns the report of writing `source` as one split of the TFDS dataset in `out_dir`.
@@ -79,9 +80,14 @@ def pack(
       beam: options of an Apache Beam pipeline that packs the units instead, see pack_beam.py.
       resize_px: images whose short side is longer shrink to it, keeping their aspect ratio, and
         become JPEG of quality 95; smaller ones are not touched.
-      keep: Parquet table; records whose key is not in its column `key` are skipped. If it has a
-        column `text`, the texts of a key replace the captions of its record.
-      drop: Parquet table; records whose key is in its column `key` are skipped.
+      keep: Parquet table, or a folder of parts; records whose key is not in its column `key` are
+        skipped. If it has a column `text`, the texts of a key replace the captions of its record.
+        Or a subset file of DataComp, see data/sources/subsets.py.
+      drop: likewise; records whose key is in it are skipped.
+      keep_by: metadata of the records that joins them to `keep` in place of their key: uid, id,
+        url (joins.py), compared with the column of that name, or `key` where there is none.
+        Records without it are skipped as `join_missing`. Of a subset file `uid` unless given.
+      drop_by: likewise of `drop`; records without it stay.
       columns: metadata to write as features of the dataset, from the table of `keep` or from the
         records (Record.metadata); "", -1 or NaN where there is none. See metadata.py.
 
@@ -103,8 +109,11 @@ def pack(
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1.")
     for name, path in (("keep", keep), ("drop", drop)):
-        if path is not None and not os.path.isfile(path):
+        if path is not None and not any(map(os.path.isfile, key_lists.files_of(path))):
             raise ValueError(f"--{name} {path} does not exist; it is a Parquet file of keys.")
+    for name, path, by in (("keep", keep, keep_by), ("drop", drop, drop_by)):
+        if by is not None and path is None:
+            raise ValueError(f"--{name}-by {by} needs --{name}, the list that it joins.")
     writing.check_local(out_dir, "--out")
     out_dir = os.path.abspath(out_dir)
     staging = os.path.join(os.path.dirname(out_dir), f".{os.path.basename(out_dir)}.{split}.tmp")
@@ -116,7 +125,7 @@ def pack(
     ):
         try:
             units = _plan(source, unit_records)
-            lists = {"keep": keep, "drop": drop}
+            lists = {"keep": (keep, keep_by), "drop": (drop, drop_by)}
             options = {"shard_bytes": shard_bytes, "resize_px": resize_px}
             stamp = _stamp(source, units, lists, options | {"columns": kinds})
             left = _units_left(staging, stamp, units, f"pack {split}")
@@ -173,14 +182,14 @@ def _plan(source: PairSource, unit_records: int | None) -> list[Unit]:
 def _stamp(
     source: PairSource,
     units: list[Unit],
-    lists: Mapping[str, str | None],
+    lists: Mapping[str, tuple[str | None, str | None]],
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What decides the bytes written; finished units count only where it is the same."""
     return {
         "align_jax": __version__,
         "source": identity.stamp(source),
-        "lists": {name: identity.of_content(path) for name, path in lists.items() if path},
+        "lists": {name: key_lists.stamp(path, by) for name, (path, by) in lists.items() if path},
         **options,
         "units": len(units),
     }
@@ -209,17 +218,18 @@ def _finished_units(staging: str) -> bool:
 
 
 def _key_lists(
-    staging: str, lists: Mapping[str, str | None], columns: Sequence[str]
-) -> dict[str, KeyList]:
+    staging: str, lists: Mapping[str, tuple[str | None, str | None]], columns: Sequence[str]
+) -> dict[str, key_lists.KeyList]:
     return {
-        name: write_key_list(
+        name: key_lists.write_key_list(
             path,
             os.path.join(staging, name),
             option=f"--{name}",
             texts=name == "keep",
             columns=columns if name == "keep" else (),
+            by=by,
         )
-        for name, path in lists.items()
+        for name, (path, by) in lists.items()
         if path is not None
     }
 
@@ -231,7 +241,9 @@ def _check_lists(source: PairSource, settings: pack_unit.Settings) -> None:
             continue
         if option == "keep" and not keys.size:
             raise ValueError(f"--keep {keys.path} is empty; nothing would be packed.")
-        if keys.size and hasattr(source, "key") and len(source):
+        if keys.by is not None:
+            joins.check(source, f"--{option}-by", keys.by)
+        elif keys.size and hasattr(source, "key") and len(source):
             if not any(source.key(index) in keys for index in range(len(source))):
                 raise ValueError(pack_finish.no_common_key(option, keys, source.key(0)))
 

@@ -17,11 +17,11 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from tensorflow_datasets.core import example_serializer
 
-from align_jax.curate.pack import metadata
+from align_jax.curate.pack import joins, metadata
 from align_jax.curate.pack.key_lists import KeyList
 from align_jax.data import images
 from align_jax.data.sources.open_source import PairSource
-from align_jax.data.sources.record import UNUSABLE_REASONS, hash_key, is_usable
+from align_jax.data.sources.record import UNUSABLE_REASONS, Record, hash_key, is_usable
 from align_jax.data.sources.shards import Part
 from align_jax.storage import text, writing
 from align_jax.storage.problems import reason_of
@@ -31,6 +31,7 @@ SKIP_REASONS = (
     "key_duplicate",
     "not_kept",
     "dropped_by_list",
+    "join_missing",
 )
 KEYS_LISTED = 20  # of each reason, in the report
 JPEG_QUALITY = 95  # of resized images, as in img2dataset
@@ -105,7 +106,13 @@ def pack_unit(unit: Unit, settings: Settings) -> Iterator[None]:
     skipped_keys: dict[str, list[str]] = {}
     hashes: dict[int, None] = {}  # of the keys written, in order
     shards = ShardWriter(settings.folder, unit.number, settings.shard_bytes)
-    for key, reason, data in _checked(source, unit.start, stop, settings):
+    identities = {
+        keys.by: joins.Identities(unit.source, keys.by)
+        for keys in (settings.keep, settings.drop)
+        if keys is not None and keys.by is not None
+    }
+    check = _Checker(source, settings, identities)
+    for key, reason, data in _checked(check, unit.start, stop, settings.num_threads):
         if reason is None and (hashed := hash_key(key)) in hashes:
             reason = "key_duplicate"
         if reason is None:
@@ -199,9 +206,8 @@ def open_shard(path: str) -> ArrayRecordWriter:
     return ArrayRecordWriter(path, "group_size:1")
 
 
-def _checked(source: PairSource, start: int, stop: int, settings: Settings) -> Iterator[_Checked]:
+def _checked(check: "_Checker", start: int, stop: int, threads: int) -> Iterator[_Checked]:
     """Yields what _Checker returns for each index, in order."""
-    check, threads = _Checker(source, settings), settings.num_threads
     if threads == 1:
         yield from map(check, range(start, stop))
         return
@@ -222,9 +228,12 @@ def _checked(source: PairSource, start: int, stop: int, settings: Settings) -> I
 class _Checker:
     """Callable index -> (key, reason to skip or None, serialized record)."""
 
-    def __init__(self, source: PairSource, settings: Settings):
+    def __init__(
+        self, source: PairSource, settings: Settings, identities: Mapping[str, joins.Identities]
+    ):
         self._source = source
         self._settings = settings
+        self._identities = identities  # name of metadata -> who has which
         self._features = features(settings.columns)
         self._serializer = example_serializer.ExampleSerializer(
             self._features.get_serialized_info()
@@ -237,17 +246,26 @@ class _Checker:
             record = None
             if hasattr(self._source, "key"):  # known before the image is read
                 key = self._source.key(index)
-            else:
+            if not hasattr(self._source, "key") or any(
+                names.needs_record for names in self._identities.values()
+            ):
                 record = self._source[index]
                 key = record.key
-            if settings.drop is not None and key in settings.drop:
-                return key, "dropped_by_list", None
-            if settings.keep is not None and key not in settings.keep:
-                return key, "not_kept", None
+            if settings.drop is not None:
+                dropped = self._listed(settings.drop, key, record)
+                if dropped is not None and dropped in settings.drop:
+                    return key, "dropped_by_list", None
+            listed = key
+            if settings.keep is not None:
+                listed = self._listed(settings.keep, key, record)
+                if listed is None:
+                    return key, "join_missing", None
+                if listed not in settings.keep:
+                    return key, "not_kept", None
             record = record or self._source[index]
             captions, columns = record.captions, record.columns
             if settings.keep is not None and settings.keep.has_texts:
-                captions, columns = settings.keep.texts(key), ()
+                captions, columns = settings.keep.texts(listed), ()
             columns = columns or [""] * len(captions)
             texts = [pair for pair in zip(captions, columns, strict=True) if is_usable(pair[0])]
             if not texts:
@@ -260,11 +278,18 @@ class _Checker:
         captions = [text.clean(caption) for caption in captions]
         example = {"image": image, "captions": captions, "caption_columns": columns, "key": key}
         if settings.columns:
-            kept = settings.keep.values(key) if settings.keep is not None else {}
+            kept = settings.keep.values(listed) if settings.keep is not None else {}
             example |= metadata.values(settings.columns, kept, record.metadata)
         example = self._serializer.get_tf_example(self._features.encode_example(example))
         # Features are a protobuf map; its order would otherwise differ between processes.
         return key, None, example.SerializeToString(deterministic=True)
+
+    def _listed(self, keys: KeyList, key: str, record: Record | None) -> str | None:
+        """What a list has in place of the key of a record; None if the record has no such thing."""
+        if keys.by is None:
+            return key
+        names = self._identities[keys.by]
+        return names.of(record) if names.needs_record else names.known(key)
 
 
 def _encoded(image: bytes | np.ndarray, pixels: np.ndarray, resize_px: int | None) -> bytes:
