@@ -74,6 +74,7 @@ OPENS = {
     "data/read_ahead.py": "shared memory",
     "data/sources/archives.py": "bytes of archives and files",
     "data/sources/img2dataset.py": "statistics of img2dataset",
+    "data/sources/subsets.py": "writes",
     "data/tokenizer.py": "tokenizer folders, written by transformers or here",
     "data/vocabulary.py": "counts written here",
     "embed.py": "manifests written here",
