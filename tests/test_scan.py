@@ -16,9 +16,10 @@ import pytest
 from helpers import environment, error_of, make_pairs, real_data, snapshot, write_table
 from PIL import ExifTags, Image
 from pyarrow import parquet
+from test_img2dataset import write_shard
 
 from align_jax.cli import main as cli
-from align_jax.curate import scan as scan_module
+from align_jax.curate import scan_unit
 from align_jax.curate.pack.pack import pack
 from align_jax.curate.scan import open_any, read_report, scan
 from align_jax.data.sources import open_source as sources
@@ -164,9 +165,10 @@ def test_a_rerun_after_kill_9_gives_the_bytes_of_an_uninterrupted_run(inside):
     make_pairs(inside, 40)
     scan(PAIRS, "whole.parquet", part_size=6)
     code = (
-        "import time, sys; from align_jax.curate import scan as s; read = s._Reader.__call__\n"
+        "import time, sys; from align_jax.curate import scan_unit as u, scan as s\n"
+        "read = u._Reader.__call__\n"
         "def slow(self, index):\n    time.sleep(0.1)\n    return read(self, index)\n"
-        "s._Reader.__call__ = slow\n"
+        "u._Reader.__call__ = slow\n"
         f"s.scan({PAIRS!r}, 'out.parquet', part_size=6, num_threads=2)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], env=environment())
@@ -181,15 +183,10 @@ def test_a_rerun_after_kill_9_gives_the_bytes_of_an_uninterrupted_run(inside):
     kept = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.parquet")}
     assert 2 <= len(kept) < 7
     written = []
-    real_write = scan_module._write_part
-    try:
-        scan_module._write_part = lambda path, results: (
-            written.append(path),
-            real_write(path, results),
-        )
+    write = scan_unit.write_part
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan_unit, "write_part", lambda *part: written.append(part) or write(*part))
         scan(PAIRS, "out.parquet", part_size=6)
-    finally:
-        scan_module._write_part = real_write
     assert len(written) == 7 - len(kept)
     assert (inside / "out.parquet").read_bytes() == (inside / "whole.parquet").read_bytes()
     assert not parts.exists()
@@ -268,16 +265,16 @@ def test_second_scan_into_one_file_is_refused(inside):
 
 
 def _stop_after_one_part():
-    write, done = scan_module._write_part, []
+    write, done = scan_unit.write_part, []
 
-    def stop(path, results):
+    def stop(*part):
         if done:
             raise KeyboardInterrupt
-        done.append(path)
-        write(path, results)
+        done.append(part)
+        write(*part)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(scan_module, "_write_part", stop)
+        patch.setattr(scan_unit, "write_part", stop)
         scan(PAIRS, "out.parquet", part_size=6)
 
 
@@ -295,3 +292,74 @@ def test_labelled_images_say_where_they_are(inside):
     source = open_any("set", labelled=True)
     assert source.where(0) == f"{source.describe()}: dog/a.jpg"
     assert open_any("scenes?size=4&label=shape", labelled=True).where(3).endswith("image 3")
+
+
+def write_shards(folder, count=3, **columns):
+    """Writes shards of four pairs as img2dataset does, with tables that have more columns."""
+    for number in range(count):
+        write_shard(folder, number)
+        side = parquet.read_table(folder / f"{number:05d}.parquet")
+        captions = [f"caption {key}" for key in side["key"].to_pylist()]
+        for name, value in {"caption": captions, "width": 8, "height": 8, **columns}.items():
+            values = value if isinstance(value, list) else [value] * len(side)
+            side = side.append_column(name, [values])
+        parquet.write_table(side, folder / f"{number:05d}.parquet")
+
+
+def test_files_are_the_same_for_any_number_of_workers(inside):
+    make_pairs(inside, 14)
+    for workers in (1, 2):
+        scan(PAIRS, f"{workers}.parquet", part_size=3, num_workers=workers)
+    assert (inside / "1.parquet").read_bytes() == (inside / "2.parquet").read_bytes()
+
+
+@pytest.mark.slow
+def test_shards_are_the_same_on_workers_and_on_beam(inside):
+    pytest.importorskip("apache_beam")
+    write_shards(inside / "shards")
+    beam = {"beam": "--runner=DirectRunner"}
+    for name, options in (("1", {}), ("2", {"num_workers": 2}), ("b", beam)):
+        scan("shards", f"{name}.parquet", **options)
+    whole = (inside / "1.parquet").read_bytes()
+    assert whole == (inside / "2.parquet").read_bytes() == (inside / "b.parquet").read_bytes()
+
+
+def test_shards_are_units_whose_rows_are_numbered_through(inside):
+    write_shards(inside / "shards")
+    report = scan("shards", "out.parquet")
+    table = parquet.read_table("out.parquet")
+    assert table["index"].to_pylist() == list(range(12))
+    assert table["key"].to_pylist()[4:6] == ["000010000", "000010001"]
+    assert parquet.ParquetFile("out.parquet").num_row_groups == 3
+    assert report["records_read"] == 12
+    assert report["source_problems"] == {"status_failed_to_download": 3}
+    assert report["problems"]["status_failed_to_download"]["count"] == 3
+
+
+def test_tables_beside_shards_are_used_in_place_of_images(inside):
+    hashes = [f"{n:064x}" for n in range(5)]
+    write_shards(inside / "shards", sha256=hashes, phash=[f"{n:016x}" for n in range(5)])
+    scan("shards", "read.parquet")
+    for path in (inside / "shards").glob("*.tar"):
+        path.write_bytes(b"no image is looked at")
+    report = scan("shards", "reused.parquet", reuse=True)
+    read, reused = (parquet.read_table(f"{name}.parquet") for name in ("read", "reused"))
+    same = ["key", "text", "index", "width", "height"]
+    assert reused.select(same).equals(read.select(same))
+    assert reused["sha256"].to_pylist() == hashes[:4] * 3
+    assert reused["phash"].to_pylist()[:2] == ["0" * 16, "0" * 15 + "1"]
+    assert report["source_problems"] == {"status_failed_to_download": 3}
+    assert reused["file_bytes"].null_count == 12
+
+
+def test_tables_that_do_not_serve_are_refused(inside, capfd):
+    make_pairs(inside, 2)
+    write_shard(inside / "shards", 0)
+    for source, message in (
+        (PAIRS, "--reuse is for folders of img2dataset; captions.jsonl"),
+        ("shards", "00000.parquet has no column width; scan without it."),
+    ):
+        line = error_of(capfd, "scan", source, "--out", "o.parquet", "--reuse", "--workers", "1")
+        assert message in line
+    message = error_of(capfd, "scan", PAIRS, "--out", "o.parquet", "--workers", "0")
+    assert message == "--workers 0 must be at least 1."

@@ -69,7 +69,7 @@ OPENS = {
     "curate/pack/key_lists.py": "writes",
     "curate/pack/pack.py": "a lock",
     "curate/pack/unit.py": "writes",
-    "curate/scan.py": "parts written here",
+    "curate/parts.py": "parts written here",
     "data/images.py": "bytes of images",
     "data/read_ahead.py": "shared memory",
     "data/sources/archives.py": "bytes of archives and files",

@@ -30,13 +30,42 @@ def _add_scan(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     scan.add_argument(
         "--labelled", action="store_true", help="SOURCE has class folders, as --zeroshot of eval"
     )
+    _add_workers(scan, "scan")
+    scan.add_argument(
+        "--reuse",
+        action="store_true",
+        help="take captions, sizes and hashes from img2dataset's tables; no image is read",
+    )
 
 
 def _scan(args: argparse.Namespace, rest: list[str]) -> None:
     from align_jax.curate import scan
 
-    report = scan.scan(args.source, args.out, labelled=args.labelled)
+    report = scan.scan(
+        args.source,
+        args.out,
+        labelled=args.labelled,
+        num_workers=args.workers,
+        beam=args.beam,
+        reuse=args.reuse,
+    )
     print(json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False))
+
+
+def _add_workers(verb: argparse.ArgumentParser, name: str) -> None:
+    verb.add_argument(
+        "--workers",
+        type=int,
+        default=num_cores(),
+        metavar="N",
+        help="processes (default: one a core); the files written are the same for any number",
+    )
+    verb.add_argument(
+        "--beam",
+        metavar="OPTIONS",
+        help=f"{name} on an Apache Beam runner, e.g. --beam='--runner=FlinkRunner "
+        "--parallelism=64'; its workers must see the same paths",
+    )
 
 
 def _add_curate(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -160,19 +189,7 @@ def _add_pack(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
     pack.add_argument("--out", required=True, metavar="DIR", help="dataset folder")
     pack.add_argument("--split", default="train", help="name of the split (default: train)")
-    pack.add_argument(
-        "--workers",
-        type=int,
-        default=num_cores(),
-        metavar="N",
-        help="processes (default: one a core); the files written are the same for any number",
-    )
-    pack.add_argument(
-        "--beam",
-        metavar="OPTIONS",
-        help="pack on an Apache Beam runner, e.g. --beam='--runner=FlinkRunner --parallelism=64'; "
-        "its workers must see the same paths",
-    )
+    _add_workers(pack, "pack")
     pack.add_argument(
         "--resize",
         type=int,

@@ -6,23 +6,20 @@ can be. The result has random access (global shuffle, exact resume) and opens wi
 `tfds.builder_from_directory` and with data/sources/open_source.py.
 """
 
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align_jax import __version__
+from align_jax.curate import workers
 from align_jax.curate.pack import finish as pack_finish
 from align_jax.curate.pack import joins, key_lists, metadata
 from align_jax.curate.pack import unit as pack_unit
-from align_jax.curate.pack.unit import SKIP_REASONS, Unit
+from align_jax.curate.pack.unit import SKIP_REASONS
+from align_jax.curate.workers import Unit
 from align_jax.data.sources.open_source import PairSource
 from align_jax.run.progress import show_progress
 from align_jax.storage import identity, writing
@@ -77,7 +74,7 @@ def pack(
       num_threads: records read and checked at the same time by all workers; at least 2 in each of
         several.
       num_workers: processes; 1 packs in this one.
-      beam: options of an Apache Beam pipeline that packs the units instead, see pack_beam.py.
+      beam: options of an Apache Beam pipeline that packs the units instead, see workers.py.
       resize_px: images whose short side is longer shrink to it, keeping their aspect ratio, and
         become JPEG of quality 95; smaller ones are not touched.
       keep: Parquet table, or a folder of parts; records whose key is not in its column `key` are
@@ -138,14 +135,9 @@ def pack(
                 columns=kinds,
             )
             _check_lists(source, settings)
-            if beam is not None:
-                from align_jax.curate.pack import beam as pack_beam
-
-                done = pack_beam.run_units(left, settings, beam)
-            elif num_workers > 1:
-                done = _in_processes(left, settings, num_workers)
-            else:
-                done = _in_this_process(left, settings)
+            done = workers.run(
+                pack_unit.pack_unit, left, settings, num_workers=num_workers, beam=beam
+            )
             expected = sum(unit.expected for unit in left)
             for _ in show_progress(done, expected, f"pack {split}"):
                 pass
@@ -163,20 +155,10 @@ def pack(
 
 
 def _plan(source: PairSource, unit_records: int | None) -> list[Unit]:
-    if hasattr(source, "parts"):
-        parts = enumerate(source.parts)
-        return [Unit(number, part, 0, None, part.num_expected) for number, part in parts]
-    size = len(source)
-    step = unit_records or max(_FEWEST_RECORDS, min(_MOST_RECORDS, size // _UNITS))
-    units = []
-    for start in range(0, size, step):
-        stop = min(start + step, size)
-        if hasattr(source, "slice"):  # workers then receive their share of the index only
-            unit = Unit(len(units), source.slice(start, stop), 0, stop - start, stop - start)
-        else:
-            unit = Unit(len(units), source, start, stop, stop - start)
-        units.append(unit)
-    return units
+    size = 0 if hasattr(source, "parts") else len(source)
+    return workers.plan(
+        source, unit_records or max(_FEWEST_RECORDS, min(_MOST_RECORDS, size // _UNITS))
+    )
 
 
 def _stamp(
@@ -246,54 +228,3 @@ def _check_lists(source: PairSource, settings: pack_unit.Settings) -> None:
         elif keys.size and hasattr(source, "key") and len(source):
             if not any(source.key(index) in keys for index in range(len(source))):
                 raise ValueError(pack_finish.no_common_key(option, keys, source.key(0)))
-
-
-def _in_this_process(units: list[Unit], settings: pack_unit.Settings) -> Iterator[None]:
-    for unit in units:
-        yield from pack_unit.pack_unit(unit, settings)
-
-
-def _in_processes(
-    units: list[Unit], settings: pack_unit.Settings, num_workers: int
-) -> Iterator[None]:
-    # spawn: a forked copy of threads that hold locks can hang.
-    pool = ProcessPoolExecutor(
-        num_workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-    )
-    waiting = iter(units)
-    running = set()
-    try:
-        while True:
-            # A few at a time: what is queued is pickled and held in memory.
-            while len(running) < 2 * num_workers and (unit := next(waiting, None)) is not None:
-                running.add(pool.submit(_pack_whole_unit, unit, settings))
-            if not running:
-                break
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                for _ in range(future.result()):
-                    yield
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "A worker process died (out of memory?); finished units are kept, run the same "
-            "command again, with fewer --workers if need be."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _pack_whole_unit(unit: Unit, settings: pack_unit.Settings) -> int:
-    return sum(1 for _ in pack_unit.pack_unit(unit, settings))
-
-
-def _start_worker() -> None:
-    """Makes this worker end with its parent, which may be killed, and on Ctrl-C without a word."""
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -4,12 +4,10 @@ The result depends on the unit and the settings alone, so units may be packed by
 workers, in any order, and again after a crash. Planning and putting together is in pack.py.
 """
 
-import collections
 import dataclasses
 import io
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -19,10 +17,10 @@ from tensorflow_datasets.core import example_serializer
 
 from align_jax.curate.pack import joins, metadata
 from align_jax.curate.pack.key_lists import KeyList
+from align_jax.curate.workers import Unit, in_order
 from align_jax.data import images
 from align_jax.data.sources.open_source import PairSource
 from align_jax.data.sources.record import UNUSABLE_REASONS, Record, hash_key, is_usable
-from align_jax.data.sources.shards import Part
 from align_jax.storage import text, writing
 from align_jax.storage.problems import reason_of
 
@@ -62,25 +60,6 @@ class Settings:
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True)
-class Unit:
-    """Records `start` to `stop` of a PairSource, or all records of a part that `open` opens.
-
-    Attributes:
-      number: place among the units.
-      source: PairSource, or a part (shards.Part).
-      start: first record.
-      stop: one after the last record; None for all.
-      expected: number of records, for the display of progress.
-    """
-
-    number: int
-    source: PairSource | Part
-    start: int
-    stop: int | None
-    expected: int
-
-
 def features(columns: Mapping[str, str]) -> tfds.features.FeaturesDict:
     """Returns the features of a packed record, with those of metadata."""
     return tfds.features.FeaturesDict(
@@ -100,8 +79,7 @@ def pack_unit(unit: Unit, settings: Settings) -> Iterator[None]:
 
     The result (`result_path`, `hashes_path`) appears last: where it is, the unit is complete.
     """
-    source = unit.source.open() if unit.stop is None else unit.source
-    stop = len(source) if unit.stop is None else unit.stop
+    source, records = unit.open()
     skipped: dict[str, int] = {}
     skipped_keys: dict[str, list[str]] = {}
     hashes: dict[int, None] = {}  # of the keys written, in order
@@ -112,7 +90,7 @@ def pack_unit(unit: Unit, settings: Settings) -> Iterator[None]:
         if keys is not None and keys.by is not None
     }
     check = _Checker(source, settings, identities)
-    for key, reason, data in _checked(check, unit.start, stop, settings.num_threads):
+    for key, reason, data in in_order(check, records, settings.num_threads):
         if reason is None and (hashed := hash_key(key)) in hashes:
             reason = "key_duplicate"
         if reason is None:
@@ -126,7 +104,7 @@ def pack_unit(unit: Unit, settings: Settings) -> Iterator[None]:
     with writing.replacing(path) as temporary, open(temporary, "wb") as file:
         np.save(file, np.fromiter(hashes, np.uint64, len(hashes)))
     result = {
-        "records_read": stop - unit.start,
+        "records_read": len(records),
         "shard_lengths": shards.lengths,
         "shard_sizes": shards.sizes,
         "skipped": skipped,
@@ -204,25 +182,6 @@ class ShardWriter:
 def open_shard(path: str) -> ArrayRecordWriter:
     """Returns a writer of records that can each be read alone, which a global shuffle needs."""
     return ArrayRecordWriter(path, "group_size:1")
-
-
-def _checked(check: "_Checker", start: int, stop: int, threads: int) -> Iterator[_Checked]:
-    """Yields what _Checker returns for each index, in order."""
-    if threads == 1:
-        yield from map(check, range(start, stop))
-        return
-    # Not Grain: it imports jax, which a worker would load for seconds and hold for nothing.
-    pool = ThreadPoolExecutor(threads)
-    waiting = collections.deque()
-    try:
-        for index in range(start, stop):
-            waiting.append(pool.submit(check, index))
-            if len(waiting) > 4 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 class _Checker:

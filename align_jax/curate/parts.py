@@ -1,0 +1,65 @@
+"""Finished parts of long work, kept beside its result until that is complete."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+
+from align_jax.storage import writing
+
+_SOURCE_FILE = "source.json"
+
+
+def folder_of(out: str) -> str:
+    """Returns the folder that holds the parts of a file."""
+    return os.path.join(os.path.dirname(out), f".{os.path.basename(out)}.parts")
+
+
+@contextlib.contextmanager
+def checked(folder: str, content: dict, work: str) -> Iterator[None]:
+    """Context in which parts are written into a folder, after `_check`.
+
+    A failure before the first part leaves nothing behind.
+    """
+    _check(folder, content, work)
+    try:
+        yield
+    except BaseException:
+        if not any(name.endswith(".parquet") for name in os.listdir(folder)):
+            os.remove(os.path.join(folder, _SOURCE_FILE))
+        raise
+
+
+def paths(folder: str, count: int) -> list[str]:
+    """Returns the path of each part."""
+    return [os.path.join(folder, f"{number:06d}.parquet") for number in range(count)]
+
+
+def _check(folder: str, content: dict, work: str) -> None:
+    """Refuses the parts of other data, options or versions; writes what new ones are made from.
+
+    Args:
+      folder: of the parts.
+      content: what decides them, as JSON gives it back.
+      work: names what is done in messages.
+
+    Raises:
+      ValueError: `folder` has parts of something else.
+    """
+    path = os.path.join(folder, _SOURCE_FILE)
+    try:
+        with open(path, encoding="utf-8") as file:
+            before = json.load(file)
+    except (OSError, ValueError):
+        before = {}
+    if "stamp" not in before:  # nothing says what the parts are of, if there are any
+        for name in os.listdir(folder):
+            if name != writing.LOCK_FILE:
+                os.remove(os.path.join(folder, name))
+        writing.write_json(path, content)
+    elif before != content:
+        changed = [name for name in content if before.get(name) != content[name]]
+        raise ValueError(
+            f"{folder} holds an unfinished {work} of other input ({', '.join(changed)} changed); "
+            "remove that folder or name another --out."
+        )
