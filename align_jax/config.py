@@ -95,6 +95,9 @@ def default_config() -> ConfigDict:
     optim.temperature_lr_multiplier = 1.0
     optim.image_lr_multiplier = 1.0  # 0 freezes the tower (locked-image tuning)
     optim.text_lr_multiplier = 1.0
+    # Regexes on names of parameters that stay as they are, at no cost; a tower of which nothing
+    # learns is in eval mode.
+    optim.freeze = ()
 
     # Instead of all weights, A and B of an adapter to `init_from`: kernels W + alpha / rank * A B.
     c.lora = lora = ConfigDict()

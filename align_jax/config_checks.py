@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from align_jax import losses
 from align_jax.config import check_keys, default_config
 from align_jax.data import images
-from align_jax.models import bert, dual_encoder, efficientnet, layers
+from align_jax.models import bert, dual_encoder, efficientnet, freeze, layers
 
 
 def validate(config: ConfigDict, *, num_devices: int, num_processes: int = 1) -> None:
@@ -34,7 +34,7 @@ def validate(config: ConfigDict, *, num_devices: int, num_processes: int = 1) ->
     for path in _NOT_NEGATIVE:
         if not 0.0 <= _get(config, path) < math.inf:
             raise ValueError(f"config.{path}={_get(config, path)} must be finite and not negative.")
-    for path in ("optim.no_decay", "optim.no_trust_ratio", "lora.kernels"):
+    for path in ("optim.no_decay", "optim.no_trust_ratio", "optim.freeze", "lora.kernels"):
         _check_patterns(_get(config, path), path)
     if config.train.seed >= 2**32:
         raise ValueError(f"config.train.seed={config.train.seed} must be below 2**32.")
@@ -68,11 +68,7 @@ def validate(config: ConfigDict, *, num_devices: int, num_processes: int = 1) ->
             f"config.optim.warmup_steps={config.optim.warmup_steps} leaves nothing of "
             f"config.train.steps={config.train.steps}."
         )
-    if config.optim.image_lr_multiplier == 0 and config.model.bn_mode != "frozen":
-        raise ValueError(
-            "config.optim.image_lr_multiplier=0 locks the image tower, but its BatchNorm "
-            "statistics would still move; set config.model.bn_mode='frozen'."
-        )
+    _check_learned(config)
 
 
 _POSITIVE = (
@@ -216,9 +212,16 @@ def _check_lora(config: ConfigDict) -> None:
         raise ValueError(
             "config.lora.kernels=() names no kernel; config.lora.rank=0 is no adapter."
         )
-    # Raises where a regex is found nowhere. No name depends on the vocabulary.
+
+
+def _check_learned(config: ConfigDict) -> None:
+    frozen = freeze.make_frozen(config.optim)
+    if not frozen and not config.lora.rank:
+        return
+    # Either raises where a regex is found nowhere. No name depends on the vocabulary.
     model = dual_encoder.make_model(config.model, config.loss, vocab_size=1, lora=config.lora)
-    dual_encoder.abstract_variables(model)
+    shapes = dual_encoder.abstract_variables(model)
+    freeze.check(frozen, model.lora, shapes["params"])
 
 
 def _check_patterns(patterns: Iterable[str], path: str) -> None:

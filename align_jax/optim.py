@@ -32,12 +32,12 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns the optimizer of a dual encoder's `params`.
+    """Returns the optimizer of those `params` of a dual encoder that learn.
 
     Args:
       config: group `optim`. `no_decay` and `no_trust_ratio` are regexes on parameter names.
       schedule: step -> learning rate, multiplied per tower by `image_lr_multiplier` and
-        `text_lr_multiplier` (0 freezes the tower and keeps no moments for it).
+        `text_lr_multiplier`.
 
     Source: LAMB, You et al. 2020, with the masks of kakaobrain/coyo-align: BatchNorm scale and bias
     take a plain Adam update, all other tensors decay and take the trust ratio.
@@ -72,14 +72,14 @@ def _label(name: str, _: jax.Array) -> str:
     """Returns the rule that a parameter learns by."""
     if name == "bias":  # of the sigmoid loss: learns as any tensor of the text side does
         return "text"
-    return "temperature" if name == "temperature" else name.split("/")[0].split("_")[0]
+    if name == "temperature":
+        return name
+    return name.removeprefix("lora/").split("/")[0].split("_")[0]
 
 
 def _rule(
     config: ConfigDict, schedule: optax.Schedule, multiplier: float
 ) -> optax.GradientTransformation:
-    if multiplier == 0:
-        return optax.set_to_zero()
     dtype = config.momentum_dtype
     if config.name == "lion":
         direction = optax.scale_by_lion(config.b1, config.b2, mu_dtype=dtype)
@@ -97,8 +97,6 @@ def _rule(
 
 
 def _temperature_rule(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    if config.temperature == "fixed":
-        return optax.set_to_zero()
     multiplier = config.temperature_lr_multiplier
     if config.temperature == "same":
         return _rule(config, schedule, multiplier)

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from align_jax import mesh as mesh_lib
-from align_jax.models import dual_encoder, lora
+from align_jax.models import dual_encoder
 
 
 @partial(
@@ -24,7 +24,7 @@ class TrainState:
 
     Attributes:
       step: int32 [], number of updates made; the only counter, it also gives the data position.
-      params: float32 tensors; which of them learn, `lora.trained` says.
+      params: float32 tensors; which of them learn, `dual_encoder.learned` says.
       batch_stats: running BatchNorm statistics, float32.
       opt_state: of the optimizer, for those that learn.
     """
@@ -47,7 +47,7 @@ def abstract_state(
         step=jax.ShapeDtypeStruct((), jnp.int32),
         params=variables["params"],
         batch_stats=variables["batch_stats"],
-        opt_state=jax.eval_shape(optimizer.init, lora.trained(variables["params"])),
+        opt_state=jax.eval_shape(optimizer.init, dual_encoder.learned(model, variables["params"])),
     )
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -72,7 +72,11 @@ def make_program(
       vocab_size: of the tokenizer.
     """
     model = dual_encoder.make_model(
-        config.model, config.loss, vocab_size=vocab_size, lora=config.lora
+        config.model,
+        config.loss,
+        vocab_size=vocab_size,
+        lora=config.lora,
+        optim=config.optim,
     )
     schedule = optim.make_schedule(config.optim, config.train.steps)
     optimizer = optim.make_optimizer(config.optim, schedule)
@@ -191,7 +195,7 @@ def _open_run(
         dropped = data["dropped"]
     log_every = max(config.log.every_steps, workdir.logged_every(path))
     multihost.lead_first(lambda: workdir.write_config(path, config))
-    welcome.welcome(config, path, mesh, source, abstract, resume_step)
+    welcome.welcome(config, path, mesh, source, model, abstract, resume_step)
 
     reporter = report.Reporter(
         path,

@@ -16,9 +16,9 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from align_jax import losses, state
+from align_jax import losses, state, trees
 from align_jax import mesh as mesh_lib
-from align_jax.models import dual_encoder, lora
+from align_jax.models import dual_encoder
 
 TrainStep = Callable[[state.TrainState, dict], tuple[state.TrainState, dict]]
 
@@ -52,20 +52,20 @@ def make_train_step(
     def train_step(s: state.TrainState, batch: dict) -> tuple[state.TrainState, dict]:
         keys = dual_encoder.example_keys(config.seed, s.step, batch["index"])
 
-        def loss_of(trained: dict) -> tuple[jax.Array, tuple[losses.Parts, dict]]:
-            params = lora.with_trained(s.params, trained)
+        def loss_of(learned: dict) -> tuple[jax.Array, tuple[losses.Parts, dict]]:
+            params = trees.updated(s.params, learned)
             variables = {"params": params, "batch_stats": s.batch_stats}
             z_image, z_text, moments = encode(variables, batch | {"keys": keys})
             loss, parts = loss_fn(z_image, z_text, params, batch, keys)
             return loss, (parts, moments)
 
-        trained = lora.trained(s.params)
-        (loss, (parts, moments)), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
-        updates, opt_state = optimizer.update(gradients, s.opt_state, trained)
+        learned = dual_encoder.learned(model, s.params)
+        (loss, (parts, moments)), gradients = jax.value_and_grad(loss_of, has_aux=True)(learned)
+        updates, opt_state = optimizer.update(gradients, s.opt_state, learned)
         new_state = state.TrainState(
             step=s.step + 1,
-            params=lora.with_trained(s.params, optax.apply_updates(trained, updates)),
-            batch_stats=dual_encoder.update_batch_stats(model, s.batch_stats, moments),
+            params=trees.updated(s.params, optax.apply_updates(learned, updates)),
+            batch_stats=dual_encoder.update_batch_stats(model, s.variables(), moments),
             opt_state=opt_state,
         )
         metrics = {
@@ -160,5 +160,5 @@ def init_state(
         step=jax.device_put(jnp.zeros((), jnp.int32), shardings.step),
         params=variables["params"],
         batch_stats=variables["batch_stats"],
-        opt_state=init_optimizer(lora.trained(variables["params"])),
+        opt_state=init_optimizer(dual_encoder.learned(model, variables["params"])),
     )

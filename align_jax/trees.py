@@ -23,6 +23,27 @@ def map_named(fn: Callable[[str, Any], Any], tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(path_name(path), leaf), tree)
 
 
+def select(tree: dict, keep: Callable[[str], bool], prefix: str = "") -> dict:
+    """Returns the nested dict without the leaves whose names `keep` refuses, nor empty branches."""
+    found = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            if branch := select(value, keep, f"{name}/"):
+                found[key] = branch
+        elif keep(name):
+            found[key] = value
+    return found
+
+
+def updated(tree: dict, new: dict) -> dict:
+    """Returns the nested dict with the leaves that `new`, a part of it, has replaced."""
+    return tree | {
+        key: updated(tree[key], value) if isinstance(value, dict) else value
+        for key, value in new.items()
+    }
+
+
 def match_any(patterns: Iterable[str], name: str) -> bool:
     """Returns whether any regular expression matches somewhere in the name."""
     return any(re.search(pattern, name) for pattern in patterns)

@@ -192,6 +192,7 @@ TABLE = {
     "optim.temperature": [("same", program), ("fixed", program)],
     "optim.temperature_lr_multiplier": [(2.0, program)],
     "optim.image_lr_multiplier": [(0.5, program), (0.0, program, FROZEN)],
+    "optim.freeze": [(("^text/",), program), (("^image/stem",), program)],
     "optim.text_lr_multiplier": [(0.5, program)],
     "lora.rank": [(3, program, LORA), (3, weights, LORA)],
     "lora.alpha": [(8.0, program, LORA)],

@@ -103,7 +103,8 @@ def test_update_batch_stats_weighs_the_old_value_by_the_decay(mode, expected):
     c.model.bn_decay, c.model.bn_mode = 0.75, mode
     model = dual_encoder.make_model(c.model, c.loss, vocab_size=9)
     old, moments = {"mean": jnp.ones(2)}, {"mean": jnp.full(2, 3.0)}
-    new = dual_encoder.update_batch_stats(model, old, moments)
+    variables = {"params": {"image": {"scale": 1.0}}, "batch_stats": old}
+    new = dual_encoder.update_batch_stats(model, variables, moments)
     np.testing.assert_array_equal(new["mean"], np.full(2, expected))
 
 

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from align_jax import config, optim
+from align_jax.models import freeze
 
 PARAMS = {
     "image": {
@@ -31,12 +32,15 @@ def settings(**changes):
 
 
 def run(c, steps=4):
+    """(parameters before each step and at the end, optimizer state), of those that learn."""
     optimizer = optim.make_optimizer(c, optim.make_schedule(c, 10))
-    params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), PARAMS)
+    learned = freeze.learned(freeze.make_frozen(c), None, PARAMS)
+    params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), learned)
     state = optimizer.init(params)
     history = [params]
     for step in range(steps):
-        g = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), gradients(step))
+        g = freeze.learned(freeze.make_frozen(c), None, gradients(step))
+        g = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), g)
         updates, state = optimizer.update(g, state, params)
         params = optax.apply_updates(params, updates)
         history.append(params)
@@ -106,10 +110,9 @@ def test_log_temperature_stays_positive_and_equals_adam_on_the_logarithm():
     assert float(history[-1]["temperature"]) == pytest.approx(np.exp(log_t), rel=1e-4)
 
 
-def test_fixed_temperature_and_frozen_tower_never_change_and_keep_no_moments():
+def test_fixed_temperature_and_frozen_tower_do_not_learn_and_keep_no_moments():
     history, state = run(settings(temperature="fixed", image_lr_multiplier=0.0))
-    for name in ("image", "image_projection", "temperature"):
-        jax.tree.map(np.testing.assert_array_equal, history[0][name], history[-1][name])
+    assert history[0].keys() == history[-1].keys() == {"text"}
     assert np.abs(history[0]["text"]["encoder"]["layer0"]["query"]["bias"] -
                   history[-1]["text"]["encoder"]["layer0"]["query"]["bias"]).max() > 0  # fmt: skip
     sizes = {np.shape(x) for x in jax.tree.leaves(state)}

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from align_jax import trees
-from align_jax.models import bert, efficientnet, init, layers
+from align_jax.models import bert, efficientnet, freeze, init, layers
 from align_jax.models import lora as lora_lib
 
 Variables = dict[str, dict]
@@ -29,7 +29,8 @@ class DualEncoder(nn.Module):
       temperature_init: starting value of the scalar that divides the cosine.
       bias_init: starting value of the sigmoid loss's bias; None: there is none.
       bn_decay: weight of the old BatchNorm statistics in `update_batch_stats`.
-      lora: how kernels are adapted; None: they are not.
+      lora: how kernels are adapted; None: they are not. The factors are then all that learns.
+      frozen: regexes on names of parameters that do not learn, see `learned`.
     """
 
     image: efficientnet.EfficientNet
@@ -40,6 +41,7 @@ class DualEncoder(nn.Module):
     bias_init: float | None = None
     bn_decay: float = 0.99
     lora: lora_lib.Lora | None = None
+    frozen: tuple[str, ...] = ()
 
     def setup(self) -> None:
         # Projections, norms and loss stay float32 in every compute dtype.
@@ -62,13 +64,13 @@ class DualEncoder(nn.Module):
         images: jax.Array,
         ids: jax.Array,
         mask: jax.Array,
-        train: bool,
+        train_image: bool,
         image_keys: jax.Array | None = None,
         text_keys: jax.Array | None = None,
         constrain: layers.Constrain = layers.unconstrained,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns (z_image [B, D], z_text [B, D], temperature []), not unit norm."""
-        z_image = self.encode_image(images, train, image_keys, constrain)
+        z_image = self.encode_image(images, train_image, image_keys, constrain)
         return z_image, self.encode_text(ids, mask, text_keys, constrain), self.temperature
 
     def encode_image(
@@ -105,7 +107,12 @@ class DualEncoder(nn.Module):
 
 
 def make_model(
-    config: ConfigDict, loss: ConfigDict, *, vocab_size: int, lora: ConfigDict | None = None
+    config: ConfigDict,
+    loss: ConfigDict,
+    *,
+    vocab_size: int,
+    lora: ConfigDict | None = None,
+    optim: ConfigDict | None = None,
 ) -> DualEncoder:
     """Returns the dual encoder that groups of a validated config describe.
 
@@ -114,6 +121,7 @@ def make_model(
       loss: group `loss`, whose learned scalars are kept with the towers.
       vocab_size: of the tokenizer.
       lora: group `lora`; None adapts nothing.
+      optim: group `optim`, which says what does not learn; None freezes nothing.
     """
     width, depth = efficientnet.VARIANTS[config.image.variant]
     size = bert.VARIANTS[config.text.variant]
@@ -146,7 +154,22 @@ def make_model(
         bias_init=loss.bias_init if loss.kind == "sigmoid" else None,
         bn_decay=config.bn_decay,
         lora=lora_lib.make_lora(lora) if lora else None,
+        frozen=freeze.make_frozen(optim) if optim else (),
     )
+
+
+def learned(model: DualEncoder, params: dict) -> dict:
+    """Returns the part of the parameters, or of shapes like them, that learns."""
+    return freeze.learned(model.frozen, model.lora, params)
+
+
+def is_locked(model: DualEncoder, params: dict, tower: str) -> bool:
+    """Returns whether nothing of a tower, "image" or "text", learns: it is then in eval mode.
+
+    Its projection is no part of it, its factors are.
+    """
+    of_tower = trees.select(params, lambda name: name.startswith((f"{tower}/", f"lora/{tower}/")))
+    return not learned(model, of_tower)
 
 
 def abstract_variables(model: DualEncoder) -> Variables:
@@ -196,6 +219,7 @@ def apply_towers(
 
     Embeddings are float32 and unit norm. In train mode `batch_stats` holds the *moments of this
     batch*, to be blended by `update_batch_stats`; in eval mode the running statistics unchanged.
+    A tower that is locked is in eval mode always.
 
     Args:
       model: from `make_model`.
@@ -211,12 +235,17 @@ def apply_towers(
     if train and keys is None:
         raise ValueError("apply_towers(train=True) needs one PRNG key per example.")
     image_keys, text_keys = layers.split_keys(keys if train else None, 2)
+    train_image = train
+    if train and is_locked(model, variables["params"], "image"):
+        train_image, image_keys = False, None
+    if train and is_locked(model, variables["params"], "text"):
+        text_keys = None
     (z_image, z_text, temperature), updated = model.apply(
         merge_lora(model, variables),
         batch["image"],
         batch["ids"],
         batch["mask"],
-        train,
+        train_image,
         image_keys,
         text_keys,
         constrain,
@@ -254,13 +283,14 @@ def merge_lora(model: DualEncoder, variables: Variables) -> Variables:
     return variables | {"params": lora_lib.merge(model.lora, variables["params"])}
 
 
-def update_batch_stats(model: DualEncoder, running: dict, moments: dict) -> dict:
+def update_batch_stats(model: DualEncoder, variables: Variables, moments: dict) -> dict:
     """Returns `bn_decay * running + (1 - bn_decay) * moments`, leaf by leaf.
 
-    Frozen statistics stay bitwise as they are: their moments are the running ones, of which the
-    weighted sum would be off by rounding.
+    Those of mode "frozen" and of a locked tower stay bitwise as they are: their moments are the
+    running ones, of which the weighted sum would be off by rounding.
     """
-    if model.image.bn_mode == "frozen":
+    running = variables["batch_stats"]
+    if model.image.bn_mode == "frozen" or is_locked(model, variables["params"], "image"):
         return running
     new_share = 1.0 - model.bn_decay
     return jax.tree.map(lambda old, new: model.bn_decay * old + new_share * new, running, moments)

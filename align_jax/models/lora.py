@@ -125,11 +125,6 @@ def merge(lora: Lora | None, params: dict) -> dict:
     return adapt(base_of(params), params[_SUBTREE])
 
 
-def trained(params: dict) -> dict:
-    """Returns the part of the parameters that learns: A and B where there are any, else all."""
-    return params.get(_SUBTREE, params)
-
-
-def with_trained(params: dict, new: dict) -> dict:
-    """Returns the parameters with the part that learns replaced."""
-    return params | {_SUBTREE: new} if _SUBTREE in params else new
+def is_factor(name: str) -> bool:
+    """Returns whether the name is that of an A or B."""
+    return name.startswith(f"{_SUBTREE}/")

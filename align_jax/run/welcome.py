@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from align_jax import trees
 from align_jax.data.sources.open_source import PairSource
-from align_jax.models import lora
+from align_jax.models import dual_encoder
 from align_jax.run import multihost
 from align_jax.state import TrainState
 
@@ -20,6 +20,7 @@ def welcome(
     path: str | os.PathLike,
     mesh: Mesh,
     source: PairSource,
+    model: dual_encoder.DualEncoder,
     abstract: TrainState,
     resume_step: int | None,
 ) -> None:
@@ -30,6 +31,7 @@ def welcome(
       path: its workdir.
       mesh: that it runs on.
       source: of its pairs, with what that could not give.
+      model: of `abstract`.
       abstract: from `state.abstract_state`.
       resume_step: of the restored checkpoint; None where the run starts.
     """
@@ -41,11 +43,12 @@ def welcome(
         f"{config.model.image.variant} + {config.model.text.variant}: {image:,} + {text:,} "
         f"parameters, {config.model.dtype}"
     )
-    if config.lora.rank:
-        factors = lora.trained(abstract.params)
+    learned = dual_encoder.learned(model, abstract.params)
+    if model.lora or model.frozen:
+        kind = f"LoRA of rank {config.lora.rank}: " if model.lora else ""
         multihost.log(
-            f"LoRA of rank {config.lora.rank} on {len(jax.tree.leaves(factors)) // 2} kernels: "
-            f"{trees.count(factors):,} parameters learn"
+            f"{kind}{trees.count(learned):,} parameters in {len(jax.tree.leaves(learned))} tensors "
+            "learn"
         )
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     multihost.log(
