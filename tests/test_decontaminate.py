@@ -12,8 +12,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from align_jax.cli import main as cli
-from align_jax.curate.near_duplicates import decontaminate as decontaminate_module
-from align_jax.curate.near_duplicates import match_sheet
+from align_jax.curate.near_duplicates import match_sheet, matches
 from align_jax.curate.near_duplicates.decontaminate import decontaminate
 from align_jax.curate.scan import scan
 from align_jax.data.perceptual_hash import phash
@@ -57,12 +56,12 @@ def test_matches_drops_and_report_of_made_hashes(inside):
     write_hashes("y.parquet", {7: 2**63 + 1}, key="id", column="image_phash")
     report = decontaminate("train.parquet", ["x.parquet", "y.parquet"], "out", max_distance=2)
     assert [list(row.values()) for row in read("out/matches.parquet")] == [
-        ["a", "x.parquet", "x0", "phash", 1, None],
-        ["a", "y.parquet", "7", "phash", 2, None],
-        ["b", "x.parquet", "x0", "phash", 2, None],
-        ["c", "x.parquet", "x1", "phash", 1, None],
-        ["d", "y.parquet", "7", "phash", 2, None],
-        ["e", "x.parquet", "x0", "phash", 2, None],
+        ["a", "x.parquet", "x0", "phash", "as it is", 1, None],
+        ["a", "y.parquet", "7", "phash", "as it is", 2, None],
+        ["b", "x.parquet", "x0", "phash", "as it is", 2, None],
+        ["c", "x.parquet", "x1", "phash", "as it is", 1, None],
+        ["d", "y.parquet", "7", "phash", "as it is", 2, None],
+        ["e", "x.parquet", "x0", "phash", "as it is", 2, None],
     ]
     assert read("out/drop.parquet") == [
         {"key": key, "reason": f"near_duplicate of {name}.parquet"}
@@ -121,11 +120,14 @@ def test_embeddings_match_above_a_cosine_of_0_975_by_default(inside, against):
     assert report["min_cosine"] == 0.975
 
 
-def test_a_sheet_has_24_pairs_of_all_distances():
+def test_a_sheet_has_24_pairs_of_all_distances(inside):
     scores = np.repeat(np.array([0, 3, 8], np.uint8), (40, 30, 2))
     rows = np.arange(len(scores))
-    matches = decontaminate_module._Matches(rows, np.ones_like(rows), rows, scores)
-    shown = decontaminate_module._spread(matches)
+    keys = rows.astype(str).astype(object)
+    found = matches.Matches(rows, keys, np.ones_like(rows), rows, keys, scores)
+    output = matches.Output(inside, ["train", "eval"], "phash", matches.SHEET_PAIRS)
+    output.write(iter([found[:35], found[35:]]))
+    shown = output.spread()
     assert np.unique(shown.scores, return_counts=True)[1].tolist() == [11, 11, 2]
     assert shown.rows.tolist() == [*range(11), *range(40, 51), 70, 71]
 

@@ -162,7 +162,20 @@ def _add_decontaminate(add_verb: Callable[..., argparse.ArgumentParser]) -> None
         default=0.975,
         help="of embeddings, folders of `align embed` (default: 0.975, as in the paper)",
     )
+    verb.add_argument(
+        "--as-is",
+        action="store_true",
+        help="compare evaluation images as they are, not also cropped, mirrored and framed",
+    )
     verb.add_argument("--sheet", action="store_true", help="draw matched pairs: sheet.png")
+    verb.add_argument(
+        "--engine",
+        default="duckdb",
+        help="that searches inside TRAIN: duckdb, spark://..., bigquery://..., see `align curate`",
+    )
+    verb.add_argument(
+        "--memory", type=float, default=2.0, metavar="GIB", help="of the engine (default: 2)"
+    )
 
 
 def _decontaminate(args: argparse.Namespace, rest: list[str]) -> None:
@@ -174,7 +187,10 @@ def _decontaminate(args: argparse.Namespace, rest: list[str]) -> None:
         args.out,
         max_distance=args.max_distance,
         min_cosine=args.min_cosine,
+        copies=not args.as_is,
         sheet=args.sheet,
+        engine=args.engine,
+        memory_gib=args.memory,
     )
     print(json.dumps(report, indent=2, ensure_ascii=False))
 

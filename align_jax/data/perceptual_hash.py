@@ -1,4 +1,4 @@
-"""64-bit perceptual hashes of images, and exact search for hashes within a Hamming distance.
+"""64-bit perceptual hashes of images and of copies that people make of them, and exact search.
 
 The hash is the one of the `imagehash` library (`phash`, hash_size 8, highfreq_factor 4), bit for
 bit; COYO's column `image_phash` has its form, 16 hexadecimal digits.
@@ -13,6 +13,17 @@ from PIL import Image
 
 MAX_DISTANCE = 16  # unrelated photos come this close by chance
 MAX_PAIRS = 20_000_000
+
+_CROPS, _BORDER = (0.05, 0.1, 0.17), 0.05  # shares of width and height, on each side
+_ALTERED = (
+    "as it is",
+    *(f"{share:.0%} cropped" for share in _CROPS),
+    "centre square",
+    "black border",
+    "white border",
+    "letterbox",
+)
+COPIES = (*_ALTERED, *(f"mirrored, {name}" for name in _ALTERED))
 
 _BITS = 64
 _HASH_SIDE, _GREY_SIDE_PX = 8, 32
@@ -30,11 +41,20 @@ def phash(image: np.ndarray) -> str:
 
     Source: imagehash.phash, after N. Krawetz, "Looks Like It" (2011).
     """
-    grey = Image.fromarray(image).convert("L")
-    grey = grey.resize((_GREY_SIDE_PX, _GREY_SIDE_PX), Image.Resampling.LANCZOS)
-    frequencies = scipy.fft.dct(scipy.fft.dct(np.asarray(grey), axis=0), axis=1)
-    low = frequencies[:_HASH_SIDE, :_HASH_SIDE]
-    return np.packbits(low > np.median(low)).tobytes().hex()
+    return _hash_grey(_grey(image))
+
+
+def phash_copies(image: np.ndarray) -> list[str]:
+    """Returns the hashes of 16 copies of an image as people make them, in the order of COPIES.
+
+    The image as it is, cropped by 5, 10 and 17 % on each side, its centre square, with a black and
+    a white border of 5 %, in black bars that make it square; then all of these mirrored.
+
+    Args:
+      image: uint8 RGB [H, W, 3].
+    """
+    greys = [_grey(copy) for copy in (image, *_altered(image))]
+    return [_hash_grey(grey) for grey in [*greys, *(grey[:, ::-1] for grey in greys)]]
 
 
 def parse_hashes(texts: Sequence[str]) -> np.ndarray:
@@ -134,6 +154,35 @@ def check_distance(max_distance: int) -> None:
         raise ValueError(
             f"--max-distance {max_distance} must be 0 to {MAX_DISTANCE} of the {_BITS} bits."
         )
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    """Returns an image as uint8 [32, 32]."""
+    grey = Image.fromarray(image).convert("L")
+    return np.asarray(grey.resize((_GREY_SIDE_PX, _GREY_SIDE_PX), Image.Resampling.LANCZOS))
+
+
+def _hash_grey(grey: np.ndarray) -> str:
+    frequencies = scipy.fft.dct(scipy.fft.dct(grey, axis=0), axis=1)
+    low = frequencies[:_HASH_SIDE, :_HASH_SIDE]
+    return np.packbits(low > np.median(low)).tobytes().hex()
+
+
+def _altered(image: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields the copies of COPIES between "as it is" and the mirrored ones."""
+    height, width, _ = image.shape
+    for share in _CROPS:
+        y, x = round(height * share), round(width * share)
+        yield image[y : height - y, x : width - x]
+    side = min(height, width)
+    y, x = (height - side) // 2, (width - side) // 2
+    yield image[y : y + side, x : x + side]
+    y, x = (max(1, round(size * _BORDER)) for size in (height, width))
+    for shade in (0, 255):
+        yield np.pad(image, ((y, y), (x, x), (0, 0)), constant_values=shade)
+    missing = max(height, width) - np.array([height, width])
+    (top, left), (bottom, right) = missing // 2, missing - missing // 2
+    yield np.pad(image, ((top, bottom), (left, right), (0, 0)))
 
 
 def _is_hash(text: str) -> bool:

@@ -1,85 +1,163 @@
-"""How far perceptual hashes of altered copies and of unrelated images lie apart, and search speed.
+"""Which copies of evaluation images are found among training images, and what that costs.
 
-python experiments/benchmarks/near_duplicates.py 'dev.jsonl?images=dev.zip&max=1000' \
-    'cc3m.jsonl?images=cc3m.zip&max=1000'
+python experiments/benchmarks/near_duplicates.py 'dev.jsonl?images=dev.zip&max=500' \
+    --train 'cc3m.jsonl?images=cc3m.zip' --train 'train.jsonl?images=train.zip' --model RUN
 
-For each source: the share of copies missed at each distance in bits; then matches among the pairs
-of images of different sources; then times of the exact search among a million made hashes.
+For each kind of copy: the share missed by the hash of the image as it is and by the hashes of its
+16 copies, at 8 bits; with --model, also by the cosine of embeddings. Then the training images that
+match although nobody copied them: what a decontamination would lose.
 """
 
 import argparse
 import io
-import itertools
-import time
+from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
+import align_jax
+from align_jax.align import Align
 from align_jax.data.images import decode_image
-from align_jax.data.perceptual_hash import hamming_pairs, parse_hashes, phash
+from align_jax.data.perceptual_hash import COPIES, hamming_pairs, parse_hashes, phash, phash_copies
 from align_jax.data.sources.open_source import open_source
 
-DISTANCES = (0, 2, 4, 6, 8, 10, 12)
+MAX_DISTANCE = 8
+COSINES = (0.975, 0.95, 0.9)
+ASPECT = 1.5  # of photos that the source holds squashed to a square
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sources", nargs="+", help="pairs, see `align pack`")
+    parser.add_argument("evaluation", help="pairs, see `align pack`")
+    parser.add_argument("--train", action="append", default=[], metavar="PAIRS")
+    parser.add_argument("--model", help="whose image embeddings are compared too")
     args = parser.parse_args()
-    print(f"{'% missed at':38}", *(f"{distance:>6}" for distance in DISTANCES))
-    hashes = []
-    for spec in args.sources:
-        source = open_source(spec)
-        images = [Image.fromarray(decode_image(source[n].image)) for n in range(len(source))]
-        hashes.append(parse_hashes([phash(np.asarray(image)) for image in images]))
-        print(source.describe())
-        for name, alter in COPIES.items():
-            copies = parse_hashes([phash(alter(image)) for image in images])
-            bits = np.bitwise_count(hashes[-1] ^ copies)
-            missed = [100 * np.mean(bits > distance) for distance in DISTANCES]
-            print(f"  {name:36}", *(f"{share:6.1f}" for share in missed))
-    pairs = list(itertools.combinations(hashes, 2))
-    num_pairs = sum(len(left) * len(right) for left, right in pairs)
-    found = [sum(len(hamming_pairs(*pair, d)[0]) for pair in pairs) for d in DISTANCES]
-    print(f"{f'matches of {num_pairs:,} unrelated pairs':38}", *(f"{count:6}" for count in found))
-    rng = np.random.default_rng(0)
-    train, evaluation = (rng.integers(0, 2**64, size, np.uint64) for size in (1_000_000, 5_000))
-    for title, other, distance in (("5,000", evaluation, 8), ("themselves", None, 4)):
-        start = time.perf_counter()
-        hamming_pairs(train, other, distance)
-        print(f"1 M hashes, {title}, {distance} bits: {time.perf_counter() - start:.1f} s")
+    images = [_stretch(image) for image in _read(args.evaluation)]
+    of_copies = np.array([parse_hashes(phash_copies(np.asarray(image))) for image in images])
+    model = align_jax.load(args.model) if args.model else None
+    z = _embed(model, images)
+    columns = ["as it is", f"{len(COPIES)} copies", *(f"cos > {c}" for c in COSINES if model)]
+    print(f"{f'% missed of {len(images)}':44}", *(f"{column:>12}" for column in columns))
+    for name, alter in MADE.items():
+        copies = [alter(image) for image in images]
+        hashes = parse_hashes([phash(np.asarray(copy)) for copy in copies])
+        bits = np.bitwise_count(of_copies ^ hashes[:, None])
+        missed = [np.mean(part > MAX_DISTANCE) for part in (bits[:, 0], bits.min(axis=1))]
+        if model:
+            cosines = (z * _embed(model, copies)).sum(axis=1)
+            missed += [np.mean(cosines <= cosine) for cosine in COSINES]
+        print(f"{name:44}", *(f"{100 * share:12.1f}" for share in missed), flush=True)
+    for spec in args.train:
+        train = _read(spec)
+        hashes = parse_hashes([phash(np.asarray(image)) for image in train])
+        lost = [
+            len(np.unique(hamming_pairs(hashes, those.ravel(), MAX_DISTANCE)[0]))
+            for those in (of_copies[:, 0], of_copies)
+        ]
+        if model:
+            nearest = (_embed(model, train) @ z.T).max(axis=1)
+            lost += [int((nearest > cosine).sum()) for cosine in COSINES]
+        title = f"lost of {len(train):,}: {spec.partition('?')[0][-20:]}"
+        print(f"{title:44}", *(f"{count:12}" for count in lost), flush=True)
 
 
-def jpeg(image, quality):
+def _read(spec: str) -> list[Image.Image]:
+    source = open_source(spec)
+    return [Image.fromarray(decode_image(source[n].image)) for n in range(len(source))]
+
+
+def _embed(model: Align | None, images: list[Image.Image]) -> np.ndarray | None:
+    return None if model is None else model.encode_image([image.convert("RGB") for image in images])
+
+
+def _stretch(image: Image.Image) -> Image.Image:
+    """A photo that was squashed to a square, as a photo of 3:2."""
+    if image.width != image.height:
+        return image
+    return image.resize((round(image.height * ASPECT), image.height), Image.Resampling.BICUBIC)
+
+
+def _jpeg(image: Image.Image, quality: int) -> Image.Image:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
-    return decode_image(file.getvalue())
+    return Image.fromarray(decode_image(file.getvalue()))
 
 
-def scaled(image, width, height, method=Image.Resampling.BICUBIC):
+def _scaled(image: Image.Image, width: float, height: float) -> Image.Image:
     size = (max(2, round(image.width * width)), max(2, round(image.height * height)))
-    return image.resize(size, method)
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def cropped(image, share):
-    x, y = round(image.width * share), round(image.height * share)
-    return image.crop((x, y, image.width - x, image.height - y))
+def _cropped(
+    image: Image.Image, left: float, top: float, right: float, bottom: float
+) -> Image.Image:
+    """Without these shares of width and height."""
+    width, height = image.size
+    box = (left * width, top * height, (1 - right) * width, (1 - bottom) * height)
+    return image.crop(tuple(round(edge) for edge in box))
 
 
-COPIES = {
-    "JPEG quality 75": lambda image: jpeg(image, 75),
-    "JPEG quality 30": lambda image: jpeg(image, 30),
-    "half the size": lambda image: np.asarray(scaled(image, 0.5, 0.5)),
-    "twice the size": lambda image: np.asarray(scaled(image, 2, 2)),
-    "squashed to 3:2": lambda image: np.asarray(scaled(image, 0.75, 0.5)),
-    "grey": lambda image: np.asarray(image.convert("L").convert("RGB")),
-    "20 % brighter": lambda image: (np.asarray(image) * 1.2).clip(0, 255).astype(np.uint8),
-    "1 % cropped on each side": lambda image: np.asarray(cropped(image, 0.01)),
-    "2.5 % cropped on each side": lambda image: np.asarray(cropped(image, 0.025)),
-    "5 % cropped on each side": lambda image: np.asarray(cropped(image, 0.05)),
-    "1 % cropped, half size, quality 50": lambda image: jpeg(
-        scaled(cropped(image, 0.01), 0.5, 0.5), 50
+def _inside(image: Image.Image, share: float) -> Image.Image:
+    return _cropped(image, share, share, share, share)
+
+
+def _square(image: Image.Image) -> Image.Image:
+    share = (1 - image.height / image.width) / 2
+    return _cropped(image, share, 0, share, 0)
+
+
+def _padded(image: Image.Image, x: float, y: float, colour: str) -> Image.Image:
+    """With bars of these shares of width and height on both sides."""
+    x, y = round(x * image.width), round(y * image.height)
+    canvas = Image.new("RGB", (image.width + 2 * x, image.height + 2 * y), colour)
+    canvas.paste(image, (x, y))
+    return canvas
+
+
+def _captioned(image: Image.Image) -> Image.Image:
+    """With a white bar of 15 % of the height below, and text in it."""
+    bar = round(0.15 * image.height)
+    canvas = Image.new("RGB", (image.width, image.height + bar), "white")
+    canvas.paste(image, (0, 0))
+    ImageDraw.Draw(canvas).text((5, image.height + 4), "WHEN IT IS MONDAY AGAIN", "black")
+    return canvas
+
+
+def _mirrored(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+MADE: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "JPEG quality 30": lambda image: _jpeg(image, 30),
+    "half the size": lambda image: _scaled(image, 0.5, 0.5),
+    "squashed to a square": lambda image: _scaled(image, 1 / ASPECT, 1),
+    "grey": lambda image: image.convert("L").convert("RGB"),
+    "20 % brighter": lambda image: image.point(lambda value: min(255, round(value * 1.2))),
+    "2.5 % cropped on each side": lambda image: _inside(image, 0.025),
+    "5 % cropped": lambda image: _inside(image, 0.05),
+    "7.5 % cropped": lambda image: _inside(image, 0.075),
+    "10 % cropped": lambda image: _inside(image, 0.1),
+    "13 % cropped": lambda image: _inside(image, 0.13),
+    "17 % cropped": lambda image: _inside(image, 0.17),
+    "20 % cropped": lambda image: _inside(image, 0.2),
+    "centre square": _square,
+    "black border of 5 %": lambda image: _padded(image, 0.05, 0.05, "black"),
+    "white border of 5 %": lambda image: _padded(image, 0.05, 0.05, "white"),
+    "black border of 3 %": lambda image: _padded(image, 0.03, 0.03, "black"),
+    "white border of 8 %": lambda image: _padded(image, 0.08, 0.08, "white"),
+    "letterbox, black, to a square": lambda image: _padded(image, 0, (ASPECT - 1) / 2, "black"),
+    "letterbox, white, to a square": lambda image: _padded(image, 0, (ASPECT - 1) / 2, "white"),
+    "letterbox, black, to 4:3": lambda image: _padded(image, 0, 0.0625, "black"),
+    "mirrored": _mirrored,
+    "mirrored, 10 % cropped, half, quality 50": lambda image: _jpeg(
+        _scaled(_inside(_mirrored(image), 0.1), 0.5, 0.5), 50
     ),
+    "mirrored, centre square": lambda image: _square(_mirrored(image)),
+    "caption bar of 15 % below": _captioned,
+    "5 % cropped on the left": lambda image: _cropped(image, 0.05, 0, 0, 0),
+    "10 % cropped on the left": lambda image: _cropped(image, 0.1, 0, 0, 0),
+    "20 % cropped on the left": lambda image: _cropped(image, 0.2, 0, 0, 0),
+    "20 % cropped at the top": lambda image: _cropped(image, 0, 0.2, 0, 0),
 }
 
 

@@ -352,8 +352,7 @@ def _check_options(rules: Preset, metadata: str | None, seed: int, memory_gib: f
         raise ValueError(f"--metadata is of no use to --preset {rules.name}.")
     if not 0 <= seed < 2**63:
         raise ValueError(f"--seed {seed} must be 0 to 2**63 - 1.")
-    if memory_gib < 0.25:
-        raise ValueError(f"--memory {memory_gib} is too little; give at least 0.25 (GiB).")
+    engines.check_memory(memory_gib)
 
 
 def _read_entries(metadata: str | None) -> tuple[str, ...]:

@@ -20,6 +20,8 @@ import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from align_jax.storage import writing
+
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
@@ -86,6 +88,15 @@ class Engine:
         self._stored.append(table.cache())
         return self._stored[-1]
 
+    def write(self, table: ir.Table, path: str) -> None:
+        """Writes the result of a query to a new path for `read`: whole or not at all."""
+        temporary = str(writing.temporary_path(path))
+        self._write(table, temporary)
+        os.replace(temporary, path)
+
+    def _write(self, table: ir.Table, path: str) -> None:
+        self.con.to_parquet(table, path)
+
     def release(self) -> None:
         """Drops all stored tables."""
         while self._stored:
@@ -123,9 +134,13 @@ class _DuckDB(_Hashing):
     def batches(self, table: ir.Table) -> Iterator[pa.RecordBatch]:
         yield from pa.RecordBatchReader.from_stream(self.con.con.sql(self.con.compile(table)))
 
+    def _write(self, table: ir.Table, path: str) -> None:
+        query = self.con.compile(table)
+        self.con.con.execute(f"COPY ({query}) TO '{_quoted(path)}' (FORMAT parquet)")
+
     def store(self, table: ir.Table) -> ir.Table:
         path = self.new_file()
-        self.con.con.execute(f"COPY ({self.con.compile(table)}) TO '{_quoted(path)}'")
+        self._write(table, path)
         self._stored.append(path)
         return self.read(path)
 
@@ -167,6 +182,12 @@ def check_engine(name: str) -> None:
             f"--engine {name!r} is unknown; use duckdb, spark://local, spark://HOST:PORT or "
             "bigquery://PROJECT/DATASET."
         )
+
+
+def check_memory(memory_gib: float) -> None:
+    """Raises ValueError if `--memory` is too little for any engine."""
+    if memory_gib < 0.25:
+        raise ValueError(f"--memory {memory_gib} is too little; give at least 0.25 (GiB).")
 
 
 def open_engine(name: str, folder: str, memory_gib: float) -> Engine:

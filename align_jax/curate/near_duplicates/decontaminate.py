@@ -1,31 +1,31 @@
 """Removing near-duplicates: of evaluation images from training data, or inside one set.
 
 Writes what matched, what to drop, a report and a sheet of pictures. Images are read by
-image_sets.py, the search itself is in search.py and data/perceptual_hash.py.
+image_sets.py and compared by hashes.py (perceptual hashes) or search.py (embeddings); matches.py
+writes what they find.
 """
 
-import dataclasses
+import contextlib
+import json
 import os
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from align_jax.curate.near_duplicates import image_sets, match_sheet
-from align_jax.curate.near_duplicates import search as near_duplicates
+from align_jax import __version__
+from align_jax.curate import near_duplicates as package
+from align_jax.curate.filter import engines
+from align_jax.curate.near_duplicates import hashes, image_sets, match_sheet, search
+from align_jax.curate.near_duplicates.matches import SHEET_PAIRS, Output
 from align_jax.curate.scan import import_parquet
-from align_jax.data.perceptual_hash import check_distance, hamming_pairs
-from align_jax.storage import writing
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from align_jax.data.perceptual_hash import check_distance
+from align_jax.storage import identity, writing
 
 MAX_DISTANCE, MAX_DISTANCE_INSIDE = 8, 4
 REPORT_FILE = "report.json"
-
-_SHEET_PAIRS = 24
-
-_Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]  # rows, rows, scores; all [P]
 
 
 def decontaminate(
@@ -34,19 +34,23 @@ def decontaminate(
     out_dir: str | os.PathLike,
     *,
     max_distance: int | None = None,
-    min_cosine: float = near_duplicates.MIN_COSINE,
+    min_cosine: float = search.MIN_COSINE,
+    copies: bool = True,
     sheet: bool = False,
+    engine: str = "duckdb",
+    memory_gib: float = 2.0,
 ) -> dict:
     """Returns the report of finding the images of `train` that are also in other sets.
 
     Without other sets, finds groups of near-duplicates inside `train` (images joined by a chain of
     pairs) and keeps the first of each.
 
-    `out_dir` gets `matches.parquet` (`key`, `match_set`, `match_key`, `method`, `distance` in bits
-    or `cosine`; inside one set the match is the image that is kept), `drop.parquet` (`key` of the
-    images to leave out, for `align pack --drop`, and `reason`), `sheet.png` on demand, and at last
-    `report.json`. Scans made here stay there too. Memory holds about 100 bytes an image, or all
-    embeddings.
+    `out_dir` gets `matches.parquet` (`key`, `match_set`, `match_key`, `method`, `copy`, `distance`
+    in bits or `cosine`; inside one set the match is the image that is kept), `drop.parquet` (`key`
+    of the images to leave out, for `align pack --drop`, and `reason`), `sheet.png` on demand, and
+    at last `report.json`. Scans made here stay there too. A killed call goes on when it is given
+    again, and ends with the bytes of an undisturbed one. Memory: of evaluation sets 200 bytes an
+    image, of training hashes a million at a time beside the engine's; embeddings are mapped.
 
     Args:
       train: Parquet tables (a path or a glob) with `key` (or `id`, `uid`) and `phash` (or
@@ -58,7 +62,11 @@ def decontaminate(
         and brightened copies are mostly found (docs/curation.md), and 4 inside one, where the
         chance matches grow with the square of the images.
       min_cosine: of embeddings; pairs above it match.
+      copies: whether evaluation images that were scanned are also compared as people crop, mirror
+        and frame them (perceptual_hash.COPIES).
       sheet: whether to draw up to 24 matched pairs, of all distances.
+      engine: that searches inside one set of hashes, see filter/engines.py.
+      memory_gib: limit of the engine.
 
     Raises:
       ValueError: an unusable input, a finished `out_dir`, hashes beside embeddings, embeddings of
@@ -69,7 +77,9 @@ def decontaminate(
     if max_distance is None:
         max_distance = MAX_DISTANCE if against else MAX_DISTANCE_INSIDE
     check_distance(max_distance)
-    near_duplicates.check_cosine(min_cosine)
+    search.check_cosine(min_cosine)
+    engines.check_engine(engine)
+    engines.check_memory(memory_gib)
     names = [train, *against]
     if len(set(names)) < len(names):
         raise ValueError("A set is named twice; each --against must be another one.")
@@ -83,188 +93,146 @@ def decontaminate(
         )
     if embedded and sheet:
         raise ValueError("--sheet needs scans: embeddings do not say where the images are.")
-    if embedded:
-        method, limit = "embedding", {"min_cosine": min_cosine}
-        sets = image_sets.open_embeddings(names)
-        matches = _match(sets, near_duplicates.embedding_pairs, _cosines, min_cosine)
-    else:
-        method, limit = "phash", {"max_distance": max_distance}
-        sets = [image_sets.open_hashes(name, n, out_dir) for n, name in enumerate(names)]
-        pictures = [match_sheet.Pictures(images) for images in sets] if sheet else []
-        matches = _match(sets, _hash_pairs, _distances, max_distance)
-    os.makedirs(out_dir, exist_ok=True)
-    if sheet and len(matches.rows):
-        rows = _spread(matches)
-        drawn = match_sheet.draw(
-            [(pictures[0], row) for row in rows.rows.tolist()],
-            [
-                (pictures[number], row)
-                for number, row in zip(rows.sets.tolist(), rows.others.tolist(), strict=True)
-            ],
-            [f"distance {score}" for score in rows.scores],
+    out = Path(out_dir)
+    with (
+        writing.locked(out, "align decontaminate", shown=out_dir),
+        writing.explaining_full_disk(out_dir),
+    ):
+        if embedded:
+            report = _by_embeddings(names, out, min_cosine)
+        else:
+            options = {"max_distance": max_distance, "copies": copies}
+            report = _by_hashes(names, out, options, sheet, engine, memory_gib)
+    return report
+
+
+def _by_hashes(
+    names: list[str], out: Path, options: dict, sheet: bool, engine_name: str, memory_gib: float
+) -> dict:
+    tables = [image_sets.find_hashes(name, n, out) for n, name in enumerate(names)]
+    pictures = [image_sets.Pictures(one, "--sheet") for one in tables] if sheet else []
+    paths = [path for one in tables for path in one.paths]
+    with _stages(out, options | {"names": names, "files": identity.of_files(paths)}) as stages:
+        facts = [_facts(one.name, one.scan) for one in tables]
+        output = Output(out, names, "phash", SHEET_PAIRS if sheet else 0)
+        limit = options["max_distance"]
+        if len(tables) > 1:
+            others, groups = [], {}
+            for number, one in enumerate(tables[1:], 1):
+                images = one.read()
+                _count(facts[number], images)
+                others.append((images, _hash(one, images, number, options["copies"], stages)))
+                facts[number]["hashes_per_image"] = others[-1][1].shape[1]
+            output.write(
+                hashes.match_others(tables[0], others, limit, lambda block: _count(facts[0], block))
+            )
+        else:
+            hashes.write_rows(tables[0], str(stages), lambda block: _count(facts[0], block))
+            with _open_engine(engine_name, str(stages / "spill"), memory_gib) as engine:
+                groups, blocks = hashes.match_inside(engine, str(stages), limit)
+                output.write(blocks)
+        if sheet and (shown := output.spread()) is not None:
+            with writing.replacing(out / "sheet.png") as temporary:
+                match_sheet.draw(shown, pictures).save(temporary, "PNG")
+        report = {"method": "phash", "max_distance": limit, **_report(facts, output, groups)}
+        writing.write_json(out / REPORT_FILE, report, ensure_ascii=False)
+    return report
+
+
+@contextlib.contextmanager
+def _open_engine(name: str, spill: str, memory_gib: float) -> Iterator[engines.Engine]:
+    shutil.rmtree(spill, ignore_errors=True)
+    engine = engines.open_engine(name, spill, memory_gib)
+    try:
+        yield engine
+    except (ValueError, RuntimeError, OSError):
+        raise
+    except Exception as error:  # each engine has classes of its own
+        text = str(error).strip().partition("\n")[0]
+        raise RuntimeError(f"{name} failed: {text}") from error
+    finally:
+        engine.close()
+
+
+def _hash(
+    tables: image_sets.HashTables,
+    images: image_sets.ImageSet,
+    number: int,
+    copies: bool,
+    stages: Path,
+) -> np.ndarray:
+    """Returns the hashes of evaluation images, uint64 [M, copies]."""
+    if copies and tables.scan:
+        return hashes.hash_copies(tables, images, str(stages / f"copies-{number}.u64"))
+    if copies:
+        line = (
+            f"{tables.name} does not say where its images are, so that only copies of them as they "
+            "are will be found; name the pairs, or a table of `align scan`, for all."
         )
-        with writing.replacing(os.path.join(out_dir, "sheet.png")) as temporary:
-            drawn.save(temporary, "PNG")
-    matched, drop = _tables(sets, matches, method)
-    for name, table in (("matches.parquet", matched), ("drop.parquet", drop)):
-        with writing.replacing(os.path.join(out_dir, name)) as temporary:
-            import_parquet().write_table(table, temporary)
-    report = {"method": method, **limit, **_report(sets, matches)}
-    writing.write_json(os.path.join(out_dir, REPORT_FILE), report, ensure_ascii=False)
+        print(line, file=sys.stderr, flush=True)
+    return images.values[:, None]
+
+
+def _by_embeddings(names: list[str], out: Path, min_cosine: float) -> dict:
+    with _stages(out, {"names": names, "min_cosine": min_cosine}) as stages:
+        sets = image_sets.open_embeddings(names, str(stages))
+        facts = [_facts(one.name, None) for one in sets]
+        for fact, one in zip(facts, sets, strict=True):
+            _count(fact, one)
+        output = Output(out, names, "embedding", 0)
+        matches, groups = search.match(sets, min_cosine)
+        output.write(iter([matches]))
+        report = {"method": "embedding", "min_cosine": min_cosine}
+        report |= _report(facts, output, groups)
+        writing.write_json(out / REPORT_FILE, report, ensure_ascii=False)
     return report
 
 
-@dataclasses.dataclass
-class _Matches:
-    """Rows of the first set, each with number of the set, row there, and score; all [P]."""
+@contextlib.contextmanager
+def _stages(out: Path, content: dict) -> Iterator[Path]:
+    """Yields the folder of what is found on the way, of the same input and options only.
 
-    rows: np.ndarray
-    sets: np.ndarray
-    others: np.ndarray
-    scores: np.ndarray
-
-    def __getitem__(self, chosen: np.ndarray) -> "_Matches":
-        columns = (self.rows, self.sets, self.others, self.scores)
-        return _Matches(*(column[chosen] for column in columns))
-
-
-def _match(
-    sets: list[image_sets.ImageSet],
-    find_pairs: Callable[[np.ndarray, np.ndarray | None, float], _Pairs],
-    score: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    limit: float,
-) -> _Matches:
-    train = sets[0]
-    if len(sets) > 1:
-        found = []
-        for number, other in enumerate(sets[1:], 1):
-            i, j, scores = find_pairs(train.values, other.values, limit)
-            found.append((i, np.full(len(i), number), j, scores))
-        rows, numbers, others, scores = (np.concatenate(part) for part in zip(*found, strict=True))
-        order = np.lexsort((others, numbers, rows))
-        return _Matches(rows, numbers, others, scores)[order]
-    i, j, _ = find_pairs(train.values, None, limit)
-    kept = near_duplicates.first_of_groups(len(train.values), i, j)
-    rows = np.flatnonzero(kept != np.arange(len(kept)))
-    scores = score(train.values[rows], train.values[kept[rows]])
-    return _Matches(rows, np.zeros_like(rows), kept[rows], scores)
-
-
-def _hash_pairs(left: np.ndarray, right: np.ndarray | None, max_distance: int) -> _Pairs:
-    """Those of hamming_pairs, of hashes uint64 [N] and [M].
-
-    Inside one set equal hashes are chained, not all paired: a blank picture may occur ten thousand
-    times, its pairs cannot be listed.
+    It goes at the end, and where the input turns out to be unusable.
     """
-    if right is not None:
-        return hamming_pairs(left, right, max_distance)
-    unique, first, inverse = np.unique(left, return_index=True, return_inverse=True)
-    i, j, distances = hamming_pairs(unique, None, max_distance)
-    again = np.flatnonzero(first[inverse] != np.arange(len(left)))
-    i = np.concatenate([first[inverse[again]], first[i]])
-    return (
-        i,
-        np.concatenate([again, first[j]]),
-        np.concatenate([np.zeros(len(again), distances.dtype), distances]),
-    )
+    content |= {"align_jax": __version__, "code": identity.of_code(package)}
+    folder = (out / "stages").absolute()  # for engines elsewhere
+    path = folder / "config.json"
+    if not path.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        writing.write_json(path, content)
+    elif json.loads(path.read_text("utf-8")) != content:
+        raise ValueError(
+            f"{out} holds an unfinished run of other input or options; name another --out or "
+            "remove it."
+        )
+    try:
+        yield folder
+    except ValueError:
+        shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
 
 
-def _distances(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Bits that differ, uint8 [P], of hashes uint64 [P]."""
-    return np.bitwise_count(left ^ right)
+def _facts(name: str, scan: dict | None) -> dict:
+    scanned = {"problems": scan.get("problems", {})} if scan else {}
+    return {"name": name, "images": 0, "without_hash": 0} | scanned
 
 
-def _cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Cosines, float32 [P], of embeddings [P, D] of unit norm."""
-    return np.einsum("PD,PD->P", left, right)
+def _count(facts: dict, images: image_sets.ImageSet) -> None:
+    facts["images"] += len(images.values)
+    facts["without_hash"] += images.num_without_hash
 
 
-def _report(sets: list[image_sets.ImageSet], matches: _Matches) -> dict:
-    def facts(images: image_sets.ImageSet) -> dict:
-        scanned = {"problems": images.scan.get("problems", {})} if images.scan else {}
-        return {
-            "name": images.name,
-            "images": len(images.values),
-            "without_hash": images.num_without_hash,
-        } | scanned
+def _report(facts: list[dict], output: Output, groups: dict) -> dict:
+    def of_set(number: int) -> dict:
+        scores = {f"{score:g}": pairs for score, pairs in sorted(output.scores[number].items())}
+        return {"scores": scores}
 
-    num_dropped = len(np.unique(matches.rows))
-    report = {
-        "train": facts(sets[0]),
-        "dropped": num_dropped,
-        "kept": len(sets[0].values) - num_dropped,
-    }
-    if len(sets) == 1:
-        sizes = np.unique(matches.others, return_counts=True)[1] + 1
-        groups = {"groups": len(sizes), "largest_group": int(sizes.max(initial=1))}
-        return report | groups | {"scores": _histogram(matches.scores)}
-    report["against"] = []
-    for number, images in enumerate(sets[1:], 1):
-        mine = matches[matches.sets == number]
-        counts = {
-            "pairs": len(mine.rows),
-            "train_images_matched": len(np.unique(mine.rows)),
-            "images_matched": len(np.unique(mine.others)),
-            "scores": _histogram(mine.scores),
-        }
-        report["against"].append(facts(images) | counts)
-    return report
-
-
-def _histogram(scores: np.ndarray) -> dict[str, int]:
-    """Counts of scores [P] by distance, or by cosine in steps of 0.005."""
-    if scores.dtype == np.float32:
-        scores = np.floor(np.minimum(scores, 1.0) * 200) / 200
-    values, counts = np.unique(scores, return_counts=True)
-    return {f"{value:g}": int(count) for value, count in zip(values, counts, strict=True)}
-
-
-def _tables(
-    sets: list[image_sets.ImageSet], matches: _Matches, method: str
-) -> tuple["pa.Table", "pa.Table"]:
-    """The tables of matches and of keys to drop."""
-    import pyarrow as pa
-
-    match_keys = np.empty(len(matches.rows), object)
-    for number, images in enumerate(sets):
-        mine = matches.sets == number
-        match_keys[mine] = images.keys.take(pa.array(matches.others[mine])).to_pylist()
-    match_sets = [sets[number].name for number in matches.sets]
-    keys = sets[0].keys.take(pa.array(matches.rows)).to_pylist()
-    is_hash = method == "phash"
-    none = [None] * len(keys)
-    schema = {
-        "key": pa.string(),
-        "match_set": pa.string(),
-        "match_key": pa.string(),
-        "method": pa.string(),
-        "distance": pa.int32(),
-        "cosine": pa.float32(),
-    }
-    columns = [
-        keys,
-        match_sets,
-        match_keys.tolist(),
-        [method] * len(keys),
-        matches.scores if is_hash else none,
-        none if is_hash else matches.scores,
+    kept = facts[0]["images"] - output.dropped
+    report = {"train": facts[0], "dropped": output.dropped, "kept": kept}
+    if len(facts) == 1:
+        return report | groups | of_set(0)
+    report["against"] = [
+        facts[number] | output.counts(number) | of_set(number) for number in range(1, len(facts))
     ]
-    matched = pa.table(dict(zip(schema, columns, strict=True)), pa.schema(schema))
-    first = np.unique(matches.rows, return_index=True)[1]
-    drop = pa.table(
-        {
-            "key": [keys[row] for row in first],
-            "reason": [f"near_duplicate of {match_sets[row]}" for row in first],
-        },
-        pa.schema({"key": pa.string(), "reason": pa.string()}),
-    )
-    return matched, drop
-
-
-def _spread(matches: _Matches) -> _Matches:
-    """Some matches, as many of each distance as there are."""
-    order = np.argsort(matches.scores, kind="stable")
-    counts = np.unique(matches.scores, return_counts=True)[1]
-    starts = np.cumsum(counts) - counts
-    turn = np.arange(len(order)) - np.repeat(starts, counts)  # within its distance
-    return matches[order[np.sort(np.argsort(turn, kind="stable")[:_SHEET_PAIRS])]]
+    return report

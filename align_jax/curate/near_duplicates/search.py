@@ -1,13 +1,17 @@
 """Near-duplicates among image embeddings, and groups of near-duplicates.
 
 Pairs are found exactly by comparing all, or at scale by the paper's scheme of buckets of clusters.
-Arrays only: decontaminate.py reads and writes files, data/perceptual_hash.py searches hashes.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+import pyarrow as pa
 import scipy.sparse
 import scipy.sparse.csgraph
 
+from align_jax.curate.near_duplicates.image_sets import ImageSet
+from align_jax.curate.near_duplicates.matches import Matches
 from align_jax.data.perceptual_hash import MAX_PAIRS
 from align_jax.run.progress import show_progress
 
@@ -19,6 +23,40 @@ _BLOCK_COSINES = 2**24
 _BLOCK_CANDIDATES = 2**23
 _IMAGES_PER_CLUSTER, _MAX_CLUSTERS = 250, 4096
 _TRAINED_ON_PER_CLUSTER = 64
+
+
+def match(sets: Sequence[ImageSet], min_cosine: float) -> tuple[Matches, dict[str, int]]:
+    """Returns the matches of the first set with the others, or inside it and counts of groups.
+
+    Args:
+      sets: with embeddings.
+      min_cosine: see `embedding_pairs`.
+    """
+    train = sets[0]
+    groups = {}
+    if len(sets) > 1:
+        found = []
+        for number, other in enumerate(sets[1:], 1):
+            i, j, scores = embedding_pairs(train.values, other.values, min_cosine)
+            found.append((i, np.full(len(i), number), j, scores))
+        rows, numbers, others, scores = (np.concatenate(part) for part in zip(*found, strict=True))
+        order = np.lexsort((others, numbers, rows))
+        rows, numbers, others, scores = (x[order] for x in (rows, numbers, others, scores))
+    else:
+        i, j, _ = embedding_pairs(train.values, None, min_cosine)
+        kept = first_of_groups(len(train.values), i, j)
+        rows = np.flatnonzero(kept != np.arange(len(kept)))
+        numbers, others = np.zeros_like(rows), kept[rows]
+        scores = np.einsum("PD,PD->P", train.values[rows], train.values[others])
+        sizes = np.unique(others, return_counts=True)[1] + 1
+        groups = {"groups": len(sizes), "largest_group": int(sizes.max(initial=1))}
+    other_keys = np.empty(len(rows), object)
+    for number, one in enumerate(sets):
+        mine = numbers == number
+        other_keys[mine] = one.keys.take(pa.array(others[mine])).to_pylist()
+    keys = np.empty(len(rows), object)
+    keys[:] = train.keys.take(pa.array(rows)).to_pylist()
+    return Matches(rows, keys, numbers, others, other_keys, scores), groups
 
 
 def embedding_pairs(
