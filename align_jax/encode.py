@@ -213,8 +213,14 @@ def one_batch(*arrays: np.ndarray, batch_size: int) -> Batches:
 
 def trim(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns both [B, L], cut to the longest text and padded to a multiple of 16 tokens."""
-    length = -(-int(mask.sum(axis=1).max()) // _TOKENS_STEP) * _TOKENS_STEP
+    length = padded_length(mask)
     return ids[:, :length], mask[:, :length]
+
+
+def padded_length(mask: np.ndarray) -> int:
+    """Returns the tokens to which a batch of texts with this mask [..., L] is padded."""
+    longest = int(mask.sum(axis=-1).max())
+    return min(-(-longest // _TOKENS_STEP) * _TOKENS_STEP, mask.shape[-1])
 
 
 def batch_sizes(num_devices: int, batch_size: int) -> list[int]:

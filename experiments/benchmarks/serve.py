@@ -201,7 +201,7 @@ def make_model(folder: Path, size: str) -> None:
     from align_jax.data import tokenizer
     from align_jax.hf import processor
 
-    config = AlignConfig()
+    config = AlignConfig(vision_config={"image_size": 289})  # as kakaobrain/align-base
     if size == "tiny":
         text = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
         vision = {
@@ -220,13 +220,15 @@ def make_model(folder: Path, size: str) -> None:
         config = AlignConfig(text_config=text, vision_config=vision, projection_dim=32)
     torch.manual_seed(0)
     model = AlignModel(config).eval()
-    with torch.no_grad():
-        for module in model.modules():  # else the features of deep random towers vanish
-            if isinstance(module, torch.nn.Conv2d):
-                torch.nn.init.kaiming_normal_(module.weight, mode="fan_out")
+    side = config.vision_config.image_size
+    with torch.no_grad():  # moments of real activations: else the features of deep towers vanish
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = None
+        model.train().get_image_features(pixel_values=torch.randn(4, 3, side, side))
+        model.eval()
     model.save_pretrained(folder)
     tokens = tokenizer.train_wordpiece(CAPTIONS, 200)
-    side = config.vision_config.image_size
     made = processor.Preprocessing(side, side, "pil", 64, tokens.vocab_size, tokens.fingerprint())
     processor.write_processor(folder, tokens, made)
 
