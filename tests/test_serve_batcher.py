@@ -46,9 +46,9 @@ def batches_of(waiting):
     return model.batches[1:]
 
 
-def test_texts_wait_for_those_that_are_padded_alike_and_the_oldest_goes_first():
-    waiting = [20, 5, 17, 16, 33, 3, 32, 9]
-    assert batches_of(waiting) == [[20, 17, 32], [5, 16, 3, 9], [33]]
+def test_what_waits_is_computed_by_padded_length_the_longest_first_and_none_overtakes():
+    waiting = [20, 5, 17, 16, 33, 3, 32, 9, 64]
+    assert batches_of(waiting) == [[33], [20, 17, 32], [5, 16, 3, 9], [64]]
 
 
 @pytest.mark.parametrize(

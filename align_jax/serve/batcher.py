@@ -8,7 +8,7 @@ import dataclasses
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -107,14 +107,18 @@ class Batcher:
             with self._changed:
                 while not (entries := self._take()) and not self._is_closed:
                     self._changed.wait()
+            for part in self._parts(entries):
+                if self._is_closed:
+                    break
+                self._compute(part)
+            with self._changed:
                 if self._is_closed:
                     for entry in [*entries, *self._waiting[IMAGE], *self._waiting[TEXT]]:
                         entry.job.future.cancel()
                     return
-            self._compute(entries)
 
     def _take(self) -> list[_Entry]:
-        """Returns the next batch: of the tower whose first input came first."""
+        """Returns what has waited longest: of the tower whose first input came first."""
         for queue in self._waiting.values():
             while queue and queue[0].job.future.done():
                 queue.popleft()
@@ -122,17 +126,23 @@ class Batcher:
         if not queues:
             return []
         queue = min(queues, key=lambda queue: queue[0].since)
-        tokens = self._tokens(queue[0])
-        live, left = [], []
+        live = []
         while queue and len(live) < self._sizes[-1]:
             entry = queue.popleft()
-            if entry.job.future.done():  # its client has gone, or another input failed
-                continue
-            (live if self._tokens(entry) == tokens else left).append(entry)
-        count = self._count(len(live))
-        taken, rest = live[:count], live[count:]
-        queue.extendleft(reversed(sorted([*rest, *left], key=lambda entry: entry.since)))
-        return taken
+            if not entry.job.future.done():  # its client has gone, or another input failed
+                live.append(entry)
+        return live
+
+    def _parts(self, entries: list[_Entry]) -> Iterator[list[_Entry]]:
+        """Yields the batches to compute: all at once, or those padded alike, the longest first."""
+        alike: dict[int, list[_Entry]] = {}
+        for entry in entries:
+            alike.setdefault(self._tokens(entry), []).append(entry)
+        for _, part in sorted(alike.items(), reverse=True):
+            while part := [entry for entry in part if not entry.job.future.done()]:
+                count = self._count(len(part))
+                yield part[:count]
+                part = part[count:]
 
     def _tokens(self, entry: _Entry) -> int:
         """Returns the tokens its text is padded to where they cost, else the same for all."""
