@@ -115,6 +115,13 @@ def default_config() -> ConfigDict:
     c.train.steps = 1_200_000
     c.train.microbatches = 1  # parts in which the towers see the batch; same numbers, less memory
     c.train.seed = 0
+    # What ends a run whose loss is not finite or has collapsed to chance: "stop", or "rollback",
+    # which goes back to the last good checkpoint, leaves out the batches in between and goes on, at
+    # most max_rollbacks times. It also does so where a loss is `spike` times the spread of recent
+    # ones above their median, see run/divergence.py; 0 lets spikes be.
+    c.train.on_divergence = "stop"
+    c.train.max_rollbacks = 3
+    c.train.spike = 10.0
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every_steps = 5_000

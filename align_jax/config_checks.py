@@ -69,6 +69,11 @@ def validate(config: ConfigDict, *, num_devices: int, num_processes: int = 1) ->
             f"config.train.steps={config.train.steps}."
         )
     _check_learned(config)
+    if config.train.on_divergence == "rollback" and config.checkpoint.keep < 2:
+        raise ValueError(
+            "config.checkpoint.keep=1 with config.train.on_divergence='rollback': the newest "
+            "checkpoint may be what made the loss diverge; keep 2 at least."
+        )
 
 
 _POSITIVE = (
@@ -108,7 +113,9 @@ _NOT_NEGATIVE = (
     "optim.image_lr_multiplier",
     "optim.text_lr_multiplier",
     "lora.rank",
+    "train.max_rollbacks",
     "train.seed",
+    "train.spike",
 )
 
 
@@ -131,6 +138,7 @@ def _choices() -> dict[str, tuple[Any, ...]]:
         "optim.momentum_dtype": ("float32", "bfloat16"),
         "optim.schedule": ("linear", "cosine"),
         "optim.temperature": ("same", "log", "fixed"),
+        "train.on_divergence": ("stop", "rollback"),
     }
 
 

@@ -9,27 +9,42 @@ repeats work but never loses or doubles a line.
 import contextlib
 import dataclasses
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from align_jax import align, config_checks, losses, optim, train_step
+from align_jax import __version__, align, config_checks, losses, optim, train_step
 from align_jax import evals as evals_lib
 from align_jax import mesh as mesh_lib
 from align_jax import state as state_lib
 from align_jax.data import mixture, pipeline
+from align_jax.data.sources.open_source import PairSource
 from align_jax.evals import in_training, tables
 from align_jax.models import dual_encoder
-from align_jax.run import checkpoint, init_from, multihost, report, signals, welcome, workdir
+from align_jax.run import (
+    checkpoint,
+    divergence,
+    history,
+    init_from,
+    multihost,
+    report,
+    signals,
+    welcome,
+    workdir,
+)
 from align_jax.storage import writing
 
 
-def train_and_evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str, float]:
+def train_and_evaluate(
+    config: ConfigDict, path: str | os.PathLike, *, resume_from: int | None = None
+) -> dict[str, float]:
     """Trains to `config.train.steps`, continuing from the workdir's checkpoint where there is one.
 
     Writes config, tokenizer, checkpoints, metrics.jsonl, perf.jsonl, TensorBoard files, plots,
@@ -38,13 +53,15 @@ def train_and_evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str,
     Args:
       config: see `config.default_config`.
       path: the workdir; created where missing.
+      resume_from: step of the checkpoint to go back to; later ones are set aside. The settings of
+        the optimizer may be others from there on. None goes on from the newest.
 
     Returns:
       The results of the last evaluation, `<evaluator>/<metric>`; empty if a signal ended the run.
 
     Raises:
       ValueError: a config, source or workdir that cannot work; nothing has been compiled then.
-      report.TrainingDiverged: loss or gradient is not finite; the last good checkpoint is kept.
+      divergence.TrainingDiverged: see there; the last good checkpoint is kept.
       RuntimeError: an evaluator failed after the last step, which is saved.
       OSError: the disk is full.
     """
@@ -55,7 +72,7 @@ def train_and_evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str,
         if multihost.is_lead():
             stack.enter_context(writing.locked(path, "align train"))
         stack.enter_context(writing.explaining_full_disk(path))
-        run, state = _open_run(config, Path(path), stack)
+        run, state = _open_run(config, Path(path), stack, resume_from)
         return run.train(state)
 
 
@@ -86,14 +103,40 @@ def make_program(
     return model, optimizer, abstract, train_step.compile_train_step(step_fn, abstract, mesh)
 
 
+class _Feed:
+    """The batches of a run on its devices; may begin anew at another one."""
+
+    def __init__(self, open_batches: Callable[[int], pipeline.BatchIterator], rows: NamedSharding):
+        self._open_batches, self._rows = open_batches, rows
+        self._batches: pipeline.BatchIterator | None = None
+
+    def seek(self, number: int) -> None:
+        """Makes a batch of the stream, from 0, the next one."""
+        self.close()
+        self._batches = self._open_batches(number)
+
+    def next(self) -> tuple[dict[str, jax.Array], pipeline.Batch, float]:
+        """Returns (arrays on the devices, the batch, seconds that it took)."""
+        start_s = time.perf_counter()
+        batch = next(self._batches)
+        arrays = mesh_lib.put_batch(batch.arrays, self._rows)
+        return arrays, batch, time.perf_counter() - start_s
+
+    def close(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
+
+
 @dataclasses.dataclass(frozen=True)
 class _Run:
     """What the loop needs around the state."""
 
     config: ConfigDict
+    path: Path
+    source: PairSource
     step_fn: Callable
-    batches: Iterator[pipeline.Batch]
-    rows: NamedSharding
+    feed: _Feed
+    restore: Callable[[int | None], tuple[state_lib.TrainState, dict[str, np.ndarray]]]
     checkpoints: checkpoint.Checkpointer
     reporter: report.Reporter
     evaluations: in_training.Evaluations
@@ -114,7 +157,8 @@ class _Run:
             )
         step_fn, pending, batch, stopping = self.step_fn, None, None, stop.requested
         if step < last and not stopping:
-            batch = self._next()
+            self._note_start(step)
+            batch = self.feed.next()
             step_fn = step_fn.lower(state, batch[0]).compile()
             multihost.log(welcome.memory_plan(step_fn, state))
             stopping = stop.requested  # compiling cannot be broken off, but costs no step
@@ -122,19 +166,25 @@ class _Run:
             arrays, host_batch, wait_s = batch
             state, metrics = step_fn(state, arrays)
             step += 1
-            # While the device works on this step, the host fetches the next batch and reports the
-            # previous step.
-            batch = self._next() if step < last else None
-            if pending:
-                self.reporter.report(*pending)
-            pending = step, metrics, host_batch, wait_s
+            try:
+                # While the device works on this step, the host fetches the next batch and reports
+                # the previous step.
+                batch = self.feed.next() if step < last else None
+                if pending:
+                    self.reporter.report(*pending)
+                pending = step, metrics, host_batch, wait_s
 
-            # Read once: a signal that comes from here on stops the run after the next step.
-            stopping = "SIGTERM" if multihost.preempted(step) else stop.requested
-            saves = step == last or step % config.checkpoint.every_steps == 0 or stopping
-            evaluates = evaluations.due(step) and not stopping
-            if saves or evaluates:
-                pending = self.reporter.report(*pending)
+                # Read once: a signal that comes from here on stops the run after the next step.
+                stopping = "SIGTERM" if multihost.preempted(step) else stop.requested
+                saves = step == last or step % config.checkpoint.every_steps == 0 or stopping
+                evaluates = evaluations.due(step) and not stopping
+                if saves or evaluates:
+                    pending = self.reporter.report(*pending)
+            except divergence.TrainingDiverged as error:
+                state = metrics = arrays = pending = None  # the devices hold one state, not two
+                state = self._roll_back(error)
+                step, batch = int(state.step), self.feed.next()
+                continue
             if saves:
                 self._save(state)
             if evaluates and not evaluations.run(step, state.variables(), stop):
@@ -150,20 +200,89 @@ class _Run:
             raise RuntimeError(f"step {step}: {evaluations.failed} All {step} steps are saved.")
         return evaluations.results
 
-    def _next(self) -> tuple[dict[str, jax.Array], pipeline.Batch, float]:
-        """Returns (arrays on the devices, the batch, seconds that it took)."""
-        start_s = time.perf_counter()
-        batch = next(self.batches)
-        arrays = mesh_lib.put_batch(batch.arrays, self.rows)
-        return arrays, batch, time.perf_counter() - start_s
+    def _note_start(self, step: int) -> None:
+        if multihost.is_lead():
+            count = {"processes": jax.process_count(), "devices": jax.device_count()}
+            history.append(self.path, "start", step=step, version=__version__, **count)
 
     def _save(self, state: state_lib.TrainState) -> None:
         self.reporter.writer.sync()
-        self.checkpoints.save(state, {"dropped": self.reporter.total_dropped()})
+        self.checkpoints.save(state, self.reporter.data())
+
+    def _roll_back(self, error: divergence.TrainingDiverged) -> state_lib.TrainState:
+        """Returns the last good state, whose next batch is the one after those in between.
+
+        All processes have found the same loss, and do the same.
+
+        Raises:
+          divergence.TrainingDiverged: the config forbids it, or there is no good state.
+        """
+        config, before = self.config.train, self.reporter.skipped
+        self.checkpoints.wait()
+        saved = self.checkpoints.steps()
+        good = [step for step in saved if step < error.step - error.span]
+        # Where older checkpoints were cleaned up, the first state is no last good one.
+        to = good[-1] if good else 0
+        is_there = good or not saved or saved[0] <= self.config.checkpoint.every_steps
+        if config.on_divergence == "stop" or len(before) >= config.max_rollbacks or not is_there:
+            kept = f"checkpoint {to} is the last good one" if good else "no checkpoint before it"
+            spent = f" after {len(before)} rollbacks" if len(before) else ""
+            raise divergence.TrainingDiverged(
+                error.step,
+                error.span,
+                f"{error.reason}; stopped{spent} ({kept}). Go back to a good one by --resume-from "
+                "STEP with a lower config.optim.learning_rate or a config.optim.clip_norm, or let "
+                "the run leave out what it diverges on by config.train.on_divergence=rollback.",
+            ) from error
+        first, end = to + self.reporter.num_skipped, error.step + self.reporter.num_skipped
+        # Checkpoints first: as long as the line is not written, nothing has been gone back from.
+        self.checkpoints.delete_after(to)
+        if multihost.is_lead():
+            examples, shards = self._examples(end - 1)
+            history.append(
+                self.path,
+                "rollback",
+                step=error.step,
+                to=to,
+                skipped=[first, end],
+                reason=error.reason,
+                examples=examples,
+                shards=shards,
+            )
+            shown = ", ".join(shards[:3]) + (f" and {len(shards) - 3} more" * (len(shards) > 3))
+            where = f"checkpoint {to}" if to else "the start"
+            self.reporter.progress.log(
+                f"step {error.step}: {error.reason}; back to {where} "
+                f"(rollback {len(before) + 1} of {config.max_rollbacks}). Batches {first + 1} to "
+                f"{end} of the data are left out, rows {first * config.batch_size} to "
+                f"{end * config.batch_size - 1}; the last one holds records "
+                f"{', '.join(map(str, examples[:8]))}{' ...' * (len(examples) > 8)} of {shown}; "
+                "see history.jsonl"
+            )
+        state, data = self.restore(to or None)
+        # The checkpoint may be of before an earlier rollback, which led to the same step.
+        data["skipped"] = np.array([*before.tolist(), [to, first, end]], np.int64)
+        self.reporter.rewind(to, data)
+        self.evaluations.rewind(to)
+        self.feed.seek(to + self.reporter.num_skipped)
+        return state
+
+    def _examples(self, number: int) -> tuple[list[int], list[str]]:
+        """Returns (indices, files or shards) of the records of a batch of the stream."""
+        order, size = (
+            mixture.Order(self.source, self.config.train.seed),
+            self.config.train.batch_size,
+        )
+        indices = [int(order[at]) for at in range(number * size, (number + 1) * size)]
+        places = (
+            re.sub(r"^.*(: record \d+ of| in|: row \d+ of) ", "", self.source.where(index))
+            for index in indices
+        )
+        return indices, sorted(set(places))
 
 
 def _open_run(
-    config: ConfigDict, path: Path, stack: contextlib.ExitStack
+    config: ConfigDict, path: Path, stack: contextlib.ExitStack, resume_from: int | None
 ) -> tuple[_Run, state_lib.TrainState]:
     """Returns the run and the state that it starts or goes on with; the stack closes its files."""
     config_checks.validate(
@@ -178,7 +297,9 @@ def _open_run(
         with _naming("config.init_from"):
             prepared = init_from.with_tokenizer(config)
     opened = multihost.lead_first(
-        lambda: workdir.open_for_training(path, prepared, source, log=multihost.log)
+        lambda: workdir.open_for_training(
+            path, prepared, source, log=multihost.log, resume_from=resume_from
+        )
     )
     tokenizer, preprocessing = opened or workdir.read(path)
     model, optimizer, abstract, step_fn = make_program(
@@ -187,46 +308,50 @@ def _open_run(
 
     checkpoints = checkpoint.Checkpointer(path / "checkpoints", keep=config.checkpoint.keep)
     stack.callback(checkpoints.close)
-    dropped, resume_step = report.no_drops(), checkpoints.latest_step()
-    if resume_step is None:
-        state = _first_state(config, model, optimizer, abstract)
-    else:
-        state, data = checkpoints.restore(resume_step, abstract, {"dropped": dropped})
-        dropped = data["dropped"]
+
+    def restore(step: int | None) -> tuple[state_lib.TrainState, dict[str, np.ndarray]]:
+        if step is None:
+            return _first_state(config, model, optimizer, abstract), report.nothing_done()
+        return checkpoints.restore(step, abstract, report.nothing_done())
+
+    resume_step = checkpoints.latest_step()
+    state, data = restore(resume_step)
+    data["skipped"] = history.with_unsaved(path, resume_step or 0, data["skipped"])
     log_every = max(config.log.every_steps, workdir.logged_every(path))
     multihost.lead_first(lambda: workdir.write_config(path, config))
     welcome.welcome(config, path, mesh, source, model, abstract, resume_step)
 
     reporter = report.Reporter(
-        path,
-        config,
-        source,
-        checkpoints,
-        resume_step=resume_step,
-        every=log_every,
-        dropped=dropped,
+        path, config, source, resume_step=resume_step, every=log_every, data=data
     )
     stack.enter_context(reporter)
     stop = stack.enter_context(signals.StopSignals())
     rows = mesh_lib.batch_sharding(mesh)
-    batches = pipeline.train_batches(
-        source,
-        tokenizer,
-        config.data,
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        hash_pairs=config.loss.mask_duplicates != "none",
-        start_step=int(state.step),
-        rows=mesh_lib.process_rows(rows, config.train.batch_size, jax.process_index()),
-    )
-    stack.callback(batches.close)
+
+    def open_batches(number: int) -> pipeline.BatchIterator:
+        return pipeline.train_batches(
+            source,
+            tokenizer,
+            config.data,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            hash_pairs=config.loss.mask_duplicates != "none",
+            start_step=number,
+            rows=mesh_lib.process_rows(rows, config.train.batch_size, jax.process_index()),
+        )
+
+    feed = _Feed(open_batches, rows)
+    stack.callback(feed.close)
+    feed.seek(int(state.step) + reporter.num_skipped)
     parts = model, state.variables(), tokenizer, preprocessing, mesh
     encoder = align.Align(*parts, batch_size=config.eval.batch_size)
     run = _Run(
         config=config,
+        path=path,
+        source=source,
         step_fn=step_fn,
-        batches=batches,
-        rows=rows,
+        feed=feed,
+        restore=restore,
         checkpoints=checkpoints,
         reporter=reporter,
         evaluations=in_training.Evaluations(path, config, evaluators, encoder, reporter),

@@ -47,6 +47,7 @@ RING = {"loss.form": "ring"}
 SIGMOID = {"loss.kind": "sigmoid", "loss.label_smoothing": 0.0}
 FROZEN = {"model.bn_mode": "frozen"}
 OFTEN = {"checkpoint.every_steps": 1}
+ROLLBACK = {"train.on_divergence": "rollback"}
 LORA = {
     "lora.rank": 2,
     "init_from": "before",
@@ -134,6 +135,11 @@ def children(lab, changes):
     return lab.run(changes).children
 
 
+def divergence(lab, changes):
+    """How a run ends whose loss jumps at step 23 and is NaN at step 24, whatever it does."""
+    return lab.diverged(changes)
+
+
 TABLE = {
     "init_from": [("before", weights)],
     "init_towers": [("text", weights, {"init_from": "before"})],
@@ -204,6 +210,9 @@ TABLE = {
     "train.steps": [(5, lines), (5, program)],
     "train.microbatches": [(2, program)],
     "train.seed": [(1, program), (1, batches), (1, order), (1, weights)],
+    "train.on_divergence": [("rollback", divergence)],
+    "train.max_rollbacks": [(0, divergence, ROLLBACK)],
+    "train.spike": [(0.0, divergence, ROLLBACK)],
     "checkpoint.every_steps": [(2, checkpoints)],
     "checkpoint.keep": [(2, checkpoints, OFTEN)],
     "eval.every_steps": [(2, evaluations)],
@@ -322,6 +331,18 @@ class Lab:
             self._runs[key] = Run(self, config, self.folder / f"run{len(self._runs)}")
         return self._runs[key]
 
+    def diverged(self, changes):
+        config = self.config(changes | {"train.steps": 25, "checkpoint.every_steps": 12})
+        key = (config_lib.to_json(config), "diverged")
+        if key not in self._runs:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(self.folder)
+                StubStep(lambda step: {23: 9.0, 24: np.nan}.get(step, 1.0)).patch(patch)
+                with pytest.raises(RuntimeError) as error:
+                    train.train_and_evaluate(config, self.folder / f"run{len(self._runs)}")
+            self._runs[key] = str(error.value)
+        return self._runs[key]
+
     def until_program(self, changes, workdir="mesh"):
         def make_program(config, mesh_, **kwargs):
             raise Stop(dict(mesh_.shape))
@@ -416,6 +437,7 @@ def test_values_of_a_key_differ_from_each_other(lab, key):
 FREE = {
     *("data.num_threads", "data.num_workers", "loss.form", "loss.tile_size", "mesh.fsdp"),
     *("model.remat", "model.scan_layers", "train.microbatches", "train.steps"),
+    *("train.on_divergence", "train.max_rollbacks", "train.spike"),
     *(key for key in TABLE if key.split(".")[0] in ("checkpoint", "eval", "log")),
 }
 NEEDED = {

@@ -116,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(takes_config=True)
     train.add_argument("--config", required=True, metavar="FILE", help="experiment file")
     train.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+    train.add_argument(
+        "--resume-from",
+        type=int,
+        metavar="STEP",
+        help="go back to this checkpoint, where config.optim may change; later ones are set aside",
+    )
     several = train.add_argument_group("several processes (found by themselves on Cloud TPU VMs)")
     several.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of process 0")
     several.add_argument("--processes", type=int, default=0, metavar="N", help="of the run")
@@ -174,7 +180,7 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
     from align_jax.run import multihost
 
     with multihost.processes(args.coordinator, args.processes, args.process):
-        train.train_and_evaluate(config, args.workdir)
+        train.train_and_evaluate(config, args.workdir, resume_from=args.resume_from)
 
 
 def _compile(args: argparse.Namespace, rest: list[str]) -> None:

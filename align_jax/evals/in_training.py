@@ -64,6 +64,11 @@ class Evaluations:
             return False
         return step != self._done_step
 
+    def rewind(self, step: int) -> None:
+        """Forgets what came after a step that the run has gone back to."""
+        if self._done_step > step:
+            self.results, self._done_step = {}, -1
+
     def run(self, step: int, variables: dict, stop: signals.StopSignals) -> bool:
         """Evaluates; returns whether all evaluators had their turn, False if a signal came.
 

@@ -85,6 +85,13 @@ class Checkpointer:
                 ) from error
             self._is_opened = True
 
+    def delete_after(self, step: int) -> None:
+        """Removes all later steps; returns when they are gone."""
+        self.wait()
+        for later in self.steps():
+            if later > step:
+                self._checkpointer.delete(later)
+
     def wait(self) -> None:
         """Blocks until everything that was started is on disk."""
         self._checkpointer.wait()
@@ -97,17 +104,17 @@ class Checkpointer:
         Args:
           step: one of `steps()`.
           abstract: from `state.abstract_state`; the mesh may be another than the one saved on.
-          data: arrays like those that were saved; counts that are longer now begin at 0.
+          data: arrays like those that were saved. Counts that are longer now begin at 0, an empty
+            array stands for one of any length, and one that was not saved is returned as it is.
 
         Raises:
           ValueError: the checkpoint holds other tensors than the model has.
         """
         saved = self._checkpointer.checkpointables_metadata(step).metadata.get("data") or {}
-        longer = {n: len(data[n]) - leaf.shape[0] for n, leaf in saved.items() if n in data}
         expected = {
             "weights": abstract.variables(),
             "training": {"step": abstract.step, "opt_state": abstract.opt_state},
-            "data": {n: a[: len(a) - max(0, longer.get(n, 0))] for n, a in data.items()},
+            "data": {n: _like(a, saved[n].shape) for n, a in data.items() if n in saved},
         }
         self._check(step, expected)
         items = self._checkpointer.load_checkpointables(step, expected)
@@ -118,10 +125,11 @@ class Checkpointer:
             batch_stats=weights["batch_stats"],
             opt_state=training["opt_state"],
         )
-        return state, {
-            name: np.pad(array, (0, len(data[name]) - len(array)))
-            for name, array in items["data"].items()
+        restored = {
+            n: np.pad(a, (0, len(data[n]) - len(a))) if len(data[n]) > len(a) else a
+            for n, a in items["data"].items()
         }
+        return state, data | restored
 
     def restore_weights(self, step: int, abstract: dict) -> dict:
         """Returns {"params", "batch_stats"} of a step, without reading the optimizer state.
@@ -153,6 +161,13 @@ class Checkpointer:
                 raise ValueError(
                     f"Checkpoint {self.folder}, step {step}, does not fit the model: {difference}."
                 )
+
+
+def _like(array: np.ndarray, saved: tuple[int, ...]) -> np.ndarray:
+    """Returns an array to restore into: as the given one, but of the length that was saved."""
+    if not len(array):
+        return np.zeros(saved, array.dtype)
+    return array[: saved[0]]
 
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:

@@ -54,14 +54,16 @@ class MetricWriter:
         every: int = 1,
         log: Callable[[str], None] = print,
     ):
-        workdir = Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        self._metrics = _open_lines(workdir / "metrics.jsonl", resume_step)
+        self._workdir = Path(workdir)
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        self._open(resume_step)
         if resume_step is not None:
-            _report_hole(workdir / "metrics.jsonl", resume_step, every, log)
-        self._perf = _open_lines(workdir / "perf.jsonl", resume_step)
-        next_step = 0 if resume_step is None else resume_step + 1
-        self._tensorboard = _TensorBoardFile(workdir / "tensorboard", next_step)
+            _report_hole(self._workdir / "metrics.jsonl", resume_step, every, log)
+
+    def rewind(self, step: int) -> None:
+        """Cuts off the lines of later steps: the run goes back to this one."""
+        self.close()
+        self._open(step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends one line `{"step": step, ...}` with sorted keys; values must be reproducible.
@@ -94,6 +96,12 @@ class MetricWriter:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def _open(self, resume_step: int | None) -> None:
+        self._metrics = _open_lines(self._workdir / "metrics.jsonl", resume_step)
+        self._perf = _open_lines(self._workdir / "perf.jsonl", resume_step)
+        next_step = 0 if resume_step is None else resume_step + 1
+        self._tensorboard = _TensorBoardFile(self._workdir / "tensorboard", next_step)
+
     def _append(self, file: TextIO, step: int, values: Mapping[str, Any]) -> None:
         if "step" in values:
             raise ValueError("The metric name 'step' is taken by the line's own step; rename it.")
@@ -114,6 +122,9 @@ class NoWriter:
         """Does nothing."""
 
     write_timing = write
+
+    def rewind(self, step: int) -> None:
+        """Does nothing."""
 
     def sync(self) -> None:
         """Does nothing."""

@@ -1,10 +1,11 @@
 """What a run tells while it trains: metric lines, the progress line, the records that it dropped.
 
+It judges the loss of each step, too, by divergence.py.
+
 Counts of dropped records belong to the run, not to a process: process 0 carries on those of before
 the checkpoint, and every line and every checkpoint holds the sum over all processes.
 """
 
-import math
 import os
 from collections import Counter
 
@@ -14,16 +15,21 @@ from ml_collections import ConfigDict
 
 from align_jax.data import mixture, pipeline
 from align_jax.data.sources.open_source import PairSource
-from align_jax.run import checkpoint, metrics, multihost
+from align_jax.run import divergence, history, metrics, multihost
 
 
-class TrainingDiverged(RuntimeError):
-    """The loss or the gradient is no longer finite."""
+def nothing_done() -> dict[str, np.ndarray]:
+    """Returns what the checkpoint of a run that has done nothing yet would hold beside its state.
 
-
-def no_drops() -> np.ndarray:
-    """Returns the counts of a run that has dropped nothing yet, as a checkpoint holds them."""
-    return np.zeros(len(pipeline.DROP_REASONS), np.int64)
+    `dropped`: int64, records that all processes have dropped, by `pipeline.DROP_REASONS`. `losses`:
+    of a `divergence.LossWatch`. `skipped`: of history.py, here a checkpoint has it only where
+    batches have been skipped.
+    """
+    return {
+        "dropped": np.zeros(len(pipeline.DROP_REASONS), np.int64),
+        "losses": divergence.no_losses(),
+        "skipped": history.no_skips(),
+    }
 
 
 class Reporter:
@@ -32,6 +38,7 @@ class Reporter:
     Attributes:
       writer: of metric lines; writes nothing in all processes but one.
       progress: likewise.
+      skipped: batches left out after rollbacks, see history.py.
     """
 
     def __init__(
@@ -39,11 +46,10 @@ class Reporter:
         path: str | os.PathLike,
         config: ConfigDict,
         source: PairSource,
-        checkpoints: checkpoint.Checkpointer,
         *,
         resume_step: int | None,
         every: int,
-        dropped: np.ndarray,
+        data: dict[str, np.ndarray],
     ):
         """Opens the files, without the lines that come after the restored step.
 
@@ -51,22 +57,19 @@ class Reporter:
           path: the workdir.
           config: of the run.
           source: of its pairs.
-          checkpoints: of the run, to name the last good one.
           resume_step: of the restored checkpoint; None starts anew.
           every: most steps between two lines that are there, to tell where some are missing.
-          dropped: int64, the records that all processes had dropped before, as `total_dropped`.
+          data: from that checkpoint, or `nothing_done`.
         """
         self._config = config
         self._source = source
-        self._checkpoints = checkpoints
-        is_lead = multihost.is_lead()
-        before = dropped.tolist() if is_lead else [0] * len(dropped)
-        self._dropped = Counter(dict(zip(pipeline.DROP_REASONS, before, strict=True)))
+        self._watch = divergence.LossWatch(config)
+        self._restore(data)
         self.progress = metrics.Progress(
-            config.train.steps, config.train.batch_size, silent=not is_lead
+            config.train.steps, config.train.batch_size, silent=not multihost.is_lead()
         )
         self.writer = metrics.NoWriter()
-        if is_lead:
+        if multihost.is_lead():
             self.writer = metrics.MetricWriter(
                 path, resume_step=resume_step, every=every, log=multihost.log
             )
@@ -77,6 +80,11 @@ class Reporter:
     def __exit__(self, *exc_info: object) -> None:
         self.progress.close()
         self.writer.close()
+
+    @property
+    def num_skipped(self) -> int:
+        """Batches left out so far: step s is made of batch s - 1 + num_skipped of the stream."""
+        return int((self.skipped[:, 2] - self.skipped[:, 1]).sum())
 
     def report(
         self, step: int, step_metrics: dict[str, jax.Array], batch: pipeline.Batch, wait_s: float
@@ -90,23 +98,41 @@ class Reporter:
           wait_s: seconds that the loop waited for that batch.
 
         Raises:
-          TrainingDiverged: loss or gradient is not finite.
+          divergence.TrainingDiverged: see there.
         """
         values = {name: float(value) for name, value in jax.device_get(step_metrics).items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            raise TrainingDiverged(self._describe_divergence(step, values))
+        self._watch.check(step, values["loss"], values["grad_norm"])
         self._count_dropped(batch)
         self.progress.update(step, values["loss"], wait_s)
         if step % self._config.log.every_steps == 0 or step == self._config.train.steps:
-            totals = zip(pipeline.DROP_REASONS, self.total_dropped().tolist(), strict=True)
+            totals = zip(pipeline.DROP_REASONS, self._total_dropped().tolist(), strict=True)
             data = {f"data/dropped_{reason}": count for reason, count in totals if count}
-            epochs = mixture.epochs(self._source, step * self._config.train.batch_size)
+            rows = (step + self.num_skipped) * self._config.train.batch_size
+            epochs = mixture.epochs(self._source, rows)
             data |= {f"data/{key}": count for key, count in epochs.items()}
             data |= {f"data/problems/{k}": n for k, n in self._source.problems.items()}
             self.writer.write(step, {f"train/{k}": v for k, v in values.items()} | data)
             self.writer.write_timing(step, self.progress.timing())
 
-    def total_dropped(self) -> np.ndarray:
+    def data(self) -> dict[str, np.ndarray]:
+        """Returns what belongs into a checkpoint beside the state."""
+        data = {"dropped": self._total_dropped(), "losses": self._watch.state()}
+        return data | ({"skipped": self.skipped} if len(self.skipped) else {})
+
+    def rewind(self, step: int, data: dict[str, np.ndarray]) -> None:
+        """Goes back to an earlier step, whose `data` these are."""
+        self._restore(data)
+        self.writer.rewind(step)
+        self.progress.restart()
+
+    def _restore(self, data: dict[str, np.ndarray]) -> None:
+        # What was dropped before belongs to process 0, so that a sum over all counts it once.
+        dropped = data["dropped"].tolist() if multihost.is_lead() else [0] * len(data["dropped"])
+        self._dropped = Counter(dict(zip(pipeline.DROP_REASONS, dropped, strict=True)))
+        self._watch.restore(data["losses"])
+        self.skipped = data["skipped"]
+
+    def _total_dropped(self) -> np.ndarray:
         """Returns int64, one count for each of `pipeline.DROP_REASONS`, of all processes."""
         counts = [self._dropped[reason] for reason in pipeline.DROP_REASONS]
         return multihost.total(np.array(counts, np.int64))
@@ -119,14 +145,3 @@ class Reporter:
                     f"as data/dropped_{reason} in metrics.jsonl"
                 )
             self._dropped[reason] += count
-
-    def _describe_divergence(self, step: int, values: dict[str, float]) -> str:
-        self._checkpoints.wait()
-        # The parameters of checkpoint step - 1 are those that gave this loss.
-        good = [saved for saved in self._checkpoints.steps() if saved < step - 1]
-        kept = f"checkpoint {good[-1]} is the last good one" if good else "no checkpoint before it"
-        return (
-            f"step {step}: loss is {values['loss']}, gradient norm {values['grad_norm']}; stopped "
-            f"({kept}). Start another --workdir with a lower config.optim.learning_rate, more "
-            "config.optim.warmup_steps or a config.optim.clip_norm."
-        )

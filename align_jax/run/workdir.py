@@ -4,6 +4,7 @@ config.json          the run's configuration
 tokenizer/           Hugging Face tokenizer files
 preprocessing.json   image size, resize, tokens, and the tokenizer's fingerprint
 source.txt           what the training data says of itself, and its stamp (storage/identity.py)
+history.jsonl        what happened to the run (history.py)
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from align_jax.data import tokenizer as tokenizer_lib
 from align_jax.data.sources.open_source import PairSource
 from align_jax.data.sources.record import is_usable
 from align_jax.hf.processor import Preprocessing
+from align_jax.run import history
 from align_jax.storage import identity, writing
 from align_jax.storage.problems import Problems, reason_of
 
@@ -39,9 +41,14 @@ FREE_KEYS = (
     "mesh.",
     "model.remat",
     "model.scan_layers",
+    "train.max_rollbacks",
     "train.microbatches",
+    "train.on_divergence",
+    "train.spike",
     "train.steps",
 )
+# Groups of keys that may also differ where a run is taken up again from an earlier step.
+RESUME_KEYS = ("optim.",)
 
 
 _MIXTURE_SOURCE = re.compile(r"data\.mixture\..+\.source")
@@ -55,6 +62,7 @@ def open_for_training(
     source: PairSource,
     *,
     log: Callable[[str], None] = print,
+    resume_from: int | None = None,
 ) -> tuple[tokenizer_lib.Tokenizer, Preprocessing]:
     """Returns (tokenizer, preprocessing) of a new or continued run.
 
@@ -65,17 +73,24 @@ def open_for_training(
       config: validated.
       source: whose captions a tokenizer is trained on, if `data.tokenizer` is empty.
       log: prints a line.
+      resume_from: step of the checkpoint to go on from, with another optimizer's settings if those
+        of the config are others; None goes on from the newest.
 
     Raises:
       ValueError: the workdir belongs to a run with another config, tokenizer, preprocessing or
-        other pairs.
+        other pairs, or has no checkpoint of that step.
     """
     workdir = Path(workdir)
+    if resume_from is not None and not is_run(workdir):
+        raise ValueError(f"--resume-from {resume_from}: no run was started in {workdir} yet.")
     if is_run(workdir):
-        _check_same_run(workdir, config)
+        changed = _check_same_run(workdir, config, RESUME_KEYS if resume_from is not None else ())
         _check_same_data(workdir, source, log)
         tokenizer, preprocessing = load(workdir)
         _check_same_tokenizer(workdir, config.data.tokenizer, tokenizer)
+        if resume_from is not None:
+            went = history.go_back(workdir, resume_from, config.to_dict(), changed)
+            log(_describe_return(resume_from, changed) if went else _ALREADY.format(resume_from))
     elif any((workdir / "checkpoints").glob("[0-9]*")):
         raise ValueError(
             f"{workdir} holds checkpoints but no config.json; put that file back or use another "
@@ -208,22 +223,38 @@ def _describe(config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer) -> Preproc
     )
 
 
-def _check_same_run(workdir: Path, config: ConfigDict) -> None:
+_ALREADY = "--resume-from {}: done by this command before; going on from the newest checkpoint"
+
+
+def _describe_return(step: int, changed: Mapping[str, Any]) -> str:
+    values = "; ".join(f"config.{key}={now!r}, was {was!r}" for key, (was, now) in changed.items())
+    return (
+        f"back to step {step} ({values or 'same config'}); later checkpoints and the metric lines "
+        "are in set_aside/"
+    )
+
+
+def _check_same_run(workdir: Path, config: ConfigDict, may_change: tuple[str, ...]) -> dict:
+    """Returns key -> [before, now] of what differs, and refuses what must not."""
+    changed = {}
     before = _flatten(load_config(workdir).to_dict())
     now = _flatten(config_lib.from_json(config_lib.to_json(config)).to_dict())
     for key in sorted(before | now):
-        if key.startswith(FREE_KEYS) or _MIXTURE_SOURCE.fullmatch(key):
+        if before.get(key) == now.get(key):
             continue
-        if before.get(key) != now.get(key):
+        changed[key] = [before.get(key), now.get(key)]
+        if not (key.startswith(FREE_KEYS + may_change) or _MIXTURE_SOURCE.fullmatch(key)):
+            back = ", go on from a checkpoint by --resume-from STEP," * key.startswith(RESUME_KEYS)
             raise ValueError(
                 f"config.{key}={now.get(key)!r}, but the run in {workdir} was started with "
-                f"{before.get(key)!r}; change it back or use another --workdir."
+                f"{before.get(key)!r}; change it back{back} or use another --workdir."
             )
     if config.train.steps < before["train.steps"]:
         raise ValueError(
             f"config.train.steps={config.train.steps}, but the run in {workdir} was started with "
             f"{before['train.steps']}; it may only grow."
         )
+    return changed
 
 
 def _check_same_data(workdir: Path, source: PairSource, log: Callable[[str], None]) -> None:

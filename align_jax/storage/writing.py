@@ -112,6 +112,15 @@ def write_json(path: _Path, content: Any, **options: Any) -> None:
     write_text(path, json.dumps(content, **({"indent": 2} | options)) + "\n")
 
 
+def append_line(path: _Path, line: str) -> None:
+    """Adds a line to a file that grows; returns when it is on disk. A torn last line is ended."""
+    with open(path, "a+b") as file:
+        torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
+        file.write(b"\n" * torn + line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 @contextlib.contextmanager
 def locked(folder: _Path, work: str, *, shown: _Path | None = None) -> Iterator[None]:
     """Context in which no other process is in `folder` by this function.
