@@ -51,6 +51,9 @@ def default_config() -> ConfigDict:
     # Instead of a source, several: name -> {"source": ..., "weight": 1.0}; a batch holds rows of
     # each in proportion to the weights.
     data.mixture = ConfigDict()
+    # Folder of `align embed` with embeddings of the source's images: a locked image side is then
+    # not computed, and there is no crop and flip; "" for none.
+    data.image_embeddings = ""
     data.image_size = 289  # pixels, side of the crop the model sees
     data.resize_size = 346  # pixels, side before the crop
     data.resize = "tf"  # "tf" (COYO) or "pil" (Hugging Face processor)

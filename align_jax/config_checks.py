@@ -223,13 +223,25 @@ def _check_lora(config: ConfigDict) -> None:
 
 
 def _check_learned(config: ConfigDict) -> None:
-    frozen = freeze.make_frozen(config.optim)
-    if not frozen and not config.lora.rank:
+    frozen, cached = freeze.make_frozen(config.optim), config.data.image_embeddings
+    if not frozen and not config.lora.rank and not cached:
         return
     # Either raises where a regex is found nowhere. No name depends on the vocabulary.
     model = dual_encoder.make_model(config.model, config.loss, vocab_size=1, lora=config.lora)
     shapes = dual_encoder.abstract_variables(model)
     freeze.check(frozen, model.lora, shapes["params"])
+    learned = freeze.learned(frozen, model.lora, shapes["params"])
+    of_image = [name for name in (learned | learned.get("lora", {})) if name.startswith("image")]
+    if cached and of_image:
+        raise ValueError(
+            f"config.data.image_embeddings={cached} stand for an image tower and projection that "
+            f"do not learn, but {of_image[0]} does; set config.optim.image_lr_multiplier=0."
+        )
+    if cached and config.data.mixture:
+        raise ValueError(
+            f"config.data.image_embeddings={cached} are those of one config.data.source; pack the "
+            "sources of config.data.mixture into one."
+        )
 
 
 def _check_patterns(patterns: Iterable[str], path: str) -> None:

@@ -24,7 +24,7 @@ from align_jax import __version__, align, config_checks, losses, optim, train_st
 from align_jax import evals as evals_lib
 from align_jax import mesh as mesh_lib
 from align_jax import state as state_lib
-from align_jax.data import mixture, pipeline
+from align_jax.data import image_embeddings, mixture, pipeline
 from align_jax.data.sources.open_source import PairSource
 from align_jax.evals import in_training, tables
 from align_jax.models import dual_encoder
@@ -290,6 +290,9 @@ def _open_run(
     )
     mesh = mesh_lib.make_mesh(**config.mesh)
     source = mixture.open_sources(config.data)
+    embeddings = None
+    if config.data.image_embeddings:
+        embeddings = image_embeddings.ImageEmbeddings(config.data.image_embeddings, source)
     with _naming("config.eval.evaluators"):
         evaluators = evals_lib.make_evaluators(config.eval.evaluators.to_dict())
     prepared = config
@@ -338,6 +341,7 @@ def _open_run(
             hash_pairs=config.loss.mask_duplicates != "none",
             start_step=number,
             rows=mesh_lib.process_rows(rows, config.train.batch_size, jax.process_index()),
+            embeddings=embeddings,
         )
 
     feed = _Feed(open_batches, rows)
@@ -345,6 +349,8 @@ def _open_run(
     feed.seek(int(state.step) + reporter.num_skipped)
     parts = model, state.variables(), tokenizer, preprocessing, mesh
     encoder = align.Align(*parts, batch_size=config.eval.batch_size)
+    if embeddings:
+        embeddings.check(source, encoder.encode_image)
     run = _Run(
         config=config,
         path=path,

@@ -41,7 +41,8 @@ def make_train_step(
       optimizer: of the `params` that learn; nothing is computed for the gradient of others.
       schedule: step -> learning rate, to report it.
       loss_fn: from `losses.make_loss`.
-      mesh: over which the batch is split: `image` uint8 [B, H, W, 3], `ids` and `mask` int32
+      mesh: over which the batch is split: `image` uint8 [B, H, W, 3] or
+        `z_image` float32 [B, D], `ids` and `mask` int32
         [B, L], `index` int32 [B], and the hashes uint32 [B, 2] that the loss needs.
       config: group `train`: `seed` of dropout, stochastic depth and the choice of negatives, and
         `microbatches`, parts in which the towers see the batch. Each must hold whole BatchNorm
@@ -121,7 +122,8 @@ def _make_encode(model: dual_encoder.DualEncoder, mesh: Mesh, microbatches: int)
         def body(_: None, part: dict) -> tuple[None, tuple]:
             return None, encode_part(variables, part)
 
-        inputs = {name: split(batch[name]) for name in ("image", "ids", "mask", "keys")}
+        names = ("image", "z_image", "ids", "mask", "keys")
+        inputs = {name: split(batch[name]) for name in names if name in batch}
         _, (z_image, z_text, moments) = jax.lax.scan(body, None, inputs)
         return merge(z_image), merge(z_text), jax.tree.map(lambda m: m.mean(0), moments)
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 from PIL import Image, ImageDraw
 
-from align_jax import train, trees
+from align_jax import embed, train, trees
 from align_jax.cli import main as cli
 from align_jax.data import images
 
@@ -96,6 +96,20 @@ def make_project(folder):
         assert cli.main(["pack", "captions.jsonl?images=images", "--out", "data"]) == 0
         assert cli.main(["vocab", "data", "--out", "tokenizer", "--size", "200"]) == 0
     return folder
+
+
+def write_embeddings(folder, spec, dim, shard_size=4):
+    """Writes embeddings [N, dim] of the images of a source as `align embed` does; returns them."""
+    items = embed.open_images(spec)
+    z = np.random.default_rng(0).standard_normal((items.count, dim)).astype(np.float32)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    folder.mkdir()
+    manifest = {"kind": "image", "inputs": items.identity, "model": "", "embed_dim": dim}
+    manifest |= {"file_format": "npy", "shard_size": shard_size}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for number, start in enumerate(range(0, items.count, shard_size)):
+        np.save(folder / f"{number:05d}.npy", z[start : start + shard_size])
+    return z
 
 
 def write_table(path, rows):

@@ -13,7 +13,14 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from helpers import StubStep, read_checkpoint, read_lines, saved_steps, write_table
+from helpers import (
+    StubStep,
+    read_checkpoint,
+    read_lines,
+    saved_steps,
+    write_embeddings,
+    write_table,
+)
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -160,6 +167,7 @@ TABLE = {
     "data.mixture": [
         ({"b": {"source": "two.jsonl?images=images", "weight": 1.0}}, batches, {"data.source": ""})
     ],
+    "data.image_embeddings": [("embedded", batches, {"optim.image_lr_multiplier": 0.0})],
     "data.image_size": [(32, batches)],
     "data.resize_size": [(41, batches)],
     "data.resize": [("tf", batches)],
@@ -237,6 +245,7 @@ class Run:
             stub = StubStep(self._count_children).patch(patch)
             self._watch_source(patch)
             self._watch_evaluators(patch)
+            patch.setattr(train.image_embeddings.ImageEmbeddings, "check", lambda *args: None)
             patch.setattr(plots, "write_plots", lambda *args, **kwargs: None)
             train.train_and_evaluate(config, workdir)
         self.threads = len(self._readers)
@@ -379,6 +388,7 @@ def lab(tmp_path_factory):
             for i in range(start, start + 6)
         ]
         write_table(folder / f"{table}.jsonl", rows)
+    write_embeddings(folder / "embedded", f"{folder}/one.jsonl?images={folder}/images", dim=32)
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     (folder / "vocab.txt").write_text("\n".join(specials + words[::2]) + "\n")
     made = Lab(folder)
@@ -442,6 +452,7 @@ FREE = {
 }
 NEEDED = {
     "data.mixture": {"data.source": ""},
+    "data.image_embeddings": {"optim.image_lr_multiplier": 0.0},
     "loss.kind": {"loss.label_smoothing": 0.0},
     "lora.rank": {key: value for key, value in LORA.items() if key != "lora.rank"},
 }

@@ -114,6 +114,24 @@ def test_embeddings_of_a_locked_tower_are_bitwise_equal_in_every_step(locked):
         assert (z_text != found[0][1]).any()
 
 
+def test_cached_embeddings_give_the_losses_of_the_tower(locked):
+    model, states, metrics = locked
+    m = ONE(devices=jax.devices()[:1])
+    _, _, _, step_fn = train.make_program(make_config(**LOCKED), m, vocab_size=VOCAB)
+    state = jax.device_put(states[0])
+    for step in range(3):
+        batch = make_batch(step)
+        z = jax.jit(functools.partial(dual_encoder.embed_image, model))(
+            states[0].variables(), batch.pop("image")
+        )
+        batch["z_image"] = np.asarray(z)
+        state, found = step_fn(state, mesh.put_batch(batch, mesh.batch_sharding(m)))
+        assert found["loss"] == pytest.approx(metrics[step]["loss"], rel=1e-5)
+    for name, value in trees.named_leaves(states[3].params["text_projection"]):
+        got = dict(trees.named_leaves(state.params["text_projection"]))[name]
+        np.testing.assert_allclose(got, value, rtol=1e-3, atol=1e-5)
+
+
 def test_clipping_takes_the_norm_of_what_learns():
     c = make_config(**LOCKED, **{"optim.eps": 1.0, "optim.weight_decay": 0.0}).optim
     c.warmup_steps, c.clip_norm, c.learning_rate = 0, 0.5, 1.0
@@ -151,6 +169,8 @@ def test_freeze_names_parts_by_regex_of_adapters_too():
         ({"optim.freeze": ("imgae",)}, r"config.optim.freeze: 'imgae' is in the name of none of"),
         ({"optim.freeze": ("(",)}, r"config.optim.freeze holds '\(', no regular expression"),
         ({"optim.freeze": (".",)}, "nothing is left to learn"),
+        ({"data.image_embeddings": "z"}, "projection that do not learn, but image"),
+        ({"data.image_embeddings": "z", "optim.freeze": ("^image/",)}, "but image_projection does"),
     ],
 )
 def test_freezing_nothing_or_all_is_one_line_before_anything_compiles(changes, message):

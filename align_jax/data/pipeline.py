@@ -23,6 +23,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from align_jax.data import images, mixture, read_ahead
+from align_jax.data.image_embeddings import ImageEmbeddings
 from align_jax.data.sources.open_source import PairSource
 from align_jax.data.sources.record import UNUSABLE_REASONS, Record, is_usable
 from align_jax.data.tokenizer import Tokenizer
@@ -38,7 +39,8 @@ class Batch:
     """A process's rows of a global batch, and what was dropped while building them.
 
     Attributes:
-      arrays: for the device. `image` uint8 [b, S, S, 3]; `ids` and `mask` int32 [b, L]; `index`
+      arrays: for the device. `image` uint8 [b, S, S, 3], or its embedding `z_image` float32 [b, D]
+        where those are given; `ids` and `mask` int32 [b, L]; `index`
         int32 [b], the record's index in the source. With `hash_pairs` also `caption_hash` and
         `image_hash`, uint32 [b, 2]: equal captions (or images) have equal hashes.
       dropped: reason (of DROP_REASONS) -> number of records that were drawn, found unusable and
@@ -103,6 +105,7 @@ def train_batches(
     hash_pairs: bool = False,
     start_step: int = 0,
     rows: Sequence[int] | None = None,
+    embeddings: ImageEmbeddings | None = None,
 ) -> BatchIterator:
     """Returns an endless iterator of training batches, from `start_step` on.
 
@@ -120,6 +123,7 @@ def train_batches(
       batch_size, seed, hash_pairs: see `BatchSpec`.
       start_step: first step.
       rows: of the B rows, those that this process needs; None needs all.
+      embeddings: of the images of the source, to be given in their stead.
 
     Raises:
       ValueError: an empty source, a seed out of range, a way of decoding that the resize method
@@ -143,7 +147,7 @@ def train_batches(
     num_threads, num_workers = config.num_threads, config.num_workers
     # More than can be in the making or waiting: Grain buffers 2 in a worker and 2 of each here.
     board = read_ahead.Board(max(1, num_workers) * (num_threads + 16), num_workers)
-    build = _BatchBuilder(source, tokenizer, mixture.Order(source, seed), board, spec)
+    build = _BatchBuilder(source, tokenizer, mixture.Order(source, seed), board, spec, embeddings)
     # One element is one batch, so threads and workers can only change who builds it.
     dataset = grain.MapDataset.range(start_step, _MAX_STEPS).map(build)
     dataset = dataset.to_iter_dataset(
@@ -177,22 +181,25 @@ class _BatchBuilder:
     order: mixture.Order
     board: read_ahead.Board
     spec: BatchSpec
+    embeddings: ImageEmbeddings | None
 
     def __call__(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, str]]:
         spec, num_rows = self.spec, len(self.spec.rows)
-        arrays = {
-            "image": np.empty((num_rows, spec.image_size, spec.image_size, 3), np.uint8),
-            "index": np.empty(num_rows, np.int32),
-        }
+        if self.embeddings is None:
+            views = np.empty((num_rows, spec.image_size, spec.image_size, 3), np.uint8)
+            arrays = {"image": views}
+        else:
+            views = np.empty((num_rows, self.embeddings.dim), np.float32)
+            arrays = {"z_image": views}
+        arrays["index"] = np.empty(num_rows, np.int32)
         if spec.hash_pairs:
             arrays["caption_hash"] = np.empty((num_rows, 2), np.uint32)
             arrays["image_hash"] = np.empty((num_rows, 2), np.uint32)
         captions, drops = [], []
         for row, row_of_batch in enumerate(spec.rows):
             position = step * spec.batch_size + row_of_batch
-            index, record, image, caption = self._draw(step, row, position, drops)
+            index, record, views[row], caption = self._draw(step, row, position, drops)
             arrays["index"][row] = index
-            arrays["image"][row] = image
             captions.append(caption)
             if spec.hash_pairs:
                 arrays["caption_hash"][row] = _hash(caption.strip().lower().encode())
@@ -208,7 +215,7 @@ class _BatchBuilder:
     def _draw(
         self, step: int, row: int, position: int, drops: list[tuple[str, str]]
     ) -> tuple[int, Record, np.ndarray, str]:
-        """Returns (index, record, image uint8 [S, S, 3], caption) of a row.
+        """Returns (index, record, image uint8 [S, S, 3] or embedding [D], caption) of a row.
 
         Appends (reason, key) of each record that could not be used to `drops`.
         """
@@ -227,6 +234,8 @@ class _BatchBuilder:
                 key = record.key
                 caption = _choose_caption(record, rng)
                 if caption is not None:
+                    if self.embeddings is not None:
+                        return index, record, self.embeddings[index], caption
                     return index, record, self._view(record.image, rng), caption
                 reason = "caption_empty"
             except (images.BadImage, OSError) as error:

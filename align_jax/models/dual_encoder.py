@@ -224,7 +224,8 @@ def apply_towers(
     Args:
       model: from `make_model`.
       variables: {"params", "batch_stats"}.
-      batch: `image` uint8 [B, H, W, 3], `ids` int32 [B, L], `mask` int32 [B, L].
+      batch: `image` uint8 [B, H, W, 3] or, of a locked image side, its embedding `z_image` float32
+        [B, D]; `ids` int32 [B, L], `mask` int32 [B, L].
       train: batch statistics and dropout, or running statistics and none.
       keys: one key per example [B]; needed in train mode (`example_keys`).
       constrain: pins the sharding of activations between blocks, see `layers.Constrain`.
@@ -240,6 +241,17 @@ def apply_towers(
         train_image, image_keys = False, None
     if train and is_locked(model, variables["params"], "text"):
         text_keys = None
+    if "z_image" in batch:
+        z_text = model.apply(
+            merge_lora(model, variables),
+            batch["ids"],
+            batch["mask"],
+            text_keys,
+            constrain,
+            method=DualEncoder.encode_text,
+        )
+        temperature = variables["params"]["temperature"]
+        return batch["z_image"], unit_norm(z_text), temperature, variables["batch_stats"]
     (z_image, z_text, temperature), updated = model.apply(
         merge_lora(model, variables),
         batch["image"],

@@ -113,6 +113,11 @@ def compile_report(config: ConfigDict, devices: list[jax.Device]) -> dict[str, A
     variables = abstract.variables()
     embed_image, embed_text = encode.compile_embed(model, state.shardings_of(variables), mesh)
     batch = _abstract_batch(config, mesh, config.train.batch_size)
+    if config.data.image_embeddings:
+        shape = (config.train.batch_size, config.model.embed_dim)
+        batch["z_image"] = jax.ShapeDtypeStruct(
+            shape, jnp.float32, sharding=batch.pop("image").sharding
+        )
     rows = -(-config.eval.batch_size // mesh.size) * mesh.size
     embedded = _abstract_batch(config, mesh, rows)
     programs = {
