@@ -73,6 +73,7 @@ OPENS = {
     "data/images.py": "bytes of images",
     "data/read_ahead.py": "shared memory",
     "data/sources/archives.py": "bytes of archives and files",
+    "data/sources/entry_file.py": "indexes written here",
     "data/sources/img2dataset.py": "statistics of img2dataset",
     "data/sources/subsets.py": "writes",
     "data/tokenizer.py": "tokenizer folders, written by transformers or here",

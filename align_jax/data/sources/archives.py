@@ -10,7 +10,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -121,14 +121,20 @@ def stamp_members(members: Iterable[Member]) -> str:
 
     Archives count by their order, so that neither their folder nor their own name matters.
     """
-    members = list(members)
-    archives = {member.path: None for member in members if member.kind != "file"}
-    number = {path: n for n, path in enumerate(archives)}
-    index = ((m.name, m.kind, number.get(m.path), m.offset, m.size) for m in members)
-    loose = (member.path for member in members if member.kind == "file")
-    return identity.digest(
-        [identity.digest(index), identity.of_files(archives), identity.of_files(loose)]
-    )
+    archives: dict[str, int] = {}
+    loose: list[str] = []
+
+    def index() -> Iterator[tuple]:
+        for member in members:
+            if member.kind == "file":
+                loose.append(member.path)
+            else:
+                archives.setdefault(member.path, len(archives))
+            place = archives.get(member.path)
+            yield member.name, member.kind, place, member.offset, member.size
+
+    of_index = identity.digest(index())
+    return identity.digest([of_index, identity.of_files(archives), identity.of_files(loose)])
 
 
 def _too_large(member: Member) -> OSError:

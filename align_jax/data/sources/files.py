@@ -6,9 +6,11 @@ counted in `problems`) before a run starts. open_source.py is the way in.
 """
 
 import collections
+import functools
+import itertools
 import os
 import posixpath
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -21,8 +23,10 @@ from align_jax.data.sources.archives import (
     read_member,
     stamp_members,
 )
+from align_jax.data.sources.entry_file import Entry, keep_entries, stamp_files
 from align_jax.data.sources.image_finder import ImageFinder, printable, short_names
-from align_jax.data.sources.record import LabelledImage, Record, hash_key
+from align_jax.data.sources.indexing import for_each
+from align_jax.data.sources.record import KeyHashes, LabelledImage, Record, hash_key
 from align_jax.data.sources.tables import Row, parse_sidecar, read_table
 from align_jax.storage import identity
 from align_jax.storage.paths import find_paths
@@ -46,7 +50,7 @@ class FilePairs:
     def __init__(
         self,
         spec: str,
-        entries: list[tuple[str, Member, Row | Member]],
+        entries: Sequence[Entry],
         problems: Problems,
         weights: Mapping[str, float] | None = None,
         *,
@@ -95,15 +99,14 @@ class FilePairs:
 
     def stamp(self) -> str:
         """Returns what identity.stamp does: keys, captions, and the content of the files."""
-        texts = [texts for *_, texts in self._entries]
         return identity.digest(
             [
                 identity.digest(key for key, *_ in self._entries),
                 stamp_members(image for _, image, _ in self._entries),
-                stamp_members(text for text in texts if isinstance(text, Member)),
+                stamp_members(text for *_, text in self._entries if isinstance(text, Member)),
                 identity.digest(
                     (text.captions, text.weights, text.columns)
-                    for text in texts
+                    for *_, text in self._entries
                     if isinstance(text, Row)
                 ),
                 sorted((self._weights or {}).items()),
@@ -188,8 +191,14 @@ def open_table(
     Raises:
       ValueError: a path that does not exist, a table without the needed columns.
     """
-    problems = Problems()
-    return open_rows(spec, read_table(path, problems, weights), images, limit, problems)
+
+    def build(problems: Problems) -> Iterator[Entry]:
+        yield from _find_rows(read_table(path, problems, weights), images, limit, problems)
+
+    shares = sorted((weights or {}).items())
+    stamp = stamp_files(["table", images, limit, shares], [path, *_patterns(images)])
+    entries, problems = keep_entries(stamp, build)
+    return FilePairs(spec, entries, problems)
 
 
 def open_rows(
@@ -200,22 +209,9 @@ def open_rows(
     Raises:
       ValueError: a path that does not exist.
     """
-    patterns = [images] if os.path.exists(images) else images.split(",")
-    archives = [
-        (file, index_files(file, problems))
-        for pattern in patterns
-        for file in expand(pattern, "folders, .zip and .tar files of images")
-    ]
-    find = ImageFinder(archives, problems)
-    names = short_names([file for file, _ in archives])
-    entries, keys = [], set()
-    for row in rows:
-        found = find(row.image, row.shard)
-        if found is not None:
-            place, member = found
-            key = _unique_key(printable(row.image), names[place], keys)
-            entries.append((key, member, row))
-    return FilePairs(spec, entries[:limit], problems)
+    entries, found = keep_entries(None, lambda found: _find_rows(rows, images, limit, found))
+    problems.merge(found)
+    return FilePairs(spec, entries, problems)
 
 
 def open_samples(
@@ -245,33 +241,32 @@ def open_samples(
       names: of the archives, for that; by default their `short_names`.
       taken: record.hash_key of keys that earlier archives have, uint64.
     """
-    problems = Problems()
-    entries, keys, earlier = [], set(), set(taken.tolist())
-    for path, name in zip(paths, names or short_names(paths), strict=True):
-        samples, seen, own = {}, collections.Counter(), set()
-        for member in list_files(path, problems):
-            stem, suffix = posixpath.splitext(member.name)
-            kind = "image" if _is_image(member.name) else suffix.lower()
-            samples.setdefault((stem, seen[member.name]), {}).setdefault(kind, member)
-            seen[member.name] += 1
-        for (stem, _), files in samples.items():
-            captions = (None if weights else files.get(".txt")) or files.get(".json")
-            if "image" in files and captions:
-                key = printable(stem)
-                if key in own or (img2dataset and key in keys):
-                    problems.add("key_duplicate", f"{path}: {stem}")
+    names = names or short_names(paths)
+    job = functools.partial(_list_samples, json_only=bool(weights))
+
+    def build(problems: Problems) -> Iterator[Entry]:
+        seen = KeyHashes(taken)
+        for path, name, found in zip(paths, names, for_each(job, paths), strict=True):
+            samples, hashes, own = found
+            problems.merge(own)
+            for (key, *sample), again in zip(samples, seen.add(hashes).tolist(), strict=True):
+                if again and img2dataset:
+                    problems.add("key_duplicate", f"{path}: {key}")
                     continue
-                own.add(key)
-                if earlier and hash_key(key) in earlier:
-                    keys.add(key)
-                entries.append((_unique_key(key, name, keys), files["image"], captions))
-            elif "image" in files:
-                problems.add("caption_missing", f"{path}: {stem}")
-            else:
-                _count_without_image(f"{path}: {stem}", files, problems)
-        if limit is not None and len(entries) >= limit:
-            break
-    return FilePairs(spec, entries[:limit], problems, weights, one_caption=img2dataset)
+                if again:  # shards may number their samples from 0 again
+                    key = f"{name}/{key}"
+                    seen.add(np.array([hash_key(key)], np.uint64))
+                yield key, *sample
+
+    what = ["samples", bool(weights), img2dataset, limit, list(names), taken.tolist()]
+    stamp = stamp_files(what, paths)
+    entries, problems = keep_entries(stamp, lambda found: itertools.islice(build(found), limit))
+    return FilePairs(spec, entries, problems, weights, one_caption=img2dataset)
+
+
+def hash_samples(paths: Sequence[str], weights: Mapping[str, float] | None) -> Iterator[np.ndarray]:
+    """Yields the record.hash_key of the keys of each archive, see `open_samples`, uint64."""
+    yield from for_each(functools.partial(_hash_samples, json_only=bool(weights)), paths)
 
 
 def list_images(paths: Sequence[str], problems: Problems) -> list[tuple[str, Member]]:
@@ -417,12 +412,69 @@ def _sorted_classes(names: Iterable[str]) -> list[str]:
     return names
 
 
-def _unique_key(key: str, archive: str, taken: set[str]) -> str:
-    # Shards may number their samples from 0 again.
-    if key in taken:
-        key = f"{archive}/{key}"
-    taken.add(key)
-    return key
+def _patterns(images: str) -> list[str]:
+    return [images] if os.path.exists(images) else images.split(",")
+
+
+def _find_rows(
+    rows: Iterable[Row], images: str, limit: int | None, problems: Problems
+) -> Iterator[Entry]:
+    """Yields the entries of up to `limit` rows, of all of which the problems are counted."""
+    paths = [
+        file
+        for pattern in _patterns(images)
+        for file in expand(pattern, "folders, .zip and .tar files of images")
+    ]
+    archives = []
+    for path, (index, own) in zip(paths, for_each(_index, paths), strict=True):
+        archives.append((path, index))
+        problems.merge(own)
+    find = ImageFinder(archives, problems)
+    names, keys, count = short_names(paths), set(), 0
+    for row in rows:
+        found = find(row.image, row.shard)
+        if found is not None:
+            place, member = found
+            key = printable(row.image)
+            if key in keys:
+                key = f"{names[place]}/{key}"
+            keys.add(key)
+            if limit is None or count < limit:
+                yield key, member, row
+            count += 1
+
+
+def _index(path: str) -> tuple[dict[str, Member], Problems]:
+    problems = Problems()
+    return index_files(path, problems), problems
+
+
+def _list_samples(path: str, json_only: bool) -> tuple[list[Entry], np.ndarray, Problems]:
+    """Returns the pairs of an archive or folder, each key once, and the hashes of their keys."""
+    problems = Problems()
+    samples, seen, own = {}, collections.Counter(), {}
+    for member in list_files(path, problems):
+        stem, suffix = posixpath.splitext(member.name)
+        kind = "image" if _is_image(member.name) else suffix.lower()
+        samples.setdefault((stem, seen[member.name]), {}).setdefault(kind, member)
+        seen[member.name] += 1
+    for (stem, _), files in samples.items():
+        captions = (None if json_only else files.get(".txt")) or files.get(".json")
+        if "image" in files and captions:
+            key = printable(stem)
+            if key in own:
+                problems.add("key_duplicate", f"{path}: {stem}")
+            else:
+                own[key] = (key, files["image"], captions)
+        elif "image" in files:
+            problems.add("caption_missing", f"{path}: {stem}")
+        else:
+            _count_without_image(f"{path}: {stem}", files, problems)
+    return list(own.values()), np.fromiter(map(hash_key, own), np.uint64, len(own)), problems
+
+
+def _hash_samples(path: str, json_only: bool) -> np.ndarray:
+    return _list_samples(path, json_only)[1]
 
 
 def _read_classes(path: str) -> tuple[tuple[str, ...], dict[str, int]]:

@@ -87,6 +87,27 @@ def is_usable(caption: str) -> bool:
     return bool(caption.replace("\ufffd", "").strip())
 
 
+class KeyHashes:
+    """Hashed keys that have occurred, in about 8 bytes each."""
+
+    def __init__(self, hashes: np.ndarray):
+        """Starts with some, uint64 [N]."""
+        self._levels = [np.sort(hashes)]  # each sorted, and longer than the next
+
+    def add(self, hashes: np.ndarray) -> np.ndarray:
+        """Returns which of some different hashes, uint64 [N], had occurred; then they all have."""
+        again = np.zeros(len(hashes), bool)
+        for level in self._levels:
+            places = np.searchsorted(level, hashes)
+            found = places < len(level)
+            again[found] |= level[places[found]] == hashes[found]
+        self._levels.append(np.sort(hashes[~again]))
+        while len(self._levels) > 1 and len(self._levels[-2]) <= 2 * len(self._levels[-1]):
+            last = self._levels.pop()
+            self._levels[-1] = np.sort(np.concatenate([self._levels[-1], last]), kind="stable")
+        return again
+
+
 def hash_key(key: str) -> int:
     """Returns 64 bits of BLAKE2b of a key, by which keys are compared where there are many."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")

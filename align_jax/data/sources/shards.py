@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from align_jax.data.sources import files
-from align_jax.data.sources.record import Record, hash_key
+from align_jax.data.sources.record import Record
 from align_jax.storage import identity
 from align_jax.storage.problems import Problems
 
@@ -79,15 +79,18 @@ class Shards(abc.ABC):
 
     def stamp(self) -> str:
         """Returns what identity.stamp does; indexes nothing."""
-        paths = [part.path for part in self.parts]
+        paths, weights = self._paths_and_weights()
         return identity.digest(
             [
                 [os.path.basename(path) for path in paths],
-                [sorted((part.weights or {}).items()) for part in self.parts[:1]],
+                [sorted((weights or {}).items())],
                 [identity.of_files(_files_of(path)) for path in paths if os.path.isdir(path)],
                 identity.of_files(path for path in paths if not os.path.isdir(path)),
             ]
         )
+
+    def _paths_and_weights(self) -> tuple[Sequence[str], Mapping[str, float] | None]:
+        return [part.path for part in self.parts], self.parts[0].weights
 
     def _all(self) -> files.FilePairs:
         if self._pairs is None:
@@ -141,16 +144,12 @@ class Archives(Shards):
 
     @functools.cached_property
     def parts(self) -> tuple[Archive, ...]:
-        """The archives; all are indexed once, one after another, to find the keys they share."""
-        hashes = []
-        for path in self._paths:
-            pairs = files.open_samples(path, [path], None, self._weights)
-            keys = {pairs.key(index): None for index in range(len(pairs))}
-            hashes.append((np.fromiter(map(hash_key, keys), np.uint64, len(keys)), len(pairs)))
-        repeated = find_repeated(lambda number: hashes[number][0], len(hashes))
+        """The archives; all are indexed once to find the keys that they share."""
+        hashes = list(files.hash_samples(self._paths, self._weights))
+        repeated = find_repeated(hashes.__getitem__, len(hashes))
         return tuple(
-            Archive(path, name, count, np.sort(own[repeated.get(number, [])]), self._weights)
-            for number, (path, name, (own, count)) in enumerate(
+            Archive(path, name, len(own), np.sort(own[repeated.get(number, [])]), self._weights)
+            for number, (path, name, own) in enumerate(
                 zip(self._paths, files.short_names(self._paths), hashes, strict=True)
             )
         )
@@ -160,6 +159,9 @@ class Archives(Shards):
         pairs = files.open_samples(self._spec, self._paths, limit, self._weights)
         pairs.problems.merge(self.folder_problems)
         return pairs
+
+    def _paths_and_weights(self) -> tuple[Sequence[str], Mapping[str, float] | None]:
+        return self._paths, self._weights
 
     def describe(self) -> str:
         """Returns the spec and the number of archives."""
