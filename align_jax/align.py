@@ -1,7 +1,6 @@
 """`Align`: a trained model with its tokenizer and preprocessing, as one object; `load` makes it."""
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -12,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from align_jax import __version__, encode, trees
+from align_jax import __version__, encode
 from align_jax import mesh as mesh_lib
 from align_jax.data.tokenizer import Tokenizer
 from align_jax.evals import templates as templates_lib
@@ -310,15 +309,10 @@ class Align:
 
     def fingerprint(self) -> str:
         """Returns 16 hex digits that identify weights, compute dtype, tokenizer, preprocessing."""
-        dtype = np.dtype(self.model.image.dtype).name
-        digest = hashlib.sha256(repr((self.preprocessing, dtype)).encode())
         variables = self.variables
         if self.model.lora:  # the merged model, as it is saved, has the same
             variables = dual_encoder.merge_lora(self.model, jax.device_get(variables))
-        for name, leaf in sorted(trees.named_leaves(variables)):
-            digest.update(name.encode())
-            digest.update(np.ascontiguousarray(leaf))
-        return digest.hexdigest()[:16]
+        return encode.fingerprint(self.model, variables, self.preprocessing)
 
     def _encode_ready(self, embed: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
         return encode.encode(
@@ -448,6 +442,11 @@ def _load_workdir(
     batch_size: int | None,
     step: int | None,
 ) -> Align:
+    if trained.is_classifier(folder):
+        raise ValueError(
+            f"{folder} is a classifier, whose images and texts share no space; it works with "
+            "`align eval` and as config.init_from."
+        )
     found = trained.load_trained(folder, dtype=dtype, step=step)
     return Align(
         found.model,

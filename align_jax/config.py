@@ -25,6 +25,10 @@ def default_config() -> ConfigDict:
     """
     c = ConfigDict()
 
+    # "contrastive", or "classify": a linear head on the image tower learns the classes of
+    # data.source, labelled images; see docs/finetuning.md.
+    c.task = "contrastive"
+
     # Hub id, Hugging Face folder or workdir whose weights a new run starts from; "" for none.
     c.init_from = ""
     c.init_towers = "both"  # or "image" or "text": that tower alone, without its projection
@@ -58,6 +62,11 @@ def default_config() -> ConfigDict:
     data.resize_size = 346  # pixels, side before the crop
     data.resize = "tf"  # "tf" (COYO) or "pil" (Hugging Face processor)
     data.decode = "full"  # "reduced": large JPEGs at 1/2 to 1/8 for training; needs "pil"
+    # Of training: "random", image_size out of resize_size, or "inception", a part of random area
+    # and shape, scaled to image_size. Evaluation takes the centre of resize_size.
+    data.crop = "random"
+    data.crop_min_area = 0.08  # of the "inception" crop, share of the image; the most is all
+    data.eval_image_size = 0  # side of the crop in evaluation, pixels; 0: image_size
     data.flip = True  # random horizontal flip
     data.max_tokens = 64
     data.tokenizer = ""  # folder or vocab.txt; "" trains one on the source's captions
@@ -77,10 +86,13 @@ def default_config() -> ConfigDict:
     loss.negatives = 1.0  # share of the in-batch negatives, drawn anew each step: 1.0, 0.5, 0.25
 
     c.optim = optim = ConfigDict()
-    optim.name = "lamb"  # "lamb", "adamw" or "lion"
+    optim.name = "lamb"  # "lamb", "adamw", "lion" or "sgd" (momentum b1)
     optim.learning_rate = 1e-3  # peak
     optim.warmup_steps = 10_000  # linear from 0; the first update has rate 0
-    optim.schedule = "linear"  # decay to 0: "linear" or "cosine"
+    # Decay to 0: "linear" or "cosine"; or "steps": times decay_factor after each decay_every.
+    optim.schedule = "linear"
+    optim.decay_every = 0.3  # of "steps", share of the run after warm-up
+    optim.decay_factor = 0.2  # of "steps"
     optim.weight_decay = 1e-5
     optim.b1 = 0.9
     optim.b2 = 0.999
@@ -133,7 +145,7 @@ def default_config() -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.every_steps = 10_000
     c.eval.batch_size = 256
-    # name -> {"type": "retrieval" | "zeroshot", "source": ..., ...}; see evals.make_evaluators
+    # name -> {"type": "retrieval" | "classify", "source": ..., ...}; see evals.make_evaluators
     c.eval.evaluators = ConfigDict()
 
     c.log = ConfigDict()

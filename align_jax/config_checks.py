@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from align_jax import losses
 from align_jax.config import check_keys, default_config
 from align_jax.data import images
-from align_jax.models import bert, dual_encoder, efficientnet, freeze, layers
+from align_jax.models import bert, classifier, dual_encoder, efficientnet, freeze, layers
 
 
 def validate(config: ConfigDict, *, num_devices: int, num_processes: int = 1) -> None:
@@ -39,15 +39,9 @@ def validate(config: ConfigDict, *, num_devices: int, num_processes: int = 1) ->
     if config.train.seed >= 2**32:
         raise ValueError(f"config.train.seed={config.train.seed} must be below 2**32.")
     _check_sources(config.data)
-    if config.data.resize_size < config.data.image_size:
-        raise ValueError(
-            f"config.data.resize_size={config.data.resize_size} is smaller than the crop "
-            f"config.data.image_size={config.data.image_size}."
-        )
-    if config.data.image_size < 32:
-        raise ValueError(
-            f"config.data.image_size={config.data.image_size} is below the trunk's stride, 32."
-        )
+    _check_views(config.data)
+    if config.task == "classify":
+        _check_classify(config)
     if config.data.max_tokens < 3 or config.data.max_tokens > config.model.text.max_positions:
         raise ValueError(
             f"config.data.max_tokens={config.data.max_tokens} must lie in [3, "
@@ -86,6 +80,7 @@ _POSITIVE = (
     "loss.temperature_init",
     "optim.learning_rate",
     "optim.eps",
+    "optim.decay_every",
     "lora.alpha",
     "train.batch_size",
     "train.steps",
@@ -103,9 +98,11 @@ _RATES = (
     "loss.label_smoothing",
     "optim.b1",
     "optim.b2",
+    "optim.decay_factor",
 )
 _NOT_NEGATIVE = (
     "data.num_workers",
+    "data.eval_image_size",
     "optim.warmup_steps",
     "optim.weight_decay",
     "optim.clip_norm",
@@ -121,6 +118,7 @@ _NOT_NEGATIVE = (
 
 def _choices() -> dict[str, tuple[Any, ...]]:
     return {
+        "task": ("contrastive", "classify"),
         "init_towers": ("both", "image", "text"),
         "model.image.variant": tuple(efficientnet.VARIANTS),
         "model.text.variant": tuple(bert.VARIANTS),
@@ -130,13 +128,14 @@ def _choices() -> dict[str, tuple[Any, ...]]:
         "model.remat": layers.REMAT,
         "data.resize": images.RESIZE_METHODS,
         "data.decode": images.DECODE_METHODS,
+        "data.crop": images.CROPS,
         "loss.kind": tuple(losses.PARTS),
         "loss.form": losses.FORMS,
         "loss.mask_duplicates": tuple(losses.DUPLICATES),
         "loss.negatives": tuple(losses.NEGATIVES),
-        "optim.name": ("lamb", "adamw", "lion"),
+        "optim.name": ("lamb", "adamw", "lion", "sgd"),
         "optim.momentum_dtype": ("float32", "bfloat16"),
-        "optim.schedule": ("linear", "cosine"),
+        "optim.schedule": ("linear", "cosine", "steps"),
         "optim.temperature": ("same", "log", "fixed"),
         "train.on_divergence": ("stop", "rollback"),
     }
@@ -156,6 +155,53 @@ def _check_sources(data: ConfigDict) -> None:
             raise ValueError(f"{path}.source is empty; name a dataset.")
         if not 0.0 < entry.get("weight", 1.0) < math.inf:
             raise ValueError(f"{path}.weight={entry.weight} must be positive and finite.")
+
+
+def _check_views(data: ConfigDict) -> None:
+    if data.crop == "random" and data.resize_size < data.image_size:
+        raise ValueError(
+            f"config.data.resize_size={data.resize_size} is smaller than the crop "
+            f"config.data.image_size={data.image_size}."
+        )
+    evaluated = data.eval_image_size or data.image_size
+    if data.resize_size < evaluated:
+        raise ValueError(
+            f"config.data.resize_size={data.resize_size} is smaller than the crop of evaluation, "
+            f"{evaluated} (config.data.eval_image_size, or config.data.image_size where it is 0)."
+        )
+    for path in ("image_size", "eval_image_size"):
+        if data[path] < 32 and (data[path] or path == "image_size"):
+            raise ValueError(f"config.data.{path}={data[path]} is below the trunk's stride, 32.")
+    if not 0.0 < data.crop_min_area <= 1.0:
+        raise ValueError(f"config.data.crop_min_area={data.crop_min_area} must lie in (0, 1].")
+    if data.crop == "inception" and data.decode != "full":
+        raise ValueError(
+            f"config.data.decode={data.decode!r} would leave too few pixels of small crops; use "
+            "'full' with config.data.crop='inception'."
+        )
+
+
+def _check_classify(config: ConfigDict) -> None:
+    # What means nothing to a classifier, and its value where nothing is asked for.
+    of_pairs = {
+        "init_towers": ("both", "image"),
+        "data.mixture": ({},),
+        "data.image_embeddings": ("",),
+        "loss.kind": ("softmax",),
+        "loss.mask_duplicates": ("none",),
+        "loss.negatives": (1.0,),
+        "optim.temperature": ("same", "log"),
+        "optim.text_lr_multiplier": (1.0,),
+        "lora.rank": (0,),
+    }
+    for path, allowed in of_pairs.items():
+        value = _get(config, path)
+        value = value.to_dict() if isinstance(value, ConfigDict) else value
+        if value not in allowed:
+            raise ValueError(
+                f"config.{path}={value!r} has no meaning with config.task='classify'; leave it "
+                f"{' or '.join(map(repr, allowed))}."
+            )
 
 
 def _check_batch(config: ConfigDict, num_devices: int, num_processes: int) -> None:
@@ -227,7 +273,10 @@ def _check_learned(config: ConfigDict) -> None:
     if not frozen and not config.lora.rank and not cached:
         return
     # Either raises where a regex is found nowhere. No name depends on the vocabulary.
-    model = dual_encoder.make_model(config.model, config.loss, vocab_size=1, lora=config.lora)
+    if config.task == "classify":
+        model = classifier.make_classifier(config.model, num_classes=2)
+    else:
+        model = dual_encoder.make_model(config.model, config.loss, vocab_size=1, lora=config.lora)
     shapes = dual_encoder.abstract_variables(model)
     freeze.check(frozen, model.lora, shapes["params"])
     learned = freeze.learned(frozen, model.lora, shapes["params"])

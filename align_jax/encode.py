@@ -6,6 +6,7 @@ What an embedding is stands in `models/dual_encoder.py`; here it is compiled.
 """
 
 import contextlib
+import hashlib
 import logging
 import os
 from collections import deque
@@ -20,10 +21,11 @@ import tqdm
 from jax.sharding import Mesh, NamedSharding
 
 from align_jax import mesh as mesh_lib
+from align_jax import trees
 from align_jax.data import images as images_lib
 from align_jax.data.tokenizer import Tokenizer
 from align_jax.hf.processor import Preprocessing
-from align_jax.models import dual_encoder
+from align_jax.models import classifier, dual_encoder
 from align_jax.run import multihost
 
 ON_ERROR = ("raise", "skip")
@@ -75,6 +77,31 @@ def compile_embed_cls(
         in_shardings=(variable_shardings, rows, rows),
         out_shardings=everywhere,
     )
+
+
+def compile_scores(
+    model: classifier.Classifier, variable_shardings: Any, mesh: Mesh
+) -> Callable[..., jax.Array]:
+    """Returns scores(variables, images), jitted: `compile_embed`'s of images, but what it gives is
+    the logits [B, K] of a classifier."""
+    rows, everywhere = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
+    return jax.jit(
+        partial(classifier.class_scores, model),
+        in_shardings=(variable_shardings, rows),
+        out_shardings=everywhere,
+    )
+
+
+def fingerprint(
+    model: dual_encoder.Model, variables: dual_encoder.Variables, preprocessing: Preprocessing
+) -> str:
+    """Returns 16 hex digits that identify weights, compute dtype, tokenizer, preprocessing."""
+    dtype = np.dtype(model.image.dtype).name
+    digest = hashlib.sha256(repr((preprocessing, dtype)).encode())
+    for name, leaf in sorted(trees.named_leaves(variables)):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(leaf))
+    return digest.hexdigest()[:16]
 
 
 def encode(

@@ -1,4 +1,5 @@
-"""Contrastive losses over the global batch: what they are, a dense and a row-sharded form.
+"""Contrastive losses over the global batch: what they are, a dense and a row-sharded form; and the
+cross-entropy of a classifier.
 
 softmax (Jia et al. 2021, eq. 1-2) is the *sum*, not the mean, of image-to-text and text-to-image
 cross-entropy with label smoothing. Smoothed cross-entropy is
@@ -143,6 +144,22 @@ def sharded_loss(
         out_specs=replicated,
     )(z_image, z_text, temperature, tuple(hashes), jnp.asarray(bias, jnp.float32))
     return total(kind, parts)
+
+
+def classify_loss(
+    logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0
+) -> tuple[jax.Array, Parts]:
+    """Returns (mean cross-entropy [], {"accuracy": percent of the batch whose label is on top}).
+
+    Args:
+      logits: [B, K] float32.
+      labels: int32 [B] in 0..K-1.
+      label_smoothing: in [0, 1), spread uniformly over all K classes.
+    """
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+    positive = (1.0 - label_smoothing) * own + label_smoothing * logits.mean(1)
+    loss = (jax.nn.logsumexp(logits, 1) - positive).mean()
+    return loss, {"accuracy": 100.0 * (logits.argmax(1) == labels).mean()}
 
 
 def subset_hashes(keys: jax.Array, negatives: float) -> tuple[jax.Array, ...]:

@@ -1,8 +1,10 @@
-"""Optimizers and schedules: LAMB as in the paper, AdamW, Lion; masks by name, one rule per tower.
+"""Optimizers and schedules: LAMB as in the paper, AdamW, Lion, SGD; masks by name, one rule per
+tower.
 
 The temperature is a scalar and has its own rule: see `optim.temperature` in `config.py`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,9 +15,16 @@ from ml_collections import ConfigDict
 
 from align_jax import trees
 
+# What learns by a rule of its own.
+DUAL_ENCODER = ("image", "text", "temperature")
+CLASSIFIER = ("image", "head")
+
 
 def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     """Returns step -> learning rate: linear warm-up from 0 to the peak, then decay to 0 at `steps`.
+
+    With the schedule "steps" the rate is multiplied by `decay_factor` after each `decay_every` of
+    the steps that warm-up leaves, and does not end at 0.
 
     Args:
       config: group `optim`.
@@ -24,6 +33,12 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     warmup, peak = config.warmup_steps, config.learning_rate
     if config.schedule == "linear":
         decay = optax.linear_schedule(peak, 0.0, steps - warmup)
+    elif config.schedule == "steps":
+        factors: dict[int, float] = {}
+        for count in range(1, math.ceil(1 / config.decay_every)):
+            end = round(count * config.decay_every * (steps - warmup))
+            factors[end] = factors.get(end, 1.0) * config.decay_factor
+        decay = optax.piecewise_constant_schedule(peak, factors)
     else:
         decay = optax.cosine_decay_schedule(peak, steps - warmup)
     if warmup == 0:
@@ -31,13 +46,16 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
 
 
-def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns the optimizer of those `params` of a dual encoder that learn.
+def make_optimizer(
+    config: ConfigDict, schedule: optax.Schedule, parts: Sequence[str] = DUAL_ENCODER
+) -> optax.GradientTransformation:
+    """Returns the optimizer of those `params` of a dual encoder, or of a classifier, that learn.
 
     Args:
       config: group `optim`. `no_decay` and `no_trust_ratio` are regexes on parameter names.
       schedule: step -> learning rate, multiplied per tower by `image_lr_multiplier` and
         `text_lr_multiplier`.
+      parts: `DUAL_ENCODER` or `CLASSIFIER`.
 
     Source: LAMB, You et al. 2020, with the masks of kakaobrain/coyo-align: BatchNorm scale and bias
     take a plain Adam update, all other tensors decay and take the trust ratio.
@@ -46,7 +64,9 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
         "image": _rule(config, schedule, config.image_lr_multiplier),
         "text": _rule(config, schedule, config.text_lr_multiplier),
         "temperature": _temperature_rule(config, schedule),
+        "head": _rule(config, schedule, 1.0),
     }
+    rules = {part: rules[part] for part in parts}
     optimizer = optax.partition(rules, lambda params: trees.map_named(_label, params))
     if config.clip_norm:
         return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
@@ -81,14 +101,17 @@ def _rule(
     config: ConfigDict, schedule: optax.Schedule, multiplier: float
 ) -> optax.GradientTransformation:
     dtype = config.momentum_dtype
-    if config.name == "lion":
+    if config.name == "sgd":
+        direction = optax.trace(config.b1, accumulator_dtype=dtype)
+    elif config.name == "lion":
         direction = optax.scale_by_lion(config.b1, config.b2, mu_dtype=dtype)
     else:
         direction = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=dtype)
     parts = [direction]
     if config.weight_decay:
-        mask = _unless(config.no_decay)
-        parts.append(optax.add_decayed_weights(config.weight_decay, mask))
+        decay = optax.add_decayed_weights(config.weight_decay, _unless(config.no_decay))
+        # Of SGD the decay is a part of the gradient, so the momentum sees it too.
+        parts.insert(0 if config.name == "sgd" else 1, decay)
     if config.name == "lamb":
         mask = _unless(config.no_trust_ratio)
         parts.append(optax.masked(optax.scale_by_trust_ratio(), mask))

@@ -39,7 +39,7 @@ class TrainState:
 
 
 def abstract_state(
-    model: dual_encoder.DualEncoder, optimizer: optax.GradientTransformation, mesh: Mesh
+    model: dual_encoder.Model, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Returns the state as `jax.ShapeDtypeStruct`s with shardings; computes nothing."""
     variables = dual_encoder.abstract_variables(model)

@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from align_jax import evals as evals_lib
 from align_jax import mesh as mesh_lib
 from align_jax import state as state_lib
 from align_jax.data import image_embeddings, mixture, pipeline
+from align_jax.data.sources.classes import Classes, open_classes
 from align_jax.data.sources.open_source import PairSource
-from align_jax.evals import in_training, tables
-from align_jax.models import dual_encoder
+from align_jax.evals import image_classifier, in_training, tables
+from align_jax.models import classifier, dual_encoder
 from align_jax.run import (
     checkpoint,
     divergence,
@@ -77,8 +79,8 @@ def train_and_evaluate(
 
 
 def make_program(
-    config: ConfigDict, mesh: Mesh, *, vocab_size: int
-) -> tuple[dual_encoder.DualEncoder, Any, state_lib.TrainState, Callable]:
+    config: ConfigDict, mesh: Mesh, *, vocab_size: int = 0, num_classes: int = 0
+) -> tuple[dual_encoder.Model, Any, state_lib.TrainState, Callable]:
     """Returns (model, optimizer, abstract state, jitted train step) of a config; computes nothing.
 
     Training and `align compile` both start here, so that what is planned is what runs.
@@ -86,20 +88,31 @@ def make_program(
     Args:
       config: already validated.
       mesh: of real devices, or of a topology's.
-      vocab_size: of the tokenizer.
+      vocab_size: of the tokenizer, of a dual encoder.
+      num_classes: of a classifier.
     """
-    model = dual_encoder.make_model(
-        config.model,
-        config.loss,
-        vocab_size=vocab_size,
-        lora=config.lora,
-        optim=config.optim,
-    )
     schedule = optim.make_schedule(config.optim, config.train.steps)
-    optimizer = optim.make_optimizer(config.optim, schedule)
+    if config.task == "classify":
+        model = classifier.make_classifier(config.model, num_classes, optim=config.optim)
+        optimizer = optim.make_optimizer(config.optim, schedule, optim.CLASSIFIER)
+        loss_fn = partial(losses.classify_loss, label_smoothing=config.loss.label_smoothing)
+        step_fn = train_step.make_classify_step(
+            model, optimizer, schedule, loss_fn, mesh, config.train
+        )
+    else:
+        model = dual_encoder.make_model(
+            config.model,
+            config.loss,
+            vocab_size=vocab_size,
+            lora=config.lora,
+            optim=config.optim,
+        )
+        optimizer = optim.make_optimizer(config.optim, schedule)
+        loss_fn = losses.make_loss(config.loss, mesh)
+        step_fn = train_step.make_train_step(
+            model, optimizer, schedule, loss_fn, mesh, config.train
+        )
     abstract = state_lib.abstract_state(model, optimizer, mesh)
-    loss_fn = losses.make_loss(config.loss, mesh)
-    step_fn = train_step.make_train_step(model, optimizer, schedule, loss_fn, mesh, config.train)
     return model, optimizer, abstract, train_step.compile_train_step(step_fn, abstract, mesh)
 
 
@@ -133,7 +146,7 @@ class _Run:
 
     config: ConfigDict
     path: Path
-    source: PairSource
+    source: PairSource | Classes
     step_fn: Callable
     feed: _Feed
     restore: Callable[[int | None], tuple[state_lib.TrainState, dict[str, np.ndarray]]]
@@ -289,14 +302,16 @@ def _open_run(
         config, num_devices=jax.device_count(), num_processes=jax.process_count()
     )
     mesh = mesh_lib.make_mesh(**config.mesh)
-    source = mixture.open_sources(config.data)
+    is_classifier = config.task == "classify"
+    source = open_classes(config.data) if is_classifier else mixture.open_sources(config.data)
     embeddings = None
     if config.data.image_embeddings:
         embeddings = image_embeddings.ImageEmbeddings(config.data.image_embeddings, source)
     with _naming("config.eval.evaluators"):
         evaluators = evals_lib.make_evaluators(config.eval.evaluators.to_dict())
     prepared = config
-    if config.init_from and config.init_towers != "image" and not workdir.is_run(path):
+    takes_words = not is_classifier and config.init_towers != "image"
+    if config.init_from and takes_words and not workdir.is_run(path):
         with _naming("config.init_from"):
             prepared = init_from.with_tokenizer(config)
     opened = multihost.lead_first(
@@ -305,9 +320,12 @@ def _open_run(
         )
     )
     tokenizer, preprocessing = opened or workdir.read(path)
-    model, optimizer, abstract, step_fn = make_program(
-        config, mesh, vocab_size=tokenizer.vocab_size
+    size = (
+        {"num_classes": len(source.classes)}
+        if is_classifier
+        else {"vocab_size": tokenizer.vocab_size}
     )
+    model, optimizer, abstract, step_fn = make_program(config, mesh, **size)
 
     checkpoints = checkpoint.Checkpointer(path / "checkpoints", keep=config.checkpoint.keep)
     stack.callback(checkpoints.close)
@@ -347,8 +365,11 @@ def _open_run(
     feed = _Feed(open_batches, rows)
     stack.callback(feed.close)
     feed.seek(int(state.step) + reporter.num_skipped)
-    parts = model, state.variables(), tokenizer, preprocessing, mesh
-    encoder = align.Align(*parts, batch_size=config.eval.batch_size)
+    words = source.classes if is_classifier else tokenizer
+    make = image_classifier.ImageClassifier if is_classifier else align.Align
+    encoder = make(
+        model, state.variables(), words, preprocessing, mesh, batch_size=config.eval.batch_size
+    )
     if embeddings:
         embeddings.check(source, encoder.encode_image)
     run = _Run(
@@ -367,12 +388,11 @@ def _open_run(
 
 
 def _first_state(
-    config: ConfigDict, model: dual_encoder.DualEncoder, optimizer: Any, abstract: Any
+    config: ConfigDict, model: dual_encoder.Model, optimizer: Any, abstract: Any
 ) -> state_lib.TrainState:
     state = train_step.init_state(model, optimizer, abstract, seed=config.train.seed)
     if not config.init_from:
         return state
-    multihost.log(f"starting from {config.init_from} ({config.init_towers})")
     variables = init_from.start_from(config.init_from, config.init_towers, model, state.variables())
     return dataclasses.replace(state, **variables)
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from align_jax import losses, state, trees
 from align_jax import mesh as mesh_lib
-from align_jax.models import dual_encoder
+from align_jax.models import classifier, dual_encoder
 
 TrainStep = Callable[[state.TrainState, dict], tuple[state.TrainState, dict]]
 
@@ -48,16 +48,86 @@ def make_train_step(
         `microbatches`, parts in which the towers see the batch. Each must hold whole BatchNorm
         groups and a multiple of the devices; loss, gradients and statistics stay those of one pass.
     """
-    encode = _make_encode(model, mesh, config.microbatches)
+    rows = mesh_lib.batch_sharding(mesh)
+
+    def pin(x: Any) -> Any:
+        return jax.lax.with_sharding_constraint(x, rows)
+
+    def encode_part(variables: dual_encoder.Variables, part: dict) -> tuple:
+        part = pin(part)
+        z_image, z_text, _, moments = dual_encoder.apply_towers(
+            model, variables, part, train=True, keys=part["keys"], constrain=pin
+        )
+        return *pin((z_image, z_text)), moments
+
+    encode = _in_parts(encode_part, model, mesh, config.microbatches)
+
+    def objective(
+        variables: dual_encoder.Variables, batch: dict, keys: jax.Array
+    ) -> tuple[jax.Array, losses.Parts, dict]:
+        z_image, z_text, moments = encode(variables, batch | {"keys": keys})
+        return *loss_fn(z_image, z_text, variables["params"], batch, keys), moments
+
+    return _make_step(model, optimizer, schedule, objective, config.seed)
+
+
+def make_classify_step(
+    model: classifier.Classifier,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    loss_fn: Callable[[jax.Array, jax.Array], tuple[jax.Array, losses.Parts]],
+    mesh: Mesh,
+    config: ConfigDict,
+) -> TrainStep:
+    """Returns the train step of a classifier, see `make_train_step`.
+
+    Args:
+      model: from `classifier.make_classifier`.
+      optimizer: of its `params`.
+      schedule: as there.
+      loss_fn: (logits [B, K], labels [B]) -> (loss [], {part: []}).
+      mesh: as there; the batch is `image` uint8 [B, H, W, 3], `label` and `index` int32 [B].
+      config: as there.
+    """
+    rows = mesh_lib.batch_sharding(mesh)
+
+    def pin(x: Any) -> Any:
+        return jax.lax.with_sharding_constraint(x, rows)
+
+    def score_part(variables: dual_encoder.Variables, part: dict) -> tuple:
+        part = pin(part)
+        logits, moments = classifier.train_scores(
+            model, variables, part["image"], keys=part["keys"], constrain=pin
+        )
+        return pin(logits), moments
+
+    score = _in_parts(score_part, model, mesh, config.microbatches)
+
+    def objective(
+        variables: dual_encoder.Variables, batch: dict, keys: jax.Array
+    ) -> tuple[jax.Array, losses.Parts, dict]:
+        logits, moments = score(variables, batch | {"keys": keys})
+        return *loss_fn(logits, batch["label"]), moments
+
+    return _make_step(model, optimizer, schedule, objective, config.seed)
+
+
+def _make_step(
+    model: dual_encoder.Model,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    objective: Callable[..., tuple[jax.Array, losses.Parts, dict]],
+    seed: int,
+) -> TrainStep:
+    """Returns the step of `objective(variables, batch, keys) -> (loss, parts, moments)`."""
 
     def train_step(s: state.TrainState, batch: dict) -> tuple[state.TrainState, dict]:
-        keys = dual_encoder.example_keys(config.seed, s.step, batch["index"])
+        keys = dual_encoder.example_keys(seed, s.step, batch["index"])
 
         def loss_of(learned: dict) -> tuple[jax.Array, tuple[losses.Parts, dict]]:
             params = trees.updated(s.params, learned)
             variables = {"params": params, "batch_stats": s.batch_stats}
-            z_image, z_text, moments = encode(variables, batch | {"keys": keys})
-            loss, parts = loss_fn(z_image, z_text, params, batch, keys)
+            loss, parts, moments = objective(variables, batch, keys)
             return loss, (parts, moments)
 
         learned = dual_encoder.learned(model, s.params)
@@ -81,26 +151,21 @@ def make_train_step(
     return train_step
 
 
-def _make_encode(model: dual_encoder.DualEncoder, mesh: Mesh, microbatches: int) -> Callable:
-    """Returns `encode(variables, batch) -> (z_image [B, D], z_text [B, D], BatchNorm moments)`.
+def _in_parts(
+    apply_part: Callable[..., tuple], model: dual_encoder.Model, mesh: Mesh, microbatches: int
+) -> Callable[..., tuple]:
+    """Returns a function of (variables, batch) that gives what `apply_part` gives of the batch.
 
-    The batch holds what `apply_towers` needs in train mode, and `keys`, one for each example.
+    Args:
+      apply_part: (variables, batch) -> (arrays of a row for each example, BatchNorm moments).
+      model: whose BatchNorm groups no part may cut.
+      mesh: over which the batch is split.
+      microbatches: parts.
     """
-    rows = mesh_lib.batch_sharding(mesh)
-
-    def pin(x: Any) -> Any:
-        return jax.lax.with_sharding_constraint(x, rows)
-
-    def encode_part(variables: dual_encoder.Variables, part: dict) -> tuple:
-        part = pin(part)
-        z_image, z_text, _, moments = dual_encoder.apply_towers(
-            model, variables, part, train=True, keys=part["keys"], constrain=pin
-        )
-        return *pin((z_image, z_text)), moments
-
     if microbatches == 1:
-        return encode_part
+        return apply_part
 
+    rows = mesh_lib.batch_sharding(mesh)
     group = model.image.bn_group_size if model.image.bn_mode == "grouped" else 1
 
     def encode(variables: dual_encoder.Variables, batch: dict) -> tuple:
@@ -115,17 +180,17 @@ def _make_encode(model: dual_encoder.DualEncoder, mesh: Mesh, microbatches: int)
 
         def merge(x: jax.Array) -> jax.Array:  # [parts, B / parts, ...] -> [B, ...]
             x = x.reshape(microbatches, shares, -1, *x.shape[2:]).swapaxes(0, 1)
-            return pin(x.reshape(size, *x.shape[3:]))
+            return jax.lax.with_sharding_constraint(x.reshape(size, *x.shape[3:]), rows)
 
         # prevent_cse guards against a merge of both passes, which a scan already rules out.
         @partial(jax.checkpoint, prevent_cse=False)
         def body(_: None, part: dict) -> tuple[None, tuple]:
-            return None, encode_part(variables, part)
+            return None, apply_part(variables, part)
 
         names = ("image", "z_image", "ids", "mask", "keys")
         inputs = {name: split(batch[name]) for name in names if name in batch}
-        _, (z_image, z_text, moments) = jax.lax.scan(body, None, inputs)
-        return merge(z_image), merge(z_text), jax.tree.map(lambda m: m.mean(0), moments)
+        _, (*arrays, moments) = jax.lax.scan(body, None, inputs)
+        return *map(merge, arrays), jax.tree.map(lambda m: m.mean(0), moments)
 
     return encode
 
@@ -148,7 +213,7 @@ def compile_train_step(train_step: TrainStep, abstract: state.TrainState, mesh: 
 
 
 def init_state(
-    model: dual_encoder.DualEncoder,
+    model: dual_encoder.Model,
     optimizer: optax.GradientTransformation,
     abstract: state.TrainState,
     *,

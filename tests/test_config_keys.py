@@ -53,6 +53,9 @@ BASE = {
 RING = {"loss.form": "ring"}
 SIGMOID = {"loss.kind": "sigmoid", "loss.label_smoothing": 0.0}
 FROZEN = {"model.bn_mode": "frozen"}
+STEPS = {"optim.schedule": "steps"}
+INCEPTION = {"data.crop": "inception"}
+CLASSES = {"data.source": "scenes?size=9&label=shape"}
 OFTEN = {"checkpoint.every_steps": 1}
 ROLLBACK = {"train.on_divergence": "rollback"}
 LORA = {
@@ -98,6 +101,10 @@ def lowered(config):
 
 def batches(lab, changes):
     return lab.run(changes).batches
+
+
+def preprocessing(lab, changes):
+    return (lab.run(changes).workdir / "preprocessing.json").read_text()
 
 
 def order(lab, changes):
@@ -148,6 +155,7 @@ def divergence(lab, changes):
 
 
 TABLE = {
+    "task": [("classify", mesh_shape, CLASSES)],
     "init_from": [("before", weights)],
     "init_towers": [("text", weights, {"init_from": "before"})],
     "model.image.variant": [("nano", program)],
@@ -172,6 +180,9 @@ TABLE = {
     "data.resize_size": [(41, batches)],
     "data.resize": [("tf", batches)],
     "data.decode": [("reduced", batches)],
+    "data.crop": [("inception", batches)],
+    "data.crop_min_area": [(0.9, batches, INCEPTION)],
+    "data.eval_image_size": [(36, preprocessing)],
     "data.flip": [(False, batches)],
     "data.max_tokens": [(6, batches)],
     "data.tokenizer": [("vocab.txt", batches), ("vocab.txt", tokenizer)],
@@ -191,10 +202,12 @@ TABLE = {
         ("both", batches),
     ],
     "loss.negatives": [(0.5, program)],
-    "optim.name": [("adamw", program), ("lion", program)],
+    "optim.name": [("adamw", program), ("lion", program), ("sgd", program)],
     "optim.learning_rate": [(0.1, program)],
     "optim.warmup_steps": [(2, program)],
-    "optim.schedule": [("cosine", program)],
+    "optim.schedule": [("cosine", program), ("steps", program)],
+    "optim.decay_every": [(0.5, program, STEPS)],
+    "optim.decay_factor": [(0.1, program, STEPS)],
     "optim.weight_decay": [(0.2, program)],
     "optim.b1": [(0.8, program)],
     "optim.b2": [(0.9, program)],
@@ -451,6 +464,7 @@ FREE = {
     *(key for key in TABLE if key.split(".")[0] in ("checkpoint", "eval", "log")),
 }
 NEEDED = {
+    "task": CLASSES,
     "data.mixture": {"data.source": ""},
     "data.image_embeddings": {"optim.image_lr_multiplier": 0.0},
     "loss.kind": {"loss.label_smoothing": 0.0},

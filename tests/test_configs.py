@@ -87,3 +87,38 @@ def test_sigmoid_loss_in_ring_form_is_valid():
     c = load("align_b7_base")
     c.loss.update({"kind": "sigmoid", "form": "ring", "label_smoothing": 0.0, "tile_size": 7})
     config_checks.validate(c, num_devices=8)
+
+
+# batch, steps, rate, share of the tower, schedule, decay, pixels in training, evaluation and before
+# its crop of 0.875, statistics (Jia et al. 2021, section 5.3). 100 epochs: 1,281,167 x 100 images.
+RECIPES = {
+    "imagenet_head": (1024, 125_113, 0.1, 0.0, "steps", 0.0, 289, 360, 411, "grouped"),
+    "imagenet": (1024, 125_113, 0.01, 0.1, "steps", 0.0, 475, 600, 686, "grouped"),
+} | {
+    name + stage: (256, 20_000, rate, share, "cosine", 1e-5, 289, 360, 411, "frozen")
+    for name in ("flowers", "pets", "cars", "food")
+    for stage, rate, share in (("_head", 1e-2, 0.0), ("", 1e-3, 1.0))
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_of_classification_is_the_published_one(name):
+    c = config.load_config(str(Path(__file__).parents[1] / f"configs/finetune_classes.py:{name}"))
+    config_checks.validate(c, num_devices=8)
+    assert RECIPES[name] == (
+        *(c.train.batch_size, c.train.steps, c.optim.learning_rate, c.optim.image_lr_multiplier),
+        *(c.optim.schedule, c.optim.weight_decay, c.data.image_size, c.data.eval_image_size),
+        *(c.data.resize_size, c.model.bn_mode),
+    )
+    assert (c.optim.name, c.optim.b1, c.optim.warmup_steps) == ("sgd", 0.9, 0)
+    assert (c.optim.decay_every, c.optim.decay_factor) == (0.3, 0.2)  # 30 of 100 epochs
+    assert (c.task, c.data.crop, c.data.crop_min_area, c.data.flip) == (
+        *("classify", "inception", 0.08, True),
+    )
+    assert c.loss.label_smoothing == 0.0
+
+
+def test_recipe_of_another_name_is_named():
+    path = str(Path(__file__).parents[1] / "configs/finetune_classes.py:flower")
+    with pytest.raises(ValueError, match="there is no recipe 'flower'; known: imagenet_head, "):
+        config.load_config(path)

@@ -85,12 +85,15 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
         raise ValueError("--model (or --workdir) is missing: what shall be evaluated?")
 
     from align_jax import align, evals
-    from align_jax.evals import peers, tables
+    from align_jax.evals import image_classifier, peers, tables
 
     chosen = _choose(args, rest)
     formats = _formats(args)
     evaluators, skipped = _make(chosen, args.skip_missing)
-    model = align.load(args.model, step=args.step)
+    if image_classifier.is_workdir(args.model):
+        model = image_classifier.load(args.model, step=args.step)
+    else:
+        model = align.load(args.model, step=args.step)
     config = model.origin.config  # None: no workdir of ours
     if not chosen and config is not None:
         chosen = _change(config.eval.evaluators.to_dict(), args)

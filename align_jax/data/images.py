@@ -31,6 +31,7 @@ BAD_IMAGE_REASONS = (
 MAX_PIXELS = 2**28 // 3  # 256 MiB as RGB; Pillow starts to warn at the same size
 RESIZE_METHODS = ("pil", "tf")
 DECODE_METHODS = ("full", "reduced")
+CROPS = ("random", "inception")
 REDUCED_MARGIN = 2  # times the side before the crop that reduced decoding leaves at least
 
 # Left out on purpose: formats that start a program (EPS) or that no browser shows. Frequent first,

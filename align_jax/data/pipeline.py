@@ -1,4 +1,5 @@
-"""The training input: a source of pairs becomes an endless stream of host batches (NumPy).
+"""The training input: a source of pairs, or of labelled images, becomes an endless stream of host
+batches (NumPy).
 
 The global batch of a step is a pure function of (source, seed, step, settings): no iterator state
 is saved, a resumed run starts at its step, and neither the number of processes, workers nor
@@ -22,10 +23,11 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from align_jax.data import images, mixture, read_ahead
+from align_jax.data import images, inception, mixture, read_ahead
 from align_jax.data.image_embeddings import ImageEmbeddings
+from align_jax.data.sources.classes import Classes
 from align_jax.data.sources.open_source import PairSource
-from align_jax.data.sources.record import UNUSABLE_REASONS, Record, is_usable
+from align_jax.data.sources.record import UNUSABLE_REASONS, LabelledImage, Record, is_usable
 from align_jax.data.tokenizer import Tokenizer
 from align_jax.storage.problems import reason_of
 
@@ -42,7 +44,8 @@ class Batch:
       arrays: for the device. `image` uint8 [b, S, S, 3], or its embedding `z_image` float32 [b, D]
         where those are given; `ids` and `mask` int32 [b, L]; `index`
         int32 [b], the record's index in the source. With `hash_pairs` also `caption_hash` and
-        `image_hash`, uint32 [b, 2]: equal captions (or images) have equal hashes.
+        `image_hash`, uint32 [b, 2]: equal captions (or images) have equal hashes. Of labelled
+        images, `label` int32 [b] takes the place of `ids` and `mask`.
       dropped: reason (of DROP_REASONS) -> number of records that were drawn, found unusable and
         replaced by another. A bad record is counted each time it is drawn, once an epoch or so.
       dropped_keys: reason -> key of the first such record in this batch.
@@ -63,6 +66,8 @@ class BatchSpec:
       image_size: side S of the random crop, in pixels.
       resize_size: side before the crop, at least `image_size`.
       resize, decode: see images.train_view.
+      crop: "random", see images.train_view, or "inception", see inception.inception_view.
+      crop_min_area: of the latter.
       flip: whether half of the images are mirrored.
       max_tokens: L, including [CLS] and [SEP].
       hash_pairs: adds `caption_hash` and `image_hash`.
@@ -75,6 +80,8 @@ class BatchSpec:
     resize_size: int
     resize: str
     decode: str
+    crop: str
+    crop_min_area: float
     flip: bool
     max_tokens: int
     hash_pairs: bool
@@ -96,8 +103,8 @@ class BatchIterator(Iterator[Batch]):
 
 
 def train_batches(
-    source: PairSource,
-    tokenizer: Tokenizer,
+    source: PairSource | Classes,
+    tokenizer: Tokenizer | None,
     config: ConfigDict,
     *,
     batch_size: int,
@@ -116,8 +123,8 @@ def train_batches(
     `close` the iterator when it is no longer needed.
 
     Args:
-      source: a PairSource or a mixture.Mixture, not empty.
-      tokenizer: of the model.
+      source: a PairSource, a mixture.Mixture or a classes.Classes, not empty.
+      tokenizer: of the model; None for labelled images.
       config: group `data`, of which `num_threads` batches are built at the same time in each of
         `num_workers` processes (0: in this one); that many and two more wait in memory.
       batch_size, seed, hash_pairs: see `BatchSpec`.
@@ -176,8 +183,8 @@ def train_batches(
 class _BatchBuilder:
     """Callable step -> (arrays, dropped, dropped_keys); sent to the workers by pickle."""
 
-    source: PairSource
-    tokenizer: Tokenizer
+    source: PairSource | Classes
+    tokenizer: Tokenizer | None
     order: mixture.Order
     board: read_ahead.Board
     spec: BatchSpec
@@ -192,6 +199,8 @@ class _BatchBuilder:
             views = np.empty((num_rows, self.embeddings.dim), np.float32)
             arrays = {"z_image": views}
         arrays["index"] = np.empty(num_rows, np.int32)
+        if self.tokenizer is None:
+            arrays["label"] = np.empty(num_rows, np.int32)
         if spec.hash_pairs:
             arrays["caption_hash"] = np.empty((num_rows, 2), np.uint32)
             arrays["image_hash"] = np.empty((num_rows, 2), np.uint32)
@@ -201,10 +210,13 @@ class _BatchBuilder:
             index, record, views[row], caption = self._draw(step, row, position, drops)
             arrays["index"][row] = index
             captions.append(caption)
+            if self.tokenizer is None:
+                arrays["label"][row] = record.label
             if spec.hash_pairs:
                 arrays["caption_hash"][row] = _hash(caption.strip().lower().encode())
                 arrays["image_hash"][row] = _hash(_image_bytes(record.image))
-        arrays["ids"], arrays["mask"] = self.tokenizer.encode(captions, spec.max_tokens)
+        if self.tokenizer is not None:
+            arrays["ids"], arrays["mask"] = self.tokenizer.encode(captions, spec.max_tokens)
         dropped, dropped_keys = {}, {}
         for reason, key in drops:
             dropped[reason] = dropped.get(reason, 0) + 1
@@ -214,7 +226,7 @@ class _BatchBuilder:
 
     def _draw(
         self, step: int, row: int, position: int, drops: list[tuple[str, str]]
-    ) -> tuple[int, Record, np.ndarray, str]:
+    ) -> tuple[int, Record | LabelledImage, np.ndarray, str]:
         """Returns (index, record, image uint8 [S, S, 3] or embedding [D], caption) of a row.
 
         Appends (reason, key) of each record that could not be used to `drops`.
@@ -232,7 +244,7 @@ class _BatchBuilder:
             try:
                 record = self.source[index]
                 key = record.key
-                caption = _choose_caption(record, rng)
+                caption = "" if self.tokenizer is None else _choose_caption(record, rng)
                 if caption is not None:
                     if self.embeddings is not None:
                         return index, record, self.embeddings[index], caption
@@ -249,6 +261,15 @@ class _BatchBuilder:
         )
 
     def _view(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if self.spec.crop == "inception":
+            return inception.inception_view(
+                image,
+                crop_px=self.spec.image_size,
+                min_area=self.spec.crop_min_area,
+                method=self.spec.resize,
+                rng=rng,
+                flip=self.spec.flip,
+            )
         return images.train_view(
             image,
             resize_px=self.spec.resize_size,

@@ -25,6 +25,7 @@ from align_jax.storage.problems import Problems
 
 # type in a config -> module:class below align_jax.evals, imported when it is used
 TYPES = {
+    "classify": "classify:Classify",
     "composed": "composed:Composed",
     "cxc": "cxc:Cxc",
     "eccv": "eccv:Eccv",

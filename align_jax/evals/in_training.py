@@ -40,7 +40,7 @@ class Evaluations:
           path: the workdir.
           config: of the run.
           evaluators: from `evals.make_evaluators`.
-          model: an `Align`, given the variables of each evaluation.
+          model: an `Align` or an `ImageClassifier`, given the variables of each evaluation.
           reporter: whose lines the results become.
         """
         self._path = Path(path)
@@ -123,4 +123,7 @@ class Evaluations:
             self._reporter.writer.write(step, {f"eval/{k}": v for k, v in self.results.items()})
         done = [e for e in self.evaluators if f"{e.name}/failed" not in self.results]
         evals.write_plots(done, self._path / "plots")
-        plots.write_plots(self._path, chance_loss=2 * math.log(self._config.train.batch_size))
+        chance = 2 * math.log(self._config.train.batch_size)
+        if self._config.task == "classify":
+            chance = math.log(len(self._model.classes))
+        plots.write_plots(self._path, chance_loss=chance)

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from align_jax import trees
-from align_jax.models import bert, efficientnet, freeze, init, layers
+from align_jax.models import bert, classifier, efficientnet, freeze, init, layers
 from align_jax.models import lora as lora_lib
 
 Variables = dict[str, dict]
@@ -106,6 +106,10 @@ class DualEncoder(nn.Module):
         return self.text(ids, mask, keys, constrain)[:, 0].astype(jnp.float32)
 
 
+# Of what this file does, the functions that do not speak of texts take either.
+Model = DualEncoder | classifier.Classifier
+
+
 def make_model(
     config: ConfigDict,
     loss: ConfigDict,
@@ -123,20 +127,9 @@ def make_model(
       lora: group `lora`; None adapts nothing.
       optim: group `optim`, which says what does not learn; None freezes nothing.
     """
-    width, depth = efficientnet.VARIANTS[config.image.variant]
     size = bert.VARIANTS[config.text.variant]
-    common = {"dtype": jnp.dtype(config.dtype), "remat": config.remat}
     return DualEncoder(
-        image=efficientnet.EfficientNet(
-            width,
-            depth,
-            padding=config.padding,
-            drop_path_rate=config.image.drop_path_rate,
-            bn_mode=config.bn_mode,
-            bn_group_size=config.bn_group_size,
-            scan_blocks=config.scan_layers,
-            **common,
-        ),
+        image=efficientnet.make_tower(config),
         text=bert.Bert(
             vocab_size,
             size.num_layers,
@@ -146,7 +139,8 @@ def make_model(
             dropout_rate=config.text.dropout_rate,
             attention_dropout_rate=config.text.dropout_rate,
             scan_layers=config.scan_layers,
-            **common,
+            dtype=jnp.dtype(config.dtype),
+            remat=config.remat,
         ),
         embed_dim=config.embed_dim,
         image_width=efficientnet.output_width(config.image.variant),
@@ -158,12 +152,12 @@ def make_model(
     )
 
 
-def learned(model: DualEncoder, params: dict) -> dict:
+def learned(model: Model, params: dict) -> dict:
     """Returns the part of the parameters, or of shapes like them, that learns."""
     return freeze.learned(model.frozen, model.lora, params)
 
 
-def is_locked(model: DualEncoder, params: dict, tower: str) -> bool:
+def is_locked(model: Model, params: dict, tower: str) -> bool:
     """Returns whether nothing of a tower, "image" or "text", learns: it is then in eval mode.
 
     Its projection is no part of it, its factors are.
@@ -172,23 +166,22 @@ def is_locked(model: DualEncoder, params: dict, tower: str) -> bool:
     return not learned(model, of_tower)
 
 
-def abstract_variables(model: DualEncoder) -> Variables:
+def abstract_variables(model: Model) -> Variables:
     """Returns the variables as `jax.ShapeDtypeStruct`s; computes nothing."""
     images = jnp.zeros((1, 64, 64, 3), jnp.uint8)  # no parameter depends on the image size
     ids = jnp.zeros((1, 1), jnp.int32)
-    shapes = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), images, ids, jnp.ones_like(ids), False)
-    )
+    inputs = (images, ids, jnp.ones_like(ids)) if isinstance(model, DualEncoder) else (images,)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs, False))
     if model.lora:
         shapes = shapes | {"params": lora_lib.with_shapes(model.lora, shapes["params"])}
     return shapes
 
 
-def init_variables(model: DualEncoder, *, seed: int, shardings: Variables) -> Variables:
+def init_variables(model: Model, *, seed: int, shardings: Variables) -> Variables:
     """Returns fresh variables, each tensor born in its sharding.
 
     Args:
-      model: from `make_model`.
+      model: from `make_model` or `classifier.make_classifier`.
       seed: the values depend on (seed, tensor name) alone, see `init.draw`.
       shardings: tree of `jax.sharding.Sharding` like `abstract_variables(model)`.
     """
@@ -266,9 +259,12 @@ def apply_towers(
     return unit_norm(z_image), unit_norm(z_text), temperature, updated["batch_stats"]
 
 
-def embed_image(model: DualEncoder, variables: Variables, images: jax.Array) -> jax.Array:
-    """Returns z_image [B, D] float32, unit norm, in eval mode, of uint8 images [B, H, W, 3]."""
-    z = model.apply(merge_lora(model, variables), images, False, method=DualEncoder.encode_image)
+def embed_image(model: Model, variables: Variables, images: jax.Array) -> jax.Array:
+    """Returns z_image [B, D] float32, unit norm, in eval mode, of uint8 images [B, H, W, 3].
+
+    Of a classifier it is the pooled feature [B, C].
+    """
+    z = model.apply(merge_lora(model, variables), images, False, method="encode_image")
     return unit_norm(z)
 
 
@@ -288,14 +284,14 @@ def embed_text(
     return unit_norm(model.apply(merge_lora(model, variables), ids, mask, method=method))
 
 
-def merge_lora(model: DualEncoder, variables: Variables) -> Variables:
+def merge_lora(model: Model, variables: Variables) -> Variables:
     """Returns variables without `lora`, of the same model without it, that compute the same."""
     if model.lora is None:
         return variables
     return variables | {"params": lora_lib.merge(model.lora, variables["params"])}
 
 
-def update_batch_stats(model: DualEncoder, variables: Variables, moments: dict) -> dict:
+def update_batch_stats(model: Model, variables: Variables, moments: dict) -> dict:
     """Returns `bn_decay * running + (1 - bn_decay) * moments`, leaf by leaf.
 
     Those of mode "frozen" and of a locked tower stay bitwise as they are: their moments are the

@@ -10,6 +10,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from align_jax.models import init, layers
 
@@ -210,6 +211,22 @@ class EfficientNet(nn.Module):
             first_block += count
         x = x.astype(jnp.float32)
         return x.max((1, 2)) if self.pooling == "max" else x.mean((1, 2))  # [B, C]
+
+
+def make_tower(config: ConfigDict) -> EfficientNet:
+    """Returns the image tower that the group `model` of a validated config describes."""
+    width, depth = VARIANTS[config.image.variant]
+    return EfficientNet(
+        width,
+        depth,
+        padding=config.padding,
+        drop_path_rate=config.image.drop_path_rate,
+        bn_mode=config.bn_mode,
+        bn_group_size=config.bn_group_size,
+        dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
+        scan_blocks=config.scan_layers,
+    )
 
 
 class MBConv(nn.Module):

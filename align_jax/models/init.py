@@ -26,7 +26,8 @@ def draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     Image tower: truncated normal of variance 2 / fan_out, as in Keras and COYO (a depthwise
     kernel [k, k, 1, C] has fan_out k * k). Text tower: normal of deviation 0.02. Projections:
     Xavier uniform. Scales and variances one, biases and means zero. A of an adapter: uniform up to
-    1 / sqrt(fan_in), as in PEFT; B zero.
+    1 / sqrt(fan_in), as in PEFT; B zero. Head of a classifier: zero, so that the first loss is
+    ln C whatever the tower.
 
     Args:
       name: path such as "params/image/stage1/block0/project/kernel".
@@ -90,6 +91,7 @@ _RULES = (
     (r"^batch_stats/.*/var$|/scale$", _constant(1.0)),
     (r"^params/lora/.*/a$", _uniform_fan_in),
     (r"^params/lora/.*/b$", _constant(0.0)),
+    (r"^params/head/kernel$", _constant(0.0)),
     (r"_projection/kernel$", _xavier),
     (r"^params/image/.*/depthwise/kernel$", _depthwise),
     (r"^params/image/", _fan_out),

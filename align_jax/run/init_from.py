@@ -15,7 +15,8 @@ from align_jax import trees
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.hf import convert, hub
 from align_jax.hf import weights as weights_file
-from align_jax.models import dual_encoder, lora
+from align_jax.models import classifier, dual_encoder, lora
+from align_jax.run import multihost
 from align_jax.run.trained import load_trained
 
 # config.init_towers -> subtrees; None is everything, projections and temperature included.
@@ -48,10 +49,12 @@ def with_tokenizer(config: ConfigDict) -> ConfigDict:
 def start_from(
     name: str,
     towers: str,
-    model: dual_encoder.DualEncoder,
+    model: dual_encoder.Model,
     variables: dual_encoder.Variables,
 ) -> dual_encoder.Variables:
     """Returns the variables with those of one or both towers taken from another model.
+
+    A classifier takes the image tower and, from a classifier unless `towers` is "image", the head.
 
     BatchNorm statistics come along as running statistics and move by `config.model.bn_decay`
     (transformers' fine-tuning replaces them almost wholly at each step: hf_align_parity 1.5).
@@ -67,6 +70,13 @@ def start_from(
     """
     parts = TOWERS[towers]
     found = dict(trees.named_leaves(_read(name, towers, model)))
+    if isinstance(model, classifier.Classifier):
+        has_head = any(path.startswith("params/head/") for path in found)
+        parts = ("image", "head") if parts is None and has_head else ("image",)
+        head = " and head" if "head" in parts else "; the head is new"
+        multihost.log(f"starting from {name}: image tower{head}")
+    else:
+        multihost.log(f"starting from {name} ({towers})")
     found = {path: value for path, value in found.items() if _is_part(path, parts)}
     base = variables | {"params": lora.base_of(variables["params"])}
     wanted = {path: leaf for path, leaf in trees.named_leaves(base) if _is_part(path, parts)}
@@ -88,7 +98,7 @@ def start_from(
     return trees.map_named(take, variables)
 
 
-def _read(name: str, towers: str, model: dual_encoder.DualEncoder) -> dual_encoder.Variables:
+def _read(name: str, towers: str, model: dual_encoder.Model) -> dual_encoder.Variables:
     folder = hub.find_folder(name)
     if hub.is_hugging_face(folder):
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")

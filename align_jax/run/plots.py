@@ -19,6 +19,8 @@ from align_jax.storage import writing
 _RECALL_KS = (1, 5, 10)
 _COLORS = ("#1f6fb4", "#d1602c", "#3d8f4f", "#8a5fb0", "#b8912a", "#5b6770")
 
+_TWO = {"train/loss_image_to_text", "train/loss_text_to_image"}
+
 _Series = tuple[list[int], list[float]]  # steps, values
 
 
@@ -31,7 +33,7 @@ def write_plots(
 
     Args:
       chance_loss: loss of a model that cannot tell pairs apart, drawn as a dashed line; for the
-        summed softmax loss over B pairs it is 2 ln B.
+        summed softmax loss over B pairs it is 2 ln B, for a classifier of K classes ln K.
       run_name: title of the plots; the folder's name by default.
 
     Raises:
@@ -75,7 +77,7 @@ def _plot_loss(
     series: dict[str, _Series], run_name: str, chance_loss: float | None
 ) -> Figure | None:
     labels = {
-        "train/loss": "sum of both directions",
+        "train/loss": "sum of both directions" if _TWO <= series.keys() else "loss",
         "train/loss_image_to_text": "image to text",
         "train/loss_text_to_image": "text to image",
     }
@@ -130,7 +132,7 @@ def _plot_zeroshot(series: dict[str, _Series], run_name: str) -> Figure | None:
     keys = sorted(key for key in series if key.endswith("/top1"))
     if not keys:
         return None
-    figure, (axes,) = _new_figure(f"{run_name}: zero-shot classification")
+    figure, (axes,) = _new_figure(f"{run_name}: classification")
     for index, key in enumerate(keys):
         name = key.rsplit("/", 1)[0]
         color = _COLORS[index % len(_COLORS)]

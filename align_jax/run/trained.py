@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from align_jax import mesh as mesh_lib
 from align_jax.data.tokenizer import Tokenizer
 from align_jax.hf.processor import Preprocessing
-from align_jax.models import dual_encoder
+from align_jax.models import classifier, dual_encoder
 from align_jax.run import checkpoint, workdir
 
 
@@ -20,22 +20,27 @@ class Trained:
     """A checkpoint's model.
 
     Attributes:
-      model: the dual encoder.
+      model: the dual encoder, or a classifier.
       variables: {"params", "batch_stats"}, on all devices.
-      tokenizer: that it was trained with.
+      tokenizer: that it was trained with; a classifier has none.
       preprocessing: likewise.
       mesh: of all devices.
       step: of the checkpoint.
       config: of the run.
     """
 
-    model: dual_encoder.DualEncoder
+    model: dual_encoder.Model
     variables: dual_encoder.Variables
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     preprocessing: Preprocessing
     mesh: Mesh
     step: int
     config: ConfigDict
+
+
+def is_classifier(path: str | os.PathLike) -> bool:
+    """Returns whether a workdir is that of a classifier (config.task)."""
+    return workdir.load_config(path).task == "classify"
 
 
 def load_trained(
@@ -57,9 +62,12 @@ def load_trained(
     if dtype is not None:
         config.model.dtype = dtype
     mesh = mesh_lib.make_mesh()
-    model = dual_encoder.make_model(
-        config.model, config.loss, vocab_size=tokenizer.vocab_size, lora=config.lora
-    )
+    if tokenizer is None:
+        model = classifier.make_classifier(config.model, len(workdir.read_classes(path)))
+    else:
+        model = dual_encoder.make_model(
+            config.model, config.loss, vocab_size=tokenizer.vocab_size, lora=config.lora
+        )
     shapes = dual_encoder.abstract_variables(model)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -20,7 +20,7 @@ def welcome(
     path: str | os.PathLike,
     mesh: Mesh,
     source: PairSource,
-    model: dual_encoder.DualEncoder,
+    model: dual_encoder.Model,
     abstract: TrainState,
     resume_step: int | None,
 ) -> None:
@@ -35,13 +35,16 @@ def welcome(
       abstract: from `state.abstract_state`.
       resume_step: of the restored checkpoint; None where the run starts.
     """
+    other = config.model.text.variant
+    if config.task == "classify":
+        other = f"head of {len(source.classes)} classes"
     image, text = (
-        trees.count({k: v for k, v in abstract.params.items() if k.startswith(tower)})
-        for tower in ("image", "text")
+        trees.count({k: v for k, v in abstract.params.items() if k.startswith(part)})
+        for part in ("image", "head" if config.task == "classify" else "text")
     )
     multihost.log(
-        f"{config.model.image.variant} + {config.model.text.variant}: {image:,} + {text:,} "
-        f"parameters, {config.model.dtype}"
+        f"{config.model.image.variant} + {other}: {image:,} + {text:,} parameters, "
+        f"{config.model.dtype}"
     )
     learned = dual_encoder.learned(model, abstract.params)
     if model.lora or model.frozen:

@@ -3,6 +3,7 @@
 config.json          the run's configuration
 tokenizer/           Hugging Face tokenizer files
 preprocessing.json   image size, resize, tokens, and the tokenizer's fingerprint
+classes.json         of a classifier, instead of tokenizer/: the names of its classes
 source.txt           what the training data says of itself, and its stamp (storage/identity.py)
 history.jsonl        what happened to the run (history.py)
 """
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict
 
 from align_jax import config as config_lib
 from align_jax.data import tokenizer as tokenizer_lib
+from align_jax.data.sources.classes import Classes
 from align_jax.data.sources.open_source import PairSource
 from align_jax.data.sources.record import is_usable
 from align_jax.hf.processor import Preprocessing
@@ -54,19 +56,21 @@ RESUME_KEYS = ("optim.",)
 _MIXTURE_SOURCE = re.compile(r"data\.mixture\..+\.source")
 _COUNT = re.compile(r"(\d+) (?:procedural pairs|pairs|archives|img2dataset shards)")
 _STAMP = "stamp "
+_CLASSES = "classes.json"
 
 
 def open_for_training(
     workdir: str | os.PathLike,
     config: ConfigDict,
-    source: PairSource,
+    source: PairSource | Classes,
     *,
     log: Callable[[str], None] = print,
     resume_from: int | None = None,
-) -> tuple[tokenizer_lib.Tokenizer, Preprocessing]:
-    """Returns (tokenizer, preprocessing) of a new or continued run.
+) -> tuple[tokenizer_lib.Tokenizer | None, Preprocessing]:
+    """Returns (tokenizer, preprocessing) of a new or continued run; a classifier has no tokenizer.
 
-    Writes a new run's tokenizer and preprocessing; `write_config` then makes it a workdir.
+    Writes a new run's tokenizer, or classes, and preprocessing; `write_config` then makes it a
+    workdir.
 
     Args:
       workdir: folder of the run.
@@ -87,7 +91,8 @@ def open_for_training(
         changed = _check_same_run(workdir, config, RESUME_KEYS if resume_from is not None else ())
         _check_same_data(workdir, source, log)
         tokenizer, preprocessing = load(workdir)
-        _check_same_tokenizer(workdir, config.data.tokenizer, tokenizer)
+        if tokenizer is not None:
+            _check_same_tokenizer(workdir, config.data.tokenizer, tokenizer)
         if resume_from is not None:
             went = history.go_back(workdir, resume_from, config.to_dict(), changed)
             log(_describe_return(resume_from, changed) if went else _ALREADY.format(resume_from))
@@ -97,7 +102,9 @@ def open_for_training(
             "--workdir."
         )
     else:
-        if config.data.tokenizer:
+        if config.task == "classify":
+            tokenizer = None
+        elif config.data.tokenizer:
             tokenizer = tokenizer_lib.load_tokenizer(config.data.tokenizer)
         else:
             log(f"training a WordPiece vocabulary on the captions of {source.describe()}")
@@ -106,7 +113,10 @@ def open_for_training(
             )
         preprocessing = _describe(config, tokenizer)
         workdir.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(workdir / "tokenizer")
+        if tokenizer is None:
+            writing.write_json(workdir / _CLASSES, source.classes, ensure_ascii=False)
+        else:
+            tokenizer.save(workdir / "tokenizer")
         writing.write_text(
             workdir / "preprocessing.json", json.dumps(dataclasses.asdict(preprocessing))
         )
@@ -134,8 +144,8 @@ def write_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
 
 def load(
     workdir: str | os.PathLike,
-) -> tuple[tokenizer_lib.Tokenizer, Preprocessing]:
-    """Returns (tokenizer, preprocessing) of an existing workdir.
+) -> tuple[tokenizer_lib.Tokenizer | None, Preprocessing]:
+    """Returns (tokenizer, preprocessing) of an existing workdir; a classifier has no tokenizer.
 
     Raises:
       ValueError: files are missing or damaged, or they do not belong to the same run.
@@ -143,7 +153,12 @@ def load(
     workdir = Path(workdir)
     config = load_config(workdir)
     tokenizer, preprocessing = read(workdir)
-    if tokenizer.fingerprint() != preprocessing.tokenizer_fingerprint:
+    if (config.task == "classify") != (tokenizer is None):
+        raise ValueError(
+            f"{workdir} contradicts itself: config.task={config.task!r} by config.json, but "
+            f"{_CLASSES} is {'missing' if tokenizer else 'there'}; put the run's own files back."
+        )
+    if tokenizer is not None and tokenizer.fingerprint() != preprocessing.tokenizer_fingerprint:
         raise ValueError(
             f"{workdir / 'tokenizer'} has fingerprint {tokenizer.fingerprint()}, but the run was "
             f"trained with {preprocessing.tokenizer_fingerprint}; put that tokenizer back."
@@ -160,13 +175,15 @@ def load(
 
 def read(
     workdir: str | os.PathLike,
-) -> tuple[tokenizer_lib.Tokenizer, Preprocessing]:
+) -> tuple[tokenizer_lib.Tokenizer | None, Preprocessing]:
     """Returns (tokenizer, preprocessing) as they lie there, of a run that may have no config yet.
 
     Raises:
       ValueError: files are missing or damaged.
     """
-    tokenizer = tokenizer_lib.load_tokenizer(Path(workdir) / "tokenizer")
+    tokenizer = None
+    if not (Path(workdir) / _CLASSES).is_file():
+        tokenizer = tokenizer_lib.load_tokenizer(Path(workdir) / "tokenizer")
     return tokenizer, _read_preprocessing(Path(workdir) / "preprocessing.json")
 
 
@@ -185,6 +202,22 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict:
         return config_lib.from_json(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
+
+
+def read_classes(workdir: str | os.PathLike) -> tuple[str, ...]:
+    """Returns the names of the classes of a classifier's workdir.
+
+    Raises:
+      ValueError: the file is missing or damaged.
+    """
+    path = Path(workdir) / _CLASSES
+    try:
+        names = json.loads(path.read_text("utf-8"))
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("it holds no list of names.")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+    return tuple(names)
 
 
 def captions(source: PairSource, problems: Problems) -> Iterator[str]:
@@ -212,14 +245,14 @@ def _read_preprocessing(path: Path) -> Preprocessing:
         raise ValueError(f"{path} cannot be used: {error}") from error
 
 
-def _describe(config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer) -> Preprocessing:
+def _describe(config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer | None) -> Preprocessing:
     return Preprocessing(
-        image_size=config.data.image_size,
+        image_size=config.data.eval_image_size or config.data.image_size,
         resize_size=config.data.resize_size,
         resize=config.data.resize,
-        max_tokens=config.data.max_tokens,
-        vocab_size=tokenizer.vocab_size,
-        tokenizer_fingerprint=tokenizer.fingerprint(),
+        max_tokens=config.data.max_tokens if tokenizer else 0,
+        vocab_size=tokenizer.vocab_size if tokenizer else 0,
+        tokenizer_fingerprint=tokenizer.fingerprint() if tokenizer else "",
     )
 
 
@@ -257,7 +290,9 @@ def _check_same_run(workdir: Path, config: ConfigDict, may_change: tuple[str, ..
     return changed
 
 
-def _check_same_data(workdir: Path, source: PairSource, log: Callable[[str], None]) -> None:
+def _check_same_data(
+    workdir: Path, source: PairSource | Classes, log: Callable[[str], None]
+) -> None:
     """Refuses other data: the order of the pairs would be another one. The path may be another."""
     try:
         before, *rest = (workdir / "source.txt").read_text("utf-8").splitlines()
@@ -282,7 +317,7 @@ def _check_same_data(workdir: Path, source: PairSource, log: Callable[[str], Non
         _write_source(workdir, before, source)
 
 
-def _write_source(workdir: Path, described: str, source: PairSource) -> None:
+def _write_source(workdir: Path, described: str, source: PairSource | Classes) -> None:
     writing.write_text(workdir / "source.txt", f"{described}\n{_STAMP}{identity.stamp(source)}\n")
 
 
