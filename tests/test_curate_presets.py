@@ -93,6 +93,45 @@ PUBLISHED = {
             "Xu et al. 2023, algorithm 1",
         ),
     ],
+    # Chuang et al. 2025 (2507.22062): entries, counts and caps of each language.
+    "metaclip2": [
+        ("no_text", "a text that is not blank", "a pair needs a text"),
+        ("nsfw", "nsfw <= 0.5", "MetaCLIP repository, crawl filters"),
+        (
+            "duplicate",
+            "first row of its (url, text), of the rows left by the rules before",
+            "MetaCLIP repository, crawl filters",
+        ),
+        (
+            "metaclip",
+            "holds a metadata entry; entries beyond a tail of 0.055 are sampled",
+            "Chuang et al. 2025",
+        ),
+    ],
+    # baselines.py and apply_filter.py of mlfoundations/datacomp.
+    "datacomp-clip": [
+        (
+            "similarity_l14_share",
+            "similarity_l14 among the highest 30 %",
+            "Gadre et al. 2023, clip_score_l14_30_percent",
+        ),
+    ],
+    "datacomp-text": [
+        ("no_text", "a text that is not blank", "a pair needs a text"),
+        ("language", "language en", "Gadre et al. 2023, text_based: fastText"),
+        ("text_based", "holds a word whose first synset is listed", "Gadre et al. 2023"),
+    ],
+    "datacomp-image": [
+        ("no_text", "a text that is not blank", "a pair needs a text"),
+        ("language", "language en", "Gadre et al. 2023, image_based: fastText"),
+        ("num_words", ">= 2 words between spaces", "Gadre et al. 2023, image_based: more than one"),
+        ("num_chars", ">= 6 characters", "Gadre et al. 2023, image_based: more than 5 char"),
+        (
+            "image_based",
+            "one of 100000 clusters of images that a target image is nearest to",
+            "Gadre et al. 2023, image_based",
+        ),
+    ],
 }
 
 

@@ -4,13 +4,16 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from fractions import Fraction
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
-from helpers import real_data
+from helpers import error_of, real_data
 
+from align_jax.cli import main as cli
 from align_jax.curate.filter import metaclip, metadata_entries
 
 pytest.importorskip("ahocorasick_rs")
@@ -460,3 +463,69 @@ def test_build_entries_of_bigrams_without_unigrams_says_what_is_missing(dumps):
 def test_sum_page_views_passes_over_rare_hours_and_other_wikis():
     lines = ["en Cat 60 0\n", "en Cat 49 0\n", "de Cat 90 0\n", "en Cat 50 0\n", "en Dog x 0\n", ""]
     assert metadata_entries.sum_page_views(lines) == {"Cat": 110}
+
+
+def test_entries_and_caps_of_each_language_are_its_own(tmp_path):
+    entries = {"en": ("cat", "dog", "mat"), "de": ("Hund", "mat"), "fr": ("chat",)}
+    languages = ["en"] * 60 + ["de"] * 40 + ["ja"] * 3 + [None]
+    texts = ["a cat"] * 50 + ["a dog"] * 6 + ["mat"] * 4 + ["mat cat"] * 30 + ["Hund"] * 10
+    texts += ["cat Hund"] * 4
+    batch = rows(texts).append_column("language", pa.array(languages, pa.string()))
+    matches = metaclip.match_entries([batch[:33], batch[33:]], entries, tmp_path)
+    assert matches.entries == ("de\tHund", "de\tmat", "en\tcat", "en\tdog", "en\tmat", "fr\tchat")
+    assert matches.counts.tolist() == [10, 30, 50, 6, 4, 0]
+    assert matches.num_unmatched == 4  # languages without entries
+    # cap 6 leaves 10 of 60 English matches to the tail; nearest to 1/6 is 10 of 40 in German.
+    assert metaclip.choose_caps(matches, 6, None) == {"de": 10, "en": 6, "fr": 1}
+    assert metaclip.choose_caps(matches, None, 1.0) == {"de": 30, "en": 50, "fr": 1}
+    caps = {"de": 10, "en": 6, "fr": 1}
+    kept = decisions(matches.sample(caps, 0))
+    assert all(kept[f"k{n}"] for n in (*range(50, 60), *range(90, 100)))  # of rare entries
+    assert 0 < sum(kept[f"k{n}"] for n in range(50)) < 20
+    assert 2 < sum(kept[f"k{n}"] for n in range(60, 90)) < 20
+    # English alone is what it is without the others, but for its draws.
+    alone = metaclip.match_entries([rows(texts[:60])], entries["en"], tmp_path / "en")
+    assert alone.counts.tolist() == matches.counts[2:5].tolist()
+    with pytest.raises(ValueError, match="give --tail"):
+        metaclip.choose_caps(metaclip.match_entries([batch], {"de": ("Hund",)}, tmp_path), 6, None)
+
+
+def curate_cats(folder, *options):
+    (folder / "entries.txt").write_text("cat\nmat\n")
+    texts = [f"a cat {n}" for n in range(300)] + [f"mat {n}" for n in range(30)]
+    table = {"key": [str(n) for n in range(330)], "text": texts, "language": ["en"] * 330}
+    pa.parquet.write_table(pa.table(table), folder / "t.parquet")
+    given = ["t.parquet", "--preset", "metaclip", "--metadata", "entries.txt", "--out", "out"]
+    assert cli.main(["curate", *given, *options]) == 0
+    return json.loads((folder / "out" / "report.json").read_text())
+
+
+def test_cap_and_tail_of_the_command_replace_the_preset_s(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    made = curate_cats(tmp_path, "--cap", "30")
+    assert made["notes"] == {"metaclip_caps": {"": 30}}
+    assert made["rules"][-1]["keeps"].endswith("entries found more than 30 times are sampled")
+    assert abs(made["rows_kept"] - 60) < 3 * (300 * 0.1 * 0.9) ** 0.5
+    shutil.rmtree("out")
+    assert curate_cats(tmp_path, "--tail", "0.1")["notes"] == {"metaclip_caps": {"": 30}}
+    start = ("curate", "t.parquet", "--out", "other", "--preset")
+    given = (*start, "metaclip", "--metadata", "entries.txt")
+    for arguments, message in (
+        ((*given, "--cap", "0"), "--cap 0 is out of range"),
+        ((*given, "--tail", "0"), "--tail 0.0 is out of range"),
+        ((*given, "--tail", "0.1", "--cap", "3"), "--cap 3 and --tail 0.1 say the same"),
+        ((*start, "align", "--cap", "3"), "--cap 3 is of no use to --preset align."),
+        ((*given, "--file", "x=t.parquet"), "--file x=t.parquet is of no use"),
+        ((*start, "datacomp-text", "--file", "wnids=t.parquet"), "needs --file wordnet=PATH"),
+    ):
+        assert message in error_of(capfd, *arguments)
+
+
+def test_align_entries_writes_what_build_entries_builds(dumps, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "entries.txt"
+    arguments = ["entries", "--unigrams", str(dumps / "unigrams.tsv"), "--out", str(out)]
+    assert cli.main([*arguments, "--budget", "101"]) == 0
+    built = metadata_entries.build_entries(unigrams=dumps / "unigrams.tsv", budget=101)
+    assert metadata_entries.read_entries(out) == built and len(built) == 101
+    assert cli.main(arguments) == 2
+    assert "entries.txt exists; name a new file." in capsys.readouterr().err

@@ -52,6 +52,19 @@ def _scan(args: argparse.Namespace, rest: list[str]) -> None:
     print(json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False))
 
 
+def read_pairs(option: str, given: list[str]) -> dict[str, str]:
+    """Returns {name: value} of options of the form NAME=VALUE."""
+    found = {}
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"{option} {pair!r} is not of the form NAME=VALUE.")
+        if name in found:
+            raise ValueError(f"{option} {name} is given twice.")
+        found[name] = value
+    return found
+
+
 def _add_workers(verb: argparse.ArgumentParser, name: str) -> None:
     verb.add_argument(
         "--workers",
@@ -77,7 +90,8 @@ def _add_curate(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
         "--preset",
         required=True,
         metavar="NAME",
-        help="align, coyo, laion, datacomp-basic, metaclip, or a Python file of rules",
+        help="align, coyo, laion, datacomp-basic, datacomp-clip, datacomp-text, datacomp-image, "
+        "metaclip, metaclip2, or a Python file of rules; a+b keeps what both keep",
     )
     verb.add_argument(
         "--columns",
@@ -93,7 +107,26 @@ def _add_curate(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     verb.add_argument(
         "--memory", type=float, default=2.0, metavar="GIB", help="of the engine (default: 2)"
     )
-    verb.add_argument("--metadata", metavar="FILE", help="entries of MetaCLIP, one a line")
+    verb.add_argument(
+        "--metadata",
+        metavar="FILE",
+        help="entries of MetaCLIP, one a line; or a folder with one file a language, en.txt, ...",
+    )
+    verb.add_argument("--cap", type=int, help="of MetaCLIP (default: that of the preset)")
+    verb.add_argument(
+        "--tail",
+        type=float,
+        metavar="SHARE",
+        help="in place of --cap: share of matches of entries that are not sampled, e.g. 0.055",
+    )
+    verb.add_argument(
+        "--file",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="what a rule needs: wordnet and wnids (datacomp-text), embeddings and targets "
+        "(datacomp-image); repeatable",
+    )
     verb.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
     verb.add_argument(
         "--url-list", metavar="FILE", help="write also the kept urls, for img2dataset to download"
@@ -124,6 +157,9 @@ def _curate(args: argparse.Namespace, rest: list[str]) -> None:
         memory_gib=args.memory,
         url_list=args.url_list,
         subset=args.subset,
+        cap=args.cap,
+        tail=args.tail,
+        files=read_pairs("--file", args.file),
     )
     print(curate.format_counts(report))
     print(f"wrote {args.out}: kept.parquet, dropped.parquet, report.json, report.md")

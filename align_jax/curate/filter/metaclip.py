@@ -4,14 +4,15 @@
     for batch in matches.sample(cap, seed): ...            # pass 2: key, keep, reason
 
 `keep_table` does both. Where entries come from is in metadata_entries.py. Source: Xu et al. 2023
-(2309.16671) algorithm 1 and its released code; Chuang et al. 2025 (2507.22062) for `choose_cap`.
+(2309.16671) algorithm 1 and its released code; Chuang et al. 2025 (2507.22062) for `choose_cap` and
+for entries, counts and caps of each language.
 """
 
 import dataclasses
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,7 +29,10 @@ _ROWS_PER_SEARCH = 2**10  # a half faster than 2**14: lists of matches stay smal
 _FORMAT = "2"  # of the parts; change it when matching changes
 _LINE_BREAKS = "\t\n\r"
 
-_Search = Callable[[pa.LargeStringArray], tuple[np.ndarray, np.ndarray]]
+# Entries, or those of each language.
+Entries = Sequence[str] | Mapping[str, Sequence[str]]
+
+_Search = Callable[[pa.RecordBatch], tuple[np.ndarray, np.ndarray]]
 
 
 def keep_table(
@@ -70,7 +74,7 @@ def keep_table(
 
 def match_entries(
     batches: Iterable[pa.RecordBatch],
-    entries: Sequence[str],
+    entries: Entries,
     stage_dir: str | os.PathLike,
     num_threads: int | None = None,
 ) -> "Matches":
@@ -79,9 +83,21 @@ def match_entries(
     The text is put between spaces, each of , . ; : ? ! ` gets a space on either side, tabs and line
     breaks become spaces; an entry is held if it occurs there between spaces. Case counts. An entry
     counts once a text. Memory: 262,144 rows, and about 450 bytes an entry.
+
+    With entries of each language, a text is looked through for those of its own, which a column
+    `language` (string) names.
     """
-    entries = _check_entries(entries)
-    search = _make_search(entries)
+    languages = tuple(sorted(entries)) if isinstance(entries, Mapping) else ("",)
+    groups = {
+        name: _check_entries(entries[name] if isinstance(entries, Mapping) else entries)
+        for name in languages
+    }
+    search = _make_search(groups)
+    columns = ("key", "text", "language") if isinstance(entries, Mapping) else ("key", "text")
+    of_language = {name: len(found) for name, found in groups.items()}
+    entries = [
+        f"{name}\t{entry}" if name else entry for name, found in groups.items() for entry in found
+    ]
     stage_dir = Path(stage_dir)
     stage_dir.mkdir(parents=True, exist_ok=True)
     digest = hashlib.blake2b(_FORMAT.encode(), digest_size=16)
@@ -89,7 +105,7 @@ def match_entries(
         digest.update(entry.encode() + b"\n")
     counts = np.zeros(len(entries), np.uint64)
     parts, num_texts, num_unmatched = [], 0, 0
-    tables = show_progress(_rechunk(batches), None, "match entries", "text", size=len)
+    tables = show_progress(_rechunk(batches, columns), None, "match entries", "text", size=len)
     with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
         for index, table in enumerate(tables):
             path = stage_dir / f"matches-{index:06d}.parquet"
@@ -100,7 +116,7 @@ def match_entries(
             parts.append(path)
     for stale in set(stage_dir.glob("matches-*.parquet")) - set(parts):
         stale.unlink()
-    return Matches(entries, counts, num_texts, num_unmatched, tuple(parts))
+    return Matches(tuple(entries), counts, num_texts, num_unmatched, tuple(parts), of_language)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +124,13 @@ class Matches:
     """What pass 1 found.
 
     Attributes:
-      entries: as given.
+      entries: as given; of several languages the language and a tab before each, by language.
       counts: uint64 [E], number of texts that hold each entry.
       num_texts: rows that were given.
       num_unmatched: rows without any entry.
       parts: Parquet files of `key`, `text_hash` (of the text alone) and `entries` (list of indices,
         ascending), in order.
+      num_entries: language -> number of its entries; "" -> all.
     """
 
     entries: tuple[str, ...]
@@ -121,11 +138,28 @@ class Matches:
     num_texts: int
     num_unmatched: int
     parts: tuple[Path, ...]
+    num_entries: Mapping[str, int]
 
-    def sample(self, cap: int, seed: int) -> Iterator[pa.RecordBatch]:
-        """Yields what `keep_table` does; another cap or seed needs no new matching."""
-        _check_sampling(cap, seed)
-        draw_rates = cap / np.maximum(self.counts, cap)
+    def by_language(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields each language ("" for all) with the counts of its entries, uint64."""
+        start = 0
+        for name, size in self.num_entries.items():
+            yield name, self.counts[start : start + size]
+            start += size
+
+    def sample(self, cap: int | Mapping[str, int], seed: int) -> Iterator[pa.RecordBatch]:
+        """Yields what `keep_table` does; another cap or seed needs no new matching.
+
+        Args:
+          cap: of all entries, or language -> that of its entries.
+          seed: see `keep_table`.
+        """
+        caps = cap if isinstance(cap, Mapping) else dict.fromkeys(self.num_entries, cap)
+        for one in caps.values():
+            _check_sampling(one, seed)
+        draw_rates = np.concatenate(
+            [caps[name] / np.maximum(found, caps[name]) for name, found in self.by_language()]
+        )
         salt = seed.to_bytes(8, "little")
         entry_hashes = np.array([_hash(entry.encode(), salt) for entry in self.entries], np.uint64)
         for path in self.parts:
@@ -179,6 +213,38 @@ def choose_cap(counts: np.ndarray, tail_share: float) -> int:
     return int(ascending[np.abs(shares - tail_share).argmin()])
 
 
+def choose_caps(matches: Matches, cap: int | None, tail_share: float | None) -> dict[str, int]:
+    """Returns language -> cap ("" -> that of all entries), from either of the two arguments.
+
+    With entries of several languages, `cap` is that of English ("en"): the share of English matches
+    that it leaves to the tail is what the cap of each language leaves to its own. A language
+    without any match has 1.
+
+    Raises:
+      ValueError: no entries of English, or none found, to take the share from.
+    """
+    counts = dict(matches.by_language())
+    if tail_share is None:
+        if "" in counts:
+            return {"": cap}
+        if "en" not in counts or not counts["en"].any():
+            raise ValueError(
+                f"cap {cap} is that of English, of which no entry was found; give --tail, the "
+                "share of matches that belongs to the tail."
+            )
+        english = counts["en"]
+        tail_share = float(english[english <= cap].sum() / english.sum())
+        if not tail_share:
+            raise ValueError(f"cap {cap} is below the count of every English entry; raise it.")
+        chosen = {name: _cap_or_one(found, tail_share) for name, found in counts.items()}
+        return chosen | {"en": cap}
+    return {name: _cap_or_one(found, tail_share) for name, found in counts.items()}
+
+
+def _cap_or_one(counts: np.ndarray, tail_share: float) -> int:
+    return choose_cap(counts, tail_share) if counts.any() else 1
+
+
 def _check_sampling(cap: int, seed: int) -> None:
     if cap < 1:
         raise ValueError(f"cap={cap} must be at least 1; MetaCLIP's 400 M pairs used 20000.")
@@ -202,15 +268,43 @@ def _check_entries(entries: Sequence[str]) -> tuple[str, ...]:
     return entries
 
 
-def _make_search(entries: tuple[str, ...]) -> _Search:
-    """A function of texts [N] -> (ids of the entries of all rows [matches], how many a row [N])."""
+def _make_search(groups: Mapping[str, tuple[str, ...]]) -> _Search:
+    """A function of rows [N] -> (ids of the entries of all rows [matches], how many a row [N])."""
+    total = sum(map(len, groups.values()))
+    searches, start = {}, 0
+    for name, entries in groups.items():
+        searches[name] = (start, _make_automaton(entries))
+        start += len(entries)
+
+    def search(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
+        texts = batch["text"]
+        pairs = [np.zeros(0, np.int64)]
+        if "" in searches:
+            places = {"": np.arange(len(texts))}
+        else:
+            found = np.array(batch["language"].to_pylist(), object)
+            places = {name: np.flatnonzero(found == name) for name in set(found) & set(searches)}
+        for name, rows in places.items():
+            first, automaton = searches[name]
+            ids, positions = automaton(texts.take(pa.array(rows)))
+            pairs.append(rows[positions] * total + ids + first)
+        pairs = np.unique(np.concatenate(pairs))  # once a text
+        return pairs % total, np.bincount(pairs // total, minlength=len(texts))
+
+    return search
+
+
+def _make_automaton(
+    entries: tuple[str, ...],
+) -> Callable[[pa.LargeStringArray], tuple[np.ndarray, np.ndarray]]:
+    """A function of texts [N] -> (ids of entries, row of each), [matches]."""
     try:
         import ahocorasick_rs
     except ModuleNotFoundError as error:
         raise RuntimeError("MetaCLIP matching needs pip install 'align_jax[curate]'.") from error
     automaton = ahocorasick_rs.BytesAhoCorasick([f" {entry} ".encode() for entry in entries])
 
-    def search(texts: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
+    def find(texts: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
         spaced = _space(texts)
         starts = np.frombuffer(spaced.buffers()[1], np.int64)[: len(spaced) + 1]
         # All texts in one search: the line break that ends each is in no entry.
@@ -218,13 +312,9 @@ def _make_search(entries: tuple[str, ...]) -> _Search:
             spaced.buffers()[2].to_pybytes()[: starts[-1]], overlapping=True
         )
         flat = np.fromiter(itertools.chain.from_iterable(found), np.int64, 3 * len(found))
-        ids, positions = flat[0::3], flat[1::3]
-        rows = np.searchsorted(starts, positions, side="right") - 1
-        pairs = np.unique(rows * len(entries) + ids)  # once a text
-        num_ids = np.bincount(pairs // len(entries), minlength=len(texts))
-        return pairs % len(entries), num_ids
+        return flat[0::3], np.searchsorted(starts, flat[1::3], side="right") - 1
 
-    return search
+    return find
 
 
 def _space(texts: pa.LargeStringArray) -> pa.LargeStringArray:
@@ -252,7 +342,8 @@ def _make_part(
             if file.schema_arrow.metadata.get(b"rows") == rows:
                 return _ids_and_offsets(file.read(["entries"])["entries"].combine_chunks())
     texts = batch["text"]
-    slices = [texts[i : i + _ROWS_PER_SEARCH] for i in range(0, len(texts), _ROWS_PER_SEARCH)]
+    starts = range(0, len(texts), _ROWS_PER_SEARCH)
+    slices = [batch.slice(start, _ROWS_PER_SEARCH) for start in starts]
     found = list(pool.map(search, slices))
     ids = np.concatenate([ids for ids, _ in found]).astype(np.uint32)
     offsets = np.concatenate([[0], *(num_ids for _, num_ids in found)]).cumsum()
@@ -279,14 +370,14 @@ def _ids_and_offsets(held: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
     return held.flatten().to_numpy(), held.offsets.to_numpy()
 
 
-def _rechunk(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+def _rechunk(batches: Iterable[pa.RecordBatch], columns: Sequence[str]) -> Iterator[pa.Table]:
     """Tables of _ROWS_PER_PART rows in one chunk each: the same ones however the rows came."""
     waiting, num_waiting = [], 0
     for batch in batches:
         while batch.num_rows:
             head = batch.slice(0, _ROWS_PER_PART - num_waiting)
             batch = batch.slice(head.num_rows)
-            waiting.append(_normalise(head))
+            waiting.append(_normalise(head, columns))
             num_waiting += head.num_rows
             if num_waiting == _ROWS_PER_PART:
                 yield pa.Table.from_batches(waiting).combine_chunks()
@@ -295,8 +386,8 @@ def _rechunk(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
         yield pa.Table.from_batches(waiting).combine_chunks()
 
 
-def _normalise(batch: pa.RecordBatch) -> pa.RecordBatch:
-    for name in ("key", "text"):
+def _normalise(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:
+    for name in columns:
         if name not in batch.schema.names:
             raise ValueError(
                 f"The rows have no column {name!r}, only {', '.join(batch.schema.names)}."
@@ -306,7 +397,8 @@ def _normalise(batch: pa.RecordBatch) -> pa.RecordBatch:
         raise ValueError(f"{key.null_count} keys of a batch are null; every row needs a key.")
     if not pa.types.is_integer(key.type):
         key = _to_string(key, "key")
-    return pa.record_batch({"key": key, "text": _to_string(batch["text"], "text")})
+    others = {name: _to_string(batch[name], name) for name in columns if name != "key"}
+    return pa.record_batch({"key": key, **others})
 
 
 def _to_string(array: pa.Array, name: str) -> pa.LargeStringArray:

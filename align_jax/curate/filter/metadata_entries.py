@@ -51,6 +51,20 @@ def read_entries(path: str | os.PathLike, *, log: Callable[[str], None] = print)
     return entries
 
 
+def read_languages(
+    folder: str | os.PathLike, *, log: Callable[[str], None] = print
+) -> dict[str, tuple[str, ...]]:
+    """Returns language -> entries of a folder of files such as en.txt and de.json.
+
+    Raises:
+      ValueError: no such file, or one that `read_entries` refuses.
+    """
+    paths = sorted(path for path in Path(folder).iterdir() if path.suffix in (".txt", ".json"))
+    if not paths:
+        raise ValueError(f"{folder} holds no files of entries such as en.txt.")
+    return {path.stem: read_entries(path, log=log) for path in paths}
+
+
 def build_entries(
     *,
     wordnet_dir: str | os.PathLike | None = None,

