@@ -17,7 +17,7 @@ from helpers import environment, error_of, real_data, run_align, snapshot, start
 
 from align_jax.cli import main as cli
 from align_jax.curate.filter import curate as curate_lib
-from align_jax.curate.filter import report
+from align_jax.curate.filter import report, stages
 
 RULES = (
     "has_text()",
@@ -242,7 +242,7 @@ def test_unfinished_folder_of_other_rules_is_refused(tmp_path, monkeypatch, capf
     def stop(*args):
         raise _Stopped
 
-    monkeypatch.setattr(report, "write_results", stop)
+    monkeypatch.setattr(report, "write_report", stop)
     with pytest.raises(_Stopped):
         curate_lib.curate("t.parquet", "out", preset="laion")
     arguments = ["curate", "t.parquet", "--preset", "coyo", "--out", "out"]
@@ -250,8 +250,8 @@ def test_unfinished_folder_of_other_rules_is_refused(tmp_path, monkeypatch, capf
 
 
 def test_failing_engine_is_one_line_and_the_run_resumes(tmp_path, monkeypatch):
-    real = curate_lib._group_rule
-    monkeypatch.setattr(curate_lib, "_group_rule", lambda *args: real(*args[:2], None, *args[3:]))
+    real = stages._group_rule
+    monkeypatch.setattr(stages, "_group_rule", lambda *args: real(*args[:2], None, *args[3:]))
     with pytest.raises(RuntimeError, match="^duckdb failed at repeated_text: 'NoneType' object"):
         curate_table(tmp_path, {"text": ["a", "a"]}, "repeated_text(at_most=1)")
     monkeypatch.undo()
@@ -407,7 +407,7 @@ def test_second_curate_into_one_folder_is_refused_and_harms_nothing(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     pq.write_table(pa.table(make_table(50)), "t.parquet")
     arguments = ["curate", "t.parquet", "--preset", "laion", "--out", "out"]
-    write, refused = report.write_results, []
+    write, refused = report.write_report, []
 
     def start_another(*given):
         before = snapshot("out")
@@ -415,7 +415,7 @@ def test_second_curate_into_one_folder_is_refused_and_harms_nothing(tmp_path, mo
         assert snapshot("out") == before
         return write(*given)
 
-    monkeypatch.setattr(report, "write_results", start_another)
+    monkeypatch.setattr(report, "write_report", start_another)
     assert cli.main(arguments) == 0
     (done,) = refused
     assert done.returncode == 2

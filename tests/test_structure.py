@@ -61,7 +61,7 @@ ONLY_IN = {
 # Who may open files itself: all else that a user wrote goes through storage/text.py.
 OPENS = {
     "curate/filter/curate.py": "reports written here",
-    "curate/filter/report.py": "writes",
+    "curate/filter/stages.py": "arrays written here",
     "curate/filter/presets/__init__.py": "Python code, for Python",
     "curate/near_duplicates/decontaminate.py": "writes",
     "curate/near_duplicates/image_sets.py": "manifests written here",
@@ -75,7 +75,6 @@ OPENS = {
     "data/sources/archives.py": "bytes of archives and files",
     "data/sources/entry_file.py": "indexes written here",
     "data/sources/img2dataset.py": "statistics of img2dataset",
-    "data/sources/subsets.py": "writes",
     "data/tokenizer.py": "tokenizer folders, written by transformers or here",
     "data/vocabulary.py": "counts written here",
     "embed.py": "manifests written here",

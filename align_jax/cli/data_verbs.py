@@ -127,6 +127,12 @@ def _add_curate(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
         help="what a rule needs: wordnet and wnids (datacomp-text), embeddings and targets "
         "(datacomp-image); repeatable",
     )
+    _add_workers(verb, "read, match and write")
+    verb.add_argument(
+        "--partitioned",
+        action="store_true",
+        help="write kept/ and dropped/ with a table for each file of SOURCE, by the workers",
+    )
     verb.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
     verb.add_argument(
         "--url-list", metavar="FILE", help="write also the kept urls, for img2dataset to download"
@@ -160,9 +166,13 @@ def _curate(args: argparse.Namespace, rest: list[str]) -> None:
         cap=args.cap,
         tail=args.tail,
         files=read_pairs("--file", args.file),
+        num_workers=args.workers,
+        beam=args.beam,
+        partitioned=args.partitioned,
     )
     print(curate.format_counts(report))
-    print(f"wrote {args.out}: kept.parquet, dropped.parquet, report.json, report.md")
+    tables = "kept/, dropped/" if args.partitioned else "kept.parquet, dropped.parquet"
+    print(f"wrote {args.out}: {tables}, report.json, report.md")
 
 
 def _add_decontaminate(add_verb: Callable[..., argparse.ArgumentParser]) -> None:

@@ -101,7 +101,7 @@ def scan(
         threads = max(min(2, num_threads), num_threads // num_workers)
         settings = scan_unit.Settings(parts_dir, threads, reuse)
         done = workers.run(scan_unit.scan_unit, left, settings, num_workers=num_workers, beam=beam)
-        for _ in show_progress(done, sum(unit.expected for unit in left), "scan"):
+        for _ in show_progress(done, sum(unit.expected for unit in left), "scan", size=int):
             pass
         made = _merge(paths, source, head, out)
         shutil.rmtree(parts_dir)

@@ -51,8 +51,8 @@ class Settings:
     reuse: bool = False
 
 
-def scan_unit(unit: Unit, settings: Settings) -> Iterator[None]:
-    """Writes the part of a unit, which appears whole; yields after each record."""
+def scan_unit(unit: Unit, settings: Settings) -> Iterator[int]:
+    """Writes the part of a unit, which appears whole; yields 1 after each record."""
     path = os.path.join(settings.folder, f"{unit.number:06d}.parquet")
     results = []
     if settings.reuse:
@@ -64,7 +64,7 @@ def scan_unit(unit: Unit, settings: Settings) -> Iterator[None]:
         made = in_order(_Reader(source), records, settings.num_threads)
     for result in made:
         results.append(result)
-        yield
+        yield 1
     write_part(path, results, problems)
 
 

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# (unit, settings) -> an iterator that does the work; what it yields counts for progress.
-Work = Callable[[Any, Any], Iterator[object]]
+# (unit, settings) -> an iterator that does the work and yields how much of it is done.
+Work = Callable[[Any, Any], Iterator[int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +89,12 @@ def run(
     num_workers: int = 1,
     beam: str | None = None,
     spark: "SparkSession | None" = None,
-) -> Iterator[object]:
-    """Does the work of all units; yields something for each of what a unit yields.
+) -> Iterator[int]:
+    """Does the work of all units; yields how much has been done since, for progress.
 
     Args:
       work: function of a module, with results in files.
-      units: what can be pickled, one for each call.
+      units: what can be pickled, one for each call; `expected` is how much the work of one is.
       settings: likewise, what all units share.
       num_workers: processes; 1 does the work in this one.
       beam: options of an Apache Beam pipeline that does it instead, as on a command line, e.g.
@@ -139,7 +139,7 @@ def in_order(function: Callable[[Any], T], items: Iterable[Any], num_threads: in
         pool.shutdown(cancel_futures=True)
 
 
-def _on_beam(work: Work, units: Sequence[Any], settings: Any, options: str) -> Iterator[None]:
+def _on_beam(work: Work, units: Sequence[Any], settings: Any, options: str) -> Iterator[int]:
     try:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
@@ -153,26 +153,20 @@ def _on_beam(work: Work, units: Sequence[Any], settings: Any, options: str) -> I
         pipeline.run().wait_until_finish()
     except Exception as error:  # of whatever kind the runner lets through
         raise RuntimeError(f"The Beam pipeline failed: {error}") from error
-    yield from _expected(units)
+    yield sum(unit.expected for unit in units)
 
 
 def _on_spark(
     work: Work, units: Sequence[Any], settings: Any, session: "SparkSession"
-) -> Iterator[None]:
+) -> Iterator[int]:
     spread = session.sparkContext.parallelize(list(units), len(units))
     spread.foreach(functools.partial(_finish_unit, work=work, settings=settings))
-    yield from _expected(units)
-
-
-def _expected(units: Sequence[Any]) -> Iterator[None]:
-    for unit in units:
-        for _ in range(getattr(unit, "expected", 1)):
-            yield
+    yield sum(unit.expected for unit in units)
 
 
 def _in_processes(
     work: Work, units: Sequence[Any], settings: Any, num_workers: int
-) -> Iterator[None]:
+) -> Iterator[int]:
     # spawn: a forked copy of threads that hold locks can hang.
     pool = ProcessPoolExecutor(
         num_workers,
@@ -190,8 +184,7 @@ def _in_processes(
                 break
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                for _ in range(future.result()):
-                    yield
+                yield future.result()
     except BrokenProcessPool as error:
         raise RuntimeError(
             "A worker process died (out of memory?); finished units are kept, run the same "
@@ -202,7 +195,7 @@ def _in_processes(
 
 
 def _finish_unit(unit: Any, work: Work, settings: Any) -> int:
-    return sum(1 for _ in work(unit, settings))
+    return sum(work(unit, settings))
 
 
 def _start_worker() -> None:

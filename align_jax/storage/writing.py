@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 LOCK_FILE = "lock"
 _REMOTE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # pathlib makes gs:/ of gs://
 _LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.tmp")
@@ -119,6 +121,12 @@ def append_line(path: _Path, line: str) -> None:
         file.write(b"\n" * torn + line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_array(path: _Path, array: np.ndarray) -> None:
+    """Writes a .npy file."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import importlib
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +43,11 @@ class Engine:
         self._stored = []
         self._num_files = 0
         os.makedirs(folder, exist_ok=True)
+
+    @property
+    def spark(self) -> "SparkSession | None":
+        """The session whose executors can work on parts, where the engine has some."""
+        return self.con._session
 
     def read(self, path: str) -> ir.Table:
         """Returns the rows of a Parquet file, or of a folder of Parquet files of one schema."""
@@ -113,6 +119,10 @@ class _Hashing(Engine):
     DuckDB's have 64 bits but are weak: of 322,333 tokens such as "word1020 word1666", 1,875 shared
     the hash of another one. They never decide anything.
     """
+
+    @property
+    def spark(self) -> None:
+        return None
 
     def read(self, path: str) -> ir.Table:
         return self.con.read_parquet(_files_of(path))
@@ -217,6 +227,8 @@ def _spark_session(name: str, memory_gib: float) -> "SparkSession":
     from pyspark.sql import SparkSession
 
     local = name == "spark://local"
+    # Executors work on parts, too: by the Python of this process unless told otherwise.
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     builder = SparkSession.builder.master("local[*]" if local else name)
     settings = {
         "spark.app.name": "align curate",

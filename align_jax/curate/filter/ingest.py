@@ -4,6 +4,7 @@ Parquet, CSV, TSV and JSONL; a file, a glob or a folder of parts. What can diffe
 decided here once: types, lower case, white space, what a broken line is. Rules are in rules.py.
 """
 
+import dataclasses
 import os
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +17,13 @@ import pyarrow.parquet as pq
 
 from align_jax.curate.filter import columns, unigrams
 from align_jax.curate.filter.metadata_table import Metadata, as_integer
-from align_jax.run.progress import show_progress
 from align_jax.storage import writing
 from align_jax.storage.paths import find_paths
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 COUNTS = ("num_words", "num_parts", "num_chars")
 _THREADS = 2
+ROW_BITS = 40  # of `row`: the place in a part; above them the number of the part
 _REPAIRED = b"text_repaired"
 # What str.split() splits at beside spaces, as a class of RE2 and Java: their \s is ASCII only.
 WHITE_SPACE = (
@@ -86,10 +87,11 @@ def schema(
 ) -> pa.Schema:
     """Returns the types of the canonical parts that hold the columns `present`, `key` and others.
 
-    `row` int64 counts from 0 through all files. `words` is the text in lower case with a single
-    space between its unigrams (unigrams.divide), `num_words` of them. `num_parts` and `num_chars`
-    (code points) count the parts between white space, and the text with these joined by single
-    spaces. `problem` is null for a good row, else an index of PROBLEMS.
+    `row` int64 is the number of the part times 2^40 and the place in it, so that it ascends through
+    all parts and each can be made without the others. `words` is the text in lower case with a
+    single space between its unigrams (unigrams.divide), `num_words` of them. `num_parts` and
+    `num_chars` (code points) count the parts between white space, and the text with these joined by
+    single spaces. `problem` is null for a good row, else an index of PROBLEMS.
     """
     fields = [("row", pa.int64())]
     names = [name for name in columns.COLUMNS if name in present or name == "key"]
@@ -99,43 +101,43 @@ def schema(
     return pa.schema([*fields, ("problem", pa.int8())])
 
 
-def write_parts(
-    files: Sequence[str],
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A table file, as a unit of work; `expected` is its rows, 1 where that is not known."""
+
+    number: int
+    path: str
+    expected: int
+
+
+def part_path(folder: str, number: int) -> str:
+    """Returns the path of the canonical part of a file."""
+    return os.path.join(folder, f"part-{number:05d}.parquet")
+
+
+def write_part(
+    file: File,
     chosen: Mapping[str, str],
     present: Sequence[str],
     folder: str,
+    base: str,
     others: Mapping[str, str] = types.MappingProxyType({}),
-) -> int:
-    """Writes one canonical part for each file into `folder`; returns the number of rows of all.
+) -> Iterator[int]:
+    """Writes the canonical part of a file into `folder`; yields the number of rows of each batch.
 
-    Parts that are there already are kept: each appears when it is complete.
+    A part that is there already is kept: it appears when it is complete.
 
     A row without key column gets `name of the file:number of the row`, from 0; the name is
-    relative to the folder that all files share.
+    relative to `base`, the folder that all files share.
     """
-    os.makedirs(folder, exist_ok=True)
-    base = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in files])
-    target, rows, jobs = schema(present, others), 0, []
-    for number, path in enumerate(files):
-        reader = Metadata(path, chosen)
-        reader.others = dict(others)
-        jobs.append((reader, os.path.join(folder, f"part-{number:05d}.parquet")))
-    sizes = [reader.table.num_rows for reader, _ in jobs]
-    total = None if None in sizes else sum(sizes)
-
-    def batches() -> Iterator[int]:
-        nonlocal rows
-        for reader, part in jobs:
-            if os.path.exists(part):
-                yield pq.read_metadata(part).num_rows
-            else:
-                name = os.path.relpath(os.path.abspath(reader.table.path), base)
-                yield from _write_part(reader, name, part, target, rows)
-            rows += pq.read_metadata(part).num_rows
-
-    for _ in show_progress(batches(), total, "curate: read", "row", size=int):
-        pass
-    return rows
+    part = part_path(folder, file.number)
+    if os.path.exists(part):
+        yield pq.read_metadata(part).num_rows
+        return
+    reader = Metadata(file.path, chosen)
+    reader.others = dict(others)
+    name = os.path.relpath(os.path.abspath(file.path), base)
+    yield from _write_part(reader, name, part, schema(present, others), file.number << ROW_BITS)
 
 
 def count_repaired(parts: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ for entries, counts and caps of each language.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
@@ -87,17 +88,12 @@ def match_entries(
     With entries of each language, a text is looked through for those of its own, which a column
     `language` (string) names.
     """
-    languages = tuple(sorted(entries)) if isinstance(entries, Mapping) else ("",)
-    groups = {
-        name: _check_entries(entries[name] if isinstance(entries, Mapping) else entries)
-        for name in languages
-    }
+    is_mapping = isinstance(entries, Mapping)
+    groups = _by_language(entries)
     search = _make_search(groups)
-    columns = ("key", "text", "language") if isinstance(entries, Mapping) else ("key", "text")
+    columns = ("key", "text", "language") if is_mapping else ("key", "text")
     of_language = {name: len(found) for name, found in groups.items()}
-    entries = [
-        f"{name}\t{entry}" if name else entry for name, found in groups.items() for entry in found
-    ]
+    entries = _flat(groups)
     stage_dir = Path(stage_dir)
     stage_dir.mkdir(parents=True, exist_ok=True)
     digest = hashlib.blake2b(_FORMAT.encode(), digest_size=16)
@@ -117,6 +113,19 @@ def match_entries(
     for stale in set(stage_dir.glob("matches-*.parquet")) - set(parts):
         stale.unlink()
     return Matches(tuple(entries), counts, num_texts, num_unmatched, tuple(parts), of_language)
+
+
+def load_matches(
+    entries: Entries, counts: np.ndarray, folder: str | os.PathLike | None = None
+) -> "Matches":
+    """Returns what `match_entries` has left in `folder`, with counts of a larger pool, uint64 [E].
+
+    Without the numbers of texts; without parts where no folder is given.
+    """
+    groups = _by_language(entries)
+    parts = tuple(sorted(Path(folder).glob("matches-*.parquet"))) if folder else ()
+    of_language = {name: len(found) for name, found in groups.items()}
+    return Matches(_flat(groups), counts, 0, 0, parts, of_language)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,6 +261,19 @@ def _check_sampling(cap: int, seed: int) -> None:
         raise ValueError(f"seed={seed} must be 0 to 2**63 - 1.")
 
 
+def _by_language(entries: Entries) -> dict[str, tuple[str, ...]]:
+    """Language ("" where there is one list) -> entries, by language."""
+    if not isinstance(entries, Mapping):
+        return {"": _check_entries(entries)}
+    return {name: _check_entries(entries[name]) for name in sorted(entries)}
+
+
+def _flat(groups: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(
+        f"{name}\t{entry}" if name else entry for name, found in groups.items() for entry in found
+    )
+
+
 def _check_entries(entries: Sequence[str]) -> tuple[str, ...]:
     entries = tuple(entries)
     if not entries:
@@ -294,6 +316,7 @@ def _make_search(groups: Mapping[str, tuple[str, ...]]) -> _Search:
     return search
 
 
+@functools.lru_cache(512)
 def _make_automaton(
     entries: tuple[str, ...],
 ) -> Callable[[pa.LargeStringArray], tuple[np.ndarray, np.ndarray]]:

@@ -19,9 +19,10 @@ from align_jax.curate.filter import unigrams
 from align_jax.storage import writing
 
 if TYPE_CHECKING:
-    from align_jax.curate.filter import curate
+    from align_jax.curate.filter.plan import Part, Plan
 
 KEPT_FILE, DROPPED_FILE = "kept.parquet", "dropped.parquet"
+KEPT_FOLDER, DROPPED_FOLDER = "kept", "dropped"
 JSON_FILE, PAGE_FILE = "report.json", "report.md"
 _KEPT = 255
 _GROUP_ROWS = 1 << 17
@@ -44,26 +45,55 @@ def read_parts(parts: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Reco
             yield from file.iter_batches(_GROUP_ROWS, columns=list(columns))
 
 
-def write_results(
-    parts: Sequence[str], reasons: np.ndarray, plan: "curate._Plan", head: dict, out_dir: str
-) -> dict:
-    """Writes the four files of a result, the report last; returns what report.json holds.
+def part_names(number: int) -> tuple[str, str]:
+    """Returns the names of the kept and the dropped table of a part, in folders of their own."""
+    name = f"part-{number:05d}.parquet"
+    return os.path.join(KEPT_FOLDER, name), os.path.join(DROPPED_FOLDER, name)
+
+
+def write_tables(
+    parts: Sequence["Part"],
+    reasons: np.ndarray,
+    first: int,
+    plan: "Plan",
+    seen: "Seen",
+    out_dir: str,
+    names: tuple[str, str] = (KEPT_FILE, DROPPED_FILE),
+) -> Iterator[int]:
+    """Writes the rows of parts into the kept and the dropped table; yields the rows of each batch.
 
     Args:
-      parts: canonical Parquet parts.
+      parts: in order.
+      reasons: uint8 [rows of these parts], index into `plan.reasons` or 255 for rows that stay.
+      first: number of rows in the parts before.
+      plan: of the curation.
+      seen: receives what is seen.
+      out_dir: folder; files appear complete.
+      names: of the two tables in it.
+    """
+    paths = [part.path for part in parts]
+    tables = _Tables([os.path.join(out_dir, name) for name in names], paths[0], plan)
+    shown = [*plan.columns, "words", "num_words", "num_chars"]
+    start = 0
+    for batch in read_parts(paths, [*shown, *plan.others]):
+        codes = reasons[start : start + len(batch)]
+        tables.write(batch, codes)
+        seen.add(batch, first + start + np.arange(len(batch)), codes)
+        start += len(batch)
+        yield len(batch)
+    tables.close()
+
+
+def write_report(reasons: np.ndarray, plan: "Plan", seen: "Seen", head: dict, out_dir: str) -> dict:
+    """Writes the report, the JSON last; returns what that holds.
+
+    Args:
       reasons: uint8 [rows], index into `plan.reasons` or 255 for rows that stay.
-      plan: curate._Plan.
+      plan: of the curation.
+      seen: of all rows.
       head: first entries of the report.
       out_dir: existing folder; files appear complete.
     """
-    tables = _Tables(out_dir, parts[0], plan)
-    seen = _Seen(plan, len(reasons))
-    shown = [*plan.columns, "words", "num_words", "num_chars"]
-    for batch in read_parts(parts, ["row", *shown, *plan.others]):
-        codes = reasons[batch["row"].to_numpy()]
-        tables.write(batch, codes)
-        seen.add(batch, codes)
-    tables.close()
     made = {**head, **_counts(reasons, plan, seen), **seen.summary()}
     writing.write_text(os.path.join(out_dir, PAGE_FILE), _page(made))
     writing.write_json(os.path.join(out_dir, JSON_FILE), made, indent=1, ensure_ascii=False)
@@ -73,17 +103,15 @@ def write_results(
 class _Tables:
     """Writes rows into the kept and the dropped table, in row groups of one size."""
 
-    def __init__(self, out_dir: str, first_part: str, plan: "curate._Plan"):
+    def __init__(self, paths: Sequence[str], first_part: str, plan: "Plan"):
         schema = pq.read_schema(first_part)
         self._columns = [*plan.columns, *plan.others]
         schema = pa.schema([schema.field(name) for name in self._columns])
         self._names = pa.array(plan.reasons)
         self._files = {}
-        for name, kind in (
-            (KEPT_FILE, schema),
-            (DROPPED_FILE, schema.append(pa.field("reason", pa.string()))),
-        ):
-            path = os.path.join(out_dir, name)
+        schemas = schema, schema.append(pa.field("reason", pa.string()))
+        for name, path, kind in zip((KEPT_FILE, DROPPED_FILE), paths, schemas, strict=True):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
             temporary = writing.temporary_path(path)
             writer = pq.ParquetWriter(temporary, kind, compression="zstd")
             self._files[name] = (path, temporary, writer, [])
@@ -112,10 +140,10 @@ class _Tables:
             writing.move(temporary, path)
 
 
-class _Seen:
+class Seen:
     """Histograms, samples and frequent tokens of the rows read and of those that stay."""
 
-    def __init__(self, plan: "curate._Plan", num_rows: int):
+    def __init__(self, plan: "Plan", num_rows: int):
         self._plan = plan
         self._every = max(1, num_rows // _TOKEN_ROWS)
         self._histograms = {
@@ -128,8 +156,8 @@ class _Seen:
         self._dropped = {reason: [] for reason in plan.reasons}
         self._kept = {rule.name: [] for rule in plan.applied()}
 
-    def add(self, batch: pa.RecordBatch, codes: np.ndarray) -> None:
-        """Counts rows with their codes, uint8 [rows]."""
+    def add(self, batch: pa.RecordBatch, places: np.ndarray, codes: np.ndarray) -> None:
+        """Counts rows with their places among all, int64 [rows], and codes, uint8 [rows]."""
         values = {
             "unigrams": batch["num_words"].to_numpy(),
             "characters": batch["num_chars"].to_numpy(),
@@ -147,19 +175,19 @@ class _Seen:
             for which, mask in (("read", place >= 0), ("kept", (place >= 0) & (codes == _KEPT))):
                 histogram[which] += np.bincount(place[mask], minlength=len(histogram[which]))
         self._unspaced += pc.sum(unigrams.are_unspaced(batch["text"])).as_py() or 0
-        self._count_tokens(batch, codes)
-        self._sample(batch, codes)
+        self._count_tokens(batch, places, codes)
+        self._sample(batch, places, codes)
 
-    def _count_tokens(self, batch: pa.RecordBatch, codes: np.ndarray) -> None:
-        rows = np.flatnonzero(batch["row"].to_numpy() % self._every == 0)
+    def _count_tokens(self, batch: pa.RecordBatch, places: np.ndarray, codes: np.ndarray) -> None:
+        rows = np.flatnonzero(places % self._every == 0)
         for words, code in zip(batch["words"].take(rows).to_pylist(), codes[rows], strict=True):
             words = words.split(" ") if words else []
             self._tokens["read"].update(words)
             if code == _KEPT:
                 self._tokens["kept"].update(words)
 
-    def _sample(self, batch: pa.RecordBatch, codes: np.ndarray) -> None:
-        order = _scramble(batch["row"].to_numpy())
+    def _sample(self, batch: pa.RecordBatch, places: np.ndarray, codes: np.ndarray) -> None:
+        order = _scramble(places)
         for code, reason in enumerate(self._plan.reasons):
             self._take(self._dropped[reason], batch, order, codes == code)
         for rule in self._plan.applied():
@@ -198,6 +226,32 @@ class _Seen:
         dropped = {reason: [row for _, row in self._dropped[reason]] for reason in reasons}
         return [row for _, row in self._kept.get(name, [])], dropped
 
+    def to_json(self) -> dict:
+        """Returns what `merge` takes."""
+        return {
+            "histograms": {
+                name: {which: counts.tolist() for which, counts in of.items()}
+                for name, of in self._histograms.items()
+            },
+            "tokens": self._tokens,
+            "unspaced": self._unspaced,
+            "dropped": self._dropped,
+            "kept": self._kept,
+        }
+
+    def merge(self, other: dict) -> None:
+        """Adds what `to_json` of a later part of the rows gave."""
+        for name, of in other["histograms"].items():
+            for which, counts in of.items():
+                self._histograms[name][which] += np.array(counts)
+        for which, counts in other["tokens"].items():
+            self._tokens[which].update(counts)
+        self._unspaced += other["unspaced"]
+        for mine, theirs in ((self._dropped, other["dropped"]), (self._kept, other["kept"])):
+            for name, rows in theirs.items():
+                found = [*mine[name], *((order, row) for order, row in rows)]
+                mine[name][:] = sorted(found, key=lambda item: item[0])[:_SAMPLES]
+
     def summary(self) -> dict:
         tokens = {
             which: [
@@ -227,7 +281,7 @@ def _scramble(rows: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _counts(reasons: np.ndarray, plan: "curate._Plan", seen: _Seen) -> dict:
+def _counts(reasons: np.ndarray, plan: "Plan", seen: Seen) -> dict:
     """What went by which rule; `reasons` as in `write_results`."""
     counts = np.bincount(reasons, minlength=256)
     by_reason = {name: int(counts[code]) for code, name in enumerate(plan.reasons)}

