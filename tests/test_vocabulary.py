@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.trainers import WordPieceTrainer
 
 from align_jax.cli import main as cli
+from align_jax.curate import vocab
 from align_jax.data import tokenizer, vocabulary
 from align_jax.data.sources import captions, table_files
 from align_jax.data.sources.scenes import Scenes
@@ -333,3 +334,55 @@ def test_vocab_with_kept_accents_says_so_in_its_files(tmp_path):
     config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert config["strip_accents"] is False and config["do_lower_case"] is True
     assert "été" in tokenizer.load_tokenizer(tmp_path / "out").tokens
+
+
+def test_parts_are_counted_as_the_whole(tmp_path, monkeypatch):
+    texts = scene_captions(200) + TRICKY
+    for number in range(4):
+        vocabulary.write_counts(texts[number::4], split_as_bert, tmp_path / str(number))
+        monkeypatch.setattr(vocabulary, "_CAPTIONS_PER_BATCH", 10)
+        monkeypatch.setattr(vocabulary, "_MAX_CHUNKS", 20)
+    merged = vocabulary.merge_counts([str(tmp_path / str(number)) for number in range(4)])
+    assert merged == vocabulary.count_words(texts, split_as_bert)
+
+
+def write_tables(folder):
+    folder.mkdir()
+    texts = scene_captions(300)
+    for number in range(3):
+        lines = "".join(f"{text}\n" for text in texts[number::3])
+        (folder / f"{number}.txt").write_text(lines)
+    return tokenizer.train_wordpiece(texts, 300)
+
+
+def test_interrupted_vocabulary_goes_on_after_its_last_part(tmp_path, monkeypatch):
+    whole = write_tables(tmp_path / "in")
+    spec, out, written = str(tmp_path / "in" / "*.txt"), tmp_path / "out", []
+    write = vocabulary.write_counts
+
+    def stop(*args):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(args)
+        write(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(vocabulary, "write_counts", stop)
+        vocab.train_vocabulary(spec, out, 300)
+    monkeypatch.setattr(vocabulary, "write_counts", lambda *a: written.append(a) or write(*a))
+    assert vocab.train_vocabulary(spec, out, 300).fingerprint() == whole.fingerprint()
+    assert len(written) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["processes", "beam"])
+def test_workers_learn_the_same_vocabulary(tmp_path, monkeypatch, where):
+    options = {"num_workers": 2}
+    if where == "beam":
+        pytest.importorskip("apache_beam")
+        options = {"beam": "--runner=DirectRunner --direct_num_workers=1"}
+    monkeypatch.setattr(vocab, "_BYTES_A_WORKER", 1)
+    whole = write_tables(tmp_path / "in")
+    made = vocab.train_vocabulary(str(tmp_path / "in/*.txt"), tmp_path / "out", 300, **options)
+    assert made.fingerprint() == whole.fingerprint()

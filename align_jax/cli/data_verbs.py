@@ -5,12 +5,9 @@ The work is done in curate/ and data/, which are imported when it begins.
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 
-from align_jax.run.progress import num_cores, show_progress
-from align_jax.storage import writing
-from align_jax.storage.problems import Problems, report
+from align_jax.run.progress import num_cores
 
 
 def add_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -327,40 +324,19 @@ def _add_vocab(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
         action="store_true",
         help="for several languages (paper: --size 250000): accents and vowel signs count",
     )
+    _add_workers(vocab, "count words")
 
 
 def _vocab(args: argparse.Namespace, rest: list[str]) -> None:
-    from align_jax.data import tokenizer
-    from align_jax.data.sources import captions
-    from align_jax.data.sources import open_source as sources
-    from align_jax.run import workdir
+    from align_jax.curate import vocab
 
-    if args.size < tokenizer.MIN_VOCAB_SIZE:
-        raise ValueError(
-            f"--size {args.size} is too small; use at least {tokenizer.MIN_VOCAB_SIZE}."
-        )
-    problems = Problems()
-    if captions.is_table(args.source):
-        paths = captions.find_tables(args.source)
-        num_bytes = sum(os.path.getsize(path) for path in paths)
-        batches = (b for p in paths for b in captions.read_captions(p, problems, args.column))
-        batches = show_progress(batches, num_bytes, "count words", "byte", size=lambda b: b[1])
-        texts = (text for batch, _ in batches for text in batch)
-    elif args.column:
-        raise ValueError(f"--column is for tables of captions; {args.source} is none.")
-    else:
-        source = sources.open_source(args.source)
-        problems.merge(source.problems)
-        texts = workdir.captions(source, problems)
-        texts = show_progress(texts, None, "count words", "caption")
-    os.makedirs(args.out, exist_ok=True)  # no hours of work for a folder that cannot be made
-    trained = tokenizer.train_wordpiece(
-        texts,
+    trained = vocab.train_vocabulary(
+        args.source,
+        args.out,
         args.size,
+        column=args.column,
         strip_accents=False if args.keep_accents else None,
-        progress=show_progress,
+        num_workers=args.workers,
+        beam=args.beam,
     )
-    trained.save(args.out)
-    content = {"source": args.source, "problems": report(problems, args.source)}
-    writing.write_json(os.path.join(args.out, "report.json"), content, ensure_ascii=False)
     print(f"wrote {trained.vocab_size} wordpieces to {args.out} ({trained.fingerprint()})")

@@ -25,7 +25,7 @@ def checked(folder: str, content: dict, work: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if not any(name.endswith(".parquet") for name in os.listdir(folder)):
+        if set(os.listdir(folder)) <= {_SOURCE_FILE, writing.LOCK_FILE}:
             os.remove(os.path.join(folder, _SOURCE_FILE))
         raise
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +216,14 @@ def train_wordpiece(
         raise ValueError(
             f"config.data.vocab_size={vocab_size} is too small; use at least {MIN_VOCAB_SIZE}."
         )
+    counts = vocabulary.count_words(captions, word_splitter(lowercase, strip_accents))
+    return learn_wordpiece(counts, vocab_size, lowercase, strip_accents, progress)
+
+
+def word_splitter(
+    lowercase: bool = True, strip_accents: bool | None = None
+) -> Callable[[str], list[str]]:
+    """Returns a function of a text that gives its words, as `train_wordpiece` counts them."""
     normalise = _normalizer(_bert_options(lowercase, strip_accents)).normalize_str
     pre_tokenize = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
 
@@ -223,7 +231,17 @@ def train_wordpiece(
         words = (word for word, _ in pre_tokenize(normalise(caption)))
         return [word for word in words if len(word) <= _MAX_WORD_CHARS]
 
-    counts = vocabulary.count_words(captions, split)
+    return split
+
+
+def learn_wordpiece(
+    counts: Mapping[str, int],
+    vocab_size: int,
+    lowercase: bool = True,
+    strip_accents: bool | None = None,
+    progress: vocabulary.Progress = vocabulary.no_progress,
+) -> Tokenizer:
+    """Returns the tokenizer of words that are counted already, see `train_wordpiece`."""
     if not counts:
         raise ValueError("No caption holds a word to make a vocabulary of; check the captions.")
     tokens = vocabulary.learn_pieces(counts, vocab_size, SPECIAL_TOKENS, progress)

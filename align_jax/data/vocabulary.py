@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from align_jax.storage import writing
+
 _CAPTIONS_PER_BATCH = 1024
 _MAX_CHUNKS = 2**21  # different ones in memory; about 0.4 GB
 _MAX_WORDS = 2_000_000  # to learn from, the most frequent ones; 0.7 M took 0.8 GB in all
@@ -40,26 +42,61 @@ def count_words(captions: Iterable[str], split: Callable[[str], list[str]]) -> d
       split: white-space-free text -> its words; called once or a few times for each different one.
     """
     with tempfile.TemporaryDirectory(prefix="align_words_") as folder:
-        runs: list[str] = []
-        chunks: Counter[str] = Counter()
-        for batch in _batched(captions, _CAPTIONS_PER_BATCH):
-            text = " ".join(batch)
-            for mark in _NO_SPACE:
-                text = text.replace(mark, "")
-            chunks.update(text.split())
-            if len(chunks) > _MAX_CHUNKS:
-                runs.append(os.path.join(folder, str(len(runs))))
-                _write_run(runs[-1], _split_chunks(chunks, split))
-                chunks.clear()
-        words = _split_chunks(chunks, split)
+        runs, words = _count(captions, split, folder)
         if not runs:
             least = _least_count(words.values())
             return {word: count for word, count in words.items() if count >= least}
         runs.append(os.path.join(folder, "last"))
         _write_run(runs[-1], words)
         words.clear()
-        least = _least_count(count for _, count in _merge_runs(runs))
-        return {word: count for word, count in _merge_runs(runs) if count >= least}
+        return merge_counts(runs)
+
+
+def write_counts(
+    captions: Iterable[str], split: Callable[[str], list[str]], path: str | os.PathLike
+) -> None:
+    """Writes how often each word occurs, all words in their order, for `merge_counts`.
+
+    Args:
+      captions: read once.
+      split: see `count_words`.
+      path: of the file, which appears when it is complete.
+    """
+    with tempfile.TemporaryDirectory(prefix="align_words_") as folder:
+        runs, words = _count(captions, split, folder)
+        with writing.replacing(path) as temporary:
+            if not runs:
+                _write_run(str(temporary), words)
+                return
+            runs.append(os.path.join(folder, "last"))
+            _write_run(runs[-1], words)
+            words.clear()
+            with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+                file.writelines(f"{word}\t{count}\n" for word, count in _merge_runs(runs))
+
+
+def merge_counts(paths: Sequence[str]) -> dict[str, int]:
+    """Returns what `count_words` does, of files of `write_counts`."""
+    least = _least_count(count for _, count in _merge_runs(paths))
+    return {word: count for word, count in _merge_runs(paths) if count >= least}
+
+
+def _count(
+    captions: Iterable[str], split: Callable[[str], list[str]], folder: str
+) -> tuple[list[str], Counter[str]]:
+    """Files of counts in `folder`, and the counts of the words that are in none of them."""
+    runs: list[str] = []
+    chunks: Counter[str] = Counter()
+    for batch in _batched(captions, _CAPTIONS_PER_BATCH):
+        text = " ".join(batch)
+        for mark in _NO_SPACE:
+            text = text.replace(mark, "")
+        chunks.update(text.split())
+        if len(chunks) > _MAX_CHUNKS:
+            runs.append(os.path.join(folder, str(len(runs))))
+            _write_run(runs[-1], _split_chunks(chunks, split))
+            chunks.clear()
+    return runs, _split_chunks(chunks, split)
 
 
 def learn_pieces(

@@ -220,14 +220,15 @@ def read_classes(workdir: str | os.PathLike) -> tuple[str, ...]:
     return tuple(names)
 
 
-def captions(source: PairSource, problems: Problems) -> Iterator[str]:
+def captions(source: PairSource, problems: Problems, records: range | None = None) -> Iterator[str]:
     """Yields the usable captions of a source, in order.
 
     Args:
       source: is read once.
       problems: receives records without any, and those that cannot be read.
+      records: which ones, all by default.
     """
-    for index in range(len(source)):
+    for index in range(len(source)) if records is None else records:
         reason = "caption_empty"
         try:
             if usable := [text for text in source.captions(index) if is_usable(text)]:

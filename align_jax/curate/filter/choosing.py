@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from align_jax.curate.filter import image_clusters, metaclip, metadata_entries, wordnet
+from align_jax.curate.filter import metaclip, metadata_entries, wordnet
 from align_jax.curate.filter.rule import Batches, Options
 from align_jax.data.sources.record import hash_key
 from align_jax.storage import writing
@@ -56,6 +56,8 @@ def by_synsets(batches: Batches, options: Options) -> _Verdicts:
 
 def find_near_images(num_clusters: int, options: Options, num_parts: int) -> None:
     """Keeps which images are in a cluster of a target, see image_clusters.py."""
+    from align_jax.curate.filter import image_clusters  # imports jax, of no use to other rules
+
     found = options.files["embeddings"], options.files["targets"]
     near = image_clusters.near_targets(*found, num_clusters, options.seed)
     writing.write_array(_in(options, "near.npy"), near)
