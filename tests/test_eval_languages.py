@@ -9,7 +9,7 @@ from helpers import decoded, real_data
 from PIL import Image
 
 from align_jax.data.sources.open_source import open_source
-from align_jax.evals import make_evaluator
+from align_jax.evals import make_evaluator, peers
 from align_jax.evals.retrieval import Retrieval
 from align_jax.evals.tables import format_table
 
@@ -105,10 +105,22 @@ def test_recalls_by_language_are_those_of_retrieval_and_images_are_embedded_once
     evaluator, model = make_evaluator("m", entry), _Model()
     metrics = evaluator(model)
     assert model.num_images == 4
-    for lang in ("de", "fr"):
-        alone = Retrieval("r", source.replace("{lang}", lang))(_Model())
+    about = {"model": "m", "pretrained": "p"}
+    results = {f"m/{key}": value for key, value in metrics.items()}
+    paths = peers.write("mteb", "out", results, [evaluator], **about)
+    assert [path.name for path in paths] == ["mI2T.json", "mT2I.json"]
+    tasks = [json.loads(path.read_text())["scores"]["test"] for path in paths]
+    for row, lang in enumerate(("de", "fr")):
+        alone = Retrieval("r", source.replace("{lang}", lang))
+        found = alone(_Model())
         for key in ("image_to_text_r1", "text_to_image_r1", "mean_recall", "num_captions"):
-            assert metrics[f"{lang}/{key}"] == alone[key]
+            assert metrics[f"{lang}/{key}"] == found[key]
+        for key in ("image_to_text_r1_low", "text_to_image_r1_low", "text_to_image_r1_high"):
+            assert metrics[f"{lang}/{key}"] == found[key]
+        place = {"hf_subset": lang, "languages": [{"de": "deu-Latn", "fr": "fra-Latn"}[lang]]}
+        for scores, expected in zip(tasks, alone.mteb(found).values(), strict=True):
+            assert scores[row].items() >= place.items()
+            assert {key: scores[row][key] for key in expected} == pytest.approx(expected)
     assert 0 < metrics["fr/text_to_image_r1"] < metrics["de/text_to_image_r1"] == 100.0
     means = [metrics[f"{lang}/mean_recall"] for lang in ("de", "fr")]
     assert metrics["mean_recall"] == pytest.approx(np.mean(means))

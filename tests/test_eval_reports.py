@@ -102,6 +102,7 @@ def test_published_numbers_stand_beside_evaluators_of_their_name_and_type(tmp_pa
         "flickr30k/image_to_text_r1_low": 78.0,
         "flickr30k/image_to_text_r1_high": 82.04,
         "flickr30k/num_images": 1000,
+        "flickr30k/num_captions": 5000,
         "imagenet/top1": 50.0,
     }
     types = {"flickr30k": "retrieval", "imagenet": "probe"}  # published is zero-shot
@@ -112,7 +113,7 @@ def test_published_numbers_stand_beside_evaluators_of_their_name_and_type(tmp_pa
     lines = to_markdown(found).splitlines()
     assert lines[0] == "| metric | mine | ALIGN | COYO-ALIGN | align-base (MIEB) |"
     assert lines[2] == "| flickr30k/image_to_text_r1 | 80.00 [78.0, 82.0] | 88.60 | 88.10 | 87.30 |"
-    assert lines[4] == "| imagenet/top1 | 50.00 | - | - | - |"
+    assert lines[5] == "| imagenet/top1 | 50.00 | - | - | - |"
     assert any("Jia et al. 2021" in line for line in lines)
     write_picture(tmp_path / "a.png", found)
     with Image.open(tmp_path / "a.png") as picture:

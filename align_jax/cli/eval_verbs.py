@@ -145,7 +145,7 @@ def _report(args: argparse.Namespace) -> None:
         writing.write_text(args.out, text)
         comparison.write_picture(picture, found)
         written = [args.out, picture]
-    for warning in found.warnings.values():
+    for warning in (*found.warnings.values(), *found.departures.values()):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     print(text, end="")
     for path in written:

@@ -1,6 +1,6 @@
 """Confidence intervals of means over queries, for protocols that publish none of their own."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -34,6 +34,29 @@ def interval(
         means[start : start + step] = hits[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     low, high = np.percentile(100 * means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def statistic_interval(
+    key: str,
+    statistic: Callable[..., float],
+    *sizes: int,
+    rounds: int = ROUNDS,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Returns `<key>_low` and `<key>_high` of any statistic of resampled units, see `interval`.
+
+    Args:
+      key: of the metric.
+      statistic: rows [N] int of the units drawn, an array for each stratum -> its value; NaN
+        leaves the round out.
+      sizes: number of units of each stratum, of which as many are drawn.
+      rounds: resamples.
+      seed: of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    found = [statistic(*(rng.integers(0, n, n) for n in sizes)) for _ in range(rounds)]
+    low, high = np.nanpercentile(found, [2.5, 97.5])
+    return {f"{key}_low": float(low), f"{key}_high": float(high)}
 
 
 def with_interval(

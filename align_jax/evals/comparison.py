@@ -41,12 +41,16 @@ class Comparison(NamedTuple):
     keys: list[str]
     notes: list[str]
     warnings: dict[str, str]  # evaluator -> in what its protocols differ
+    departures: dict[tuple[str, str], str]  # (publication, evaluator) -> likewise
 
 
 def compare(paths: Sequence[str | os.PathLike]) -> Comparison:
     """Returns results side by side, and published ones of the same evaluators.
 
-    Published are those of presets/published.json whose evaluator has the name and type of one here.
+    Published are those of presets/published.json whose evaluator has the name and type of one here;
+    where a model's protocol is not the published one (numbers of images, captions, classes and
+    training images, prompts, arguments), `departures` says in what. Direction and k are in the
+    names of the metrics.
 
     Args:
       paths: JSON files of `align eval`, or workdirs that have one.
@@ -68,6 +72,7 @@ def compare(paths: Sequence[str | os.PathLike]) -> Comparison:
     names = list(dict.fromkeys(key.partition("/")[0] for key in keys))
     keys.sort(key=lambda key: (names.index(key.partition("/")[0]), _in_order(key)))
     notes = []
+    departures = {}
     for published in presets.published():
         found = {
             f"{name}/{metric}": value
@@ -79,24 +84,42 @@ def compare(paths: Sequence[str | os.PathLike]) -> Comparison:
             titles.append(published["title"])
             values.append(found)
             notes.append(f"{published['title']}: published, {published['source']}.")
-    return Comparison(titles, values, len(contents), keys, notes, warnings)
+            for name in dict.fromkeys(key.partition("/")[0] for key in found):
+                wanted = published["results"][name].get("protocol", {})
+                parts = [
+                    f"{title}: {', '.join(differences)}"
+                    for title, content, own in zip(titles, contents, protocols, strict=False)
+                    if name in own
+                    and (differences := _departures(name, wanted, own[name], content["results"]))
+                ]
+                if parts:
+                    departures[published["title"], name] = (
+                        f"{name}: not the protocol of {published['title']}: {'; '.join(parts)}."
+                    )
+    return Comparison(titles, values, len(contents), keys, notes, warnings, departures)
 
 
 def to_markdown(comparison: Comparison) -> str:
     """Returns a table, a row a metric and a column a model or publication; intervals in brackets.
 
-    Metrics of an evaluator whose protocols differ are marked by an asterisk.
+    Metrics of an evaluator whose protocols differ are marked by an asterisk, published numbers of
+    another protocol by a dagger.
     """
     lines = [f"| metric | {' | '.join(comparison.titles)} |"]
     lines.append("|---" * (1 + len(comparison.titles)) + "|")
     for key in comparison.keys:
         mark = "*" if any(key.startswith(f"{name}/") for name in comparison.warnings) else ""
-        cells = [_cell(found, key) for found in comparison.values]
+        name = key.partition("/")[0]
+        cells = [
+            _cell(found, key)
+            + (" †" if key in found and (title, name) in comparison.departures else "")
+            for title, found in zip(comparison.titles, comparison.values, strict=True)
+        ]
         lines.append(f"| {key}{mark} | {' | '.join(cells)} |")
     notes = [f"\\* {warning}" for warning in comparison.warnings.values()]
     if any(_is_bound(key) for found in comparison.values for key in found):
         notes.append("In brackets: 95 % interval of resampled queries.")
-    notes += comparison.notes
+    notes += comparison.notes + [f"† {text}" for text in comparison.departures.values()]
     return "\n".join([*lines, *[line for note in notes for line in ("", note)]]) + "\n"
 
 
@@ -188,6 +211,37 @@ def _title(path: Path, content: dict[str, Any]) -> str:
     origin = content["provenance"]
     name, step = origin.get("workdir") or path.stem, origin.get("step")
     return f"{name}" if step is None else f"{name}, step {step}"
+
+
+def _departures(
+    name: str, wanted: Mapping[str, Any], protocol: Mapping[str, Any], results: Mapping[str, float]
+) -> list[str]:
+    """Returns in what a result was measured otherwise than `wanted`: see presets.published."""
+    found = [wanted["always"]] if "always" in wanted else []
+    for key, values in wanted.get("counts", {}).items():
+        values = values if isinstance(values, list) else [values]
+        value = results.get(f"{name}/{key}")
+        if value not in values:
+            ours = "not known" if value is None else f"{value:,}"
+            found.append(f"{key} {ours}, there {' or '.join(f'{v:,}' for v in values)}")
+    arguments = protocol.get("arguments", {})
+    for key, value in wanted.get("arguments", {}).items():
+        if key in arguments and arguments[key] != value:
+            found.append(f"{key}={arguments[key]!r}, there {value!r}")
+    if "templates" in wanted:
+        ours, theirs = (_prompts(one.get("templates")) for one in (arguments, wanted))
+        if ours != theirs and not (theirs == 1 and len(ours) == 1):
+            count = theirs if isinstance(theirs, int) else len(theirs)
+            other = "other ones" if len(ours) == count else f"there {count}"
+            found.append(f"{len(ours)} prompt(s), {other}")
+    return found
+
+
+def _prompts(templates: Any) -> Any:
+    """Returns the prompts that an argument names; a number of unknown ones as it is."""
+    if templates == "imagenet80":
+        templates = presets.imagenet_templates()
+    return templates if isinstance(templates, int) else tuple(templates or ())
 
 
 def _differing(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:

@@ -4,6 +4,7 @@ Sources: LAION's CLIP_benchmark (VOC 2007 multilabel) for the plain form; Everin
 section 3.4, for the 11-point form, which the CLIP paper reports of VOC 2007.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from align_jax.data.sources.multilabel_tars import open_multilabel
+from align_jax.evals import bootstrap
 from align_jax.evals.peers import renamed
 from align_jax.evals.records import count_problems, encode_records
 from align_jax.evals.templates import SIMPLE, load_templates
@@ -60,8 +62,8 @@ class MultiLabel:
         }
 
     def __call__(self, model: Any) -> dict[str, float]:
-        """Returns `map`, `map11` and `chance_map` (percent), numbers of images, classes and of
-        classes that no image has, which do not count.
+        """Returns `map` with its interval over images, `map11` and `chance_map` (percent), numbers
+        of images, classes and of classes that no image has, which do not count.
 
         Raises:
           ValueError: no image can be read, or none has a class.
@@ -78,6 +80,7 @@ class MultiLabel:
         found = average_precisions(scores[:, occurs], is_right[:, occurs])
         return {
             **{key: 100 * float(values.mean()) for key, values in found.items()},
+            **map_interval(scores[:, occurs], is_right[:, occurs]),
             "chance_map": 100 * float(is_right[:, occurs].mean()),
             "num_images": len(is_right),
             "num_classes": len(self.class_names),
@@ -109,8 +112,7 @@ def average_precisions(scores: np.ndarray, is_right: np.ndarray) -> dict[str, np
     """
     order = np.argsort(-scores, axis=0, kind="stable")
     right = np.take_along_axis(is_right, order, axis=0)
-    hits = np.cumsum(right, axis=0)
-    precision = hits / np.arange(1, len(right) + 1)[:, None]
+    hits, precision = _hits_and_precision(right)
     plain = (precision * right).sum(axis=0) / hits[-1]
     best_from = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
     points = []
@@ -119,3 +121,28 @@ def average_precisions(scores: np.ndarray, is_right: np.ndarray) -> dict[str, np
         place = (10 * hits >= tenths * hits[-1]).argmax(axis=0)
         points.append(np.take_along_axis(best_from, place[None], axis=0)[0])
     return {"map": plain, "map11": np.mean(points, axis=0)}
+
+
+def map_interval(scores: np.ndarray, is_right: np.ndarray) -> dict[str, float]:
+    """Returns `map_low` and `map_high`: images are drawn again, classes that none of them has do
+    not count; arguments of `average_precisions`."""
+    order = np.argsort(-scores, axis=0, kind="stable")
+    right = np.take_along_axis(is_right, order, axis=0)
+
+    def statistic(rows: np.ndarray) -> float:
+        times = np.bincount(rows, minlength=len(scores))
+        columns = [np.repeat(r, times[o]) for r, o in zip(right.T, order.T, strict=True)]
+        drawn = np.stack(columns, axis=1)
+        drawn = drawn[:, drawn.any(axis=0)]
+        if not drawn.size:
+            return math.nan
+        hits, precision = _hits_and_precision(drawn)
+        return 100 * float(((precision * drawn).sum(axis=0) / hits[-1]).mean())
+
+    return bootstrap.statistic_interval("map", statistic, len(scores))
+
+
+def _hits_and_precision(right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns number and share [N, C] of right ones among the first of a ranking, from bool."""
+    hits = np.cumsum(right, axis=0)
+    return hits, hits / np.arange(1, len(right) + 1)[:, None]

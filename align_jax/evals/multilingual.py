@@ -12,8 +12,16 @@ import numpy as np
 
 from align_jax.data.sources.open_source import PairSource, open_source
 from align_jax.data.sources.record import Record, is_usable
+from align_jax.evals.peers import LANGUAGES
 from align_jax.evals.records import count_problems, encode_records
-from align_jax.evals.retrieval import chance_recall, index_ranks, retrieval_ranks, retrieval_recalls
+from align_jax.evals.retrieval import (
+    chance_recall,
+    index_ranks,
+    mteb_scores,
+    r1_intervals,
+    retrieval_ranks,
+    retrieval_recalls,
+)
 from align_jax.evals.zeroshot import TIES
 from align_jax.storage import identity
 from align_jax.storage.problems import Problems
@@ -45,6 +53,7 @@ class Multilingual:
         self._ties = ties
         self.sources = {lang: open_source(source.replace("{lang}", lang)) for lang in languages}
         self.problems = Problems()
+        self._embedded: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     @cached_property
     def stamps(self) -> dict[str, Any]:
@@ -52,8 +61,9 @@ class Multilingual:
         return {"source": {lang: identity.stamp(found) for lang, found in self.sources.items()}}
 
     def __call__(self, model: Any) -> dict[str, float]:
-        """Returns for each language the metrics of `retrieval_recalls` as `<lang>/<metric>`, and
-        `mean_recall`, the mean over the languages.
+        """Returns for each language the metrics of `retrieval_recalls` as `<lang>/<metric>`, with
+        95 % intervals of both R@1 (images drawn with all their captions), and `mean_recall`, the
+        mean over the languages.
 
         Raises:
           ValueError: a language has no image that can be read.
@@ -64,6 +74,7 @@ class Multilingual:
         images = _Images(self.sources.values())
         z_image, is_readable = encode_records(model, images, range(len(images)), self.problems)
         metrics: dict[str, float] = {}
+        self._embedded = {}
         for lang, source in self.sources.items():
             captions = [
                 [text for text in source.captions(index) if is_usable(text)]
@@ -77,11 +88,23 @@ class Multilingual:
             owner = np.repeat(np.arange(len(used)), [len(captions[i]) for i in used])
             pair = z_image[[rows[i] for i in used]], model.encode_text(texts), owner
             ranks = index_ranks(*pair) if self._ties == "index" else retrieval_ranks(*pair)
-            found = retrieval_recalls(*ranks, _KS)
+            found = retrieval_recalls(*ranks, _KS) | r1_intervals(*ranks, owner)
             metrics |= {f"{lang}/{key}": value for key, value in found.items()}
+            self._embedded[lang] = pair
         means = [metrics[f"{lang}/mean_recall"] for lang in self.sources]
         metrics["mean_recall"] = float(np.mean(means))
         return metrics | {"num_images": len(images)} | count_problems(self.problems)
+
+    def mteb(self, metrics: Mapping[str, float]) -> dict[str, list[dict[str, Any]]]:
+        """Returns the scores of MTEB's tasks of the last call, a subset a language, as XM3600 has
+        them there; see `Retrieval.mteb`."""
+        tasks: dict[str, list[dict[str, Any]]] = {"I2T": [], "T2I": []}
+        for lang, pair in self._embedded.items():
+            own = {k[len(lang) + 1 :]: v for k, v in metrics.items() if k.startswith(f"{lang}/")}
+            place = {"hf_subset": lang, "languages": [LANGUAGES.get(lang, lang)]}
+            for suffix, scores in mteb_scores(*pair, own).items():
+                tasks[suffix].append(scores | place)
+        return tasks
 
     def table(self, metrics: Mapping[str, float]) -> list[list[str]]:
         """Returns header and rows of the table of results: a row a language, and their mean."""

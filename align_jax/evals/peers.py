@@ -1,8 +1,9 @@
 """Results in the files of other evaluation tools: LAION's CLIP_benchmark, MTEB, open_clip.
 
 An evaluator says how its metrics are called there: `clip_benchmark(metrics)` returns a task and its
-metrics, `mteb(metrics)` returns task suffix -> scores, `open_clip(metrics)` a line. Those that a
-tool has nothing for are left out of its files. All numbers there are from 0 to 1.
+metrics, `mteb(metrics)` returns task suffix -> scores (or several, with their `hf_subset`),
+`open_clip(metrics)` a line. Those that a tool has nothing for are left out of its files. All
+numbers there are from 0 to 1.
 
 Sources: CLIP_benchmark 1.6, cli.py (its image_retrieval is text to image); the task files of
 embeddings-benchmark/results; open_clip 3, train.py (`results.jsonl`).
@@ -18,6 +19,19 @@ from typing import Any
 from align_jax.storage import writing
 
 FORMATS = ("clip_benchmark", "mteb", "open_clip")
+
+# MTEB's codes of languages and scripts, those of XM3600, by the codes of data sets.
+LANGUAGES = dict(
+    pair.split(":")
+    for pair in (
+        "ar:ara-Arab bn:ben-Beng cs:ces-Latn da:dan-Latn de:deu-Latn el:ell-Grek en:eng-Latn "
+        "es:spa-Latn fa:fas-Arab fi:fin-Latn fil:fil-Latn fr:fra-Latn he:heb-Hebr hi:hin-Deva "
+        "hr:hrv-Latn hu:hun-Latn id:ind-Latn it:ita-Latn ja:jpn-Jpan ko:kor-Hang mi:mri-Latn "
+        "nl:nld-Latn no:nor-Latn pl:pol-Latn pt:por-Latn quz:quz-Latn ro:ron-Latn ru:rus-Cyrl "
+        "sv:swe-Latn sw:swa-Latn te:tel-Telu th:tha-Thai tr:tur-Latn uk:ukr-Cyrl vi:vie-Latn "
+        "zh:zho-Hans"
+    ).split()
+)
 
 
 def write(
@@ -93,17 +107,17 @@ def _mteb_files(
     parts: _Parts, model: str, pretrained: str, language: str
 ) -> dict[str, dict[str, Any]]:
     files = {}
-    languages = [{"en": "eng-Latn"}.get(language, language)]
+    place = {"hf_subset": "default", "languages": [LANGUAGES.get(language, language)]}
     for dataset, tasks in parts:
         for suffix, scores in tasks.items():
-            place = {"hf_subset": "default", "languages": languages}
+            subsets = scores if isinstance(scores, list) else [scores | place]
             files[f"{dataset}{suffix}.json"] = {
                 "dataset_revision": pretrained,
                 "task_name": f"{dataset}{suffix}",
                 "mteb_version": None,  # not its program
                 "evaluation_time": None,
                 "kg_co2_emissions": None,
-                "scores": {"test": [scores | place]},
+                "scores": {"test": subsets},
             }
     return files
 

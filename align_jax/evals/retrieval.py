@@ -212,9 +212,7 @@ class Retrieval:
         if self._ties == "index":
             image_ranks, text_ranks = index_ranks(z_image, z_text, rows)
         metrics |= retrieval_recalls(image_ranks, text_ranks)
-        metrics |= bootstrap.with_interval("image_to_text_r1", image_ranks == 0)
-        hits, counts = np.bincount(rows, text_ranks == 0), np.bincount(rows)
-        metrics |= bootstrap.with_interval("text_to_image_r1", hits, counts)
+        metrics |= r1_intervals(image_ranks, text_ranks, rows)
         metrics["num_duplicate_captions"] = len(texts) - len(set(texts))
         if self._folds:
             metrics |= self._fold_means(z_image, z_text, rows)
@@ -278,17 +276,7 @@ class Retrieval:
         `hit_rate_at_<k>` are our recalls, with the evaluator's ties; nDCG goes by index.
         """
         found = self.embeddings
-        owner, own = found.text_to_image, np.arange(len(found.z_image))
-        sides = {
-            "I2T": ("image_to_text", found.z_image, found.z_text, owner, own),
-            "T2I": ("text_to_image", found.z_text, found.z_image, own, owner),
-        }
-        tasks = {}
-        for suffix, (task, z_query, z_index, of_index, of_query) in sides.items():
-            names = {f"hit_rate_at_{k}": f"{task}_r{k}" for k in (1, 5, 10)}
-            gain = ndcg_at_10(z_query, z_index, of_index, of_query)
-            tasks[suffix] = renamed(metrics, names) | {"ndcg_at_10": gain, "main_score": gain}
-        return tasks
+        return mteb_scores(found.z_image, found.z_text, found.text_to_image, metrics)
 
     def open_clip(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Returns metrics as open_clip's evaluation calls them."""
@@ -319,6 +307,40 @@ class Retrieval:
             reason = reason_of(error)
         self.problems.add(reason, name_of(self.source, index))
         return []
+
+
+def r1_intervals(
+    image_ranks: np.ndarray, text_ranks: np.ndarray, text_to_image: np.ndarray
+) -> dict[str, float]:
+    """Returns the 95 % intervals of both R@1 (`<metric>_low`, `_high`).
+
+    Images are drawn again, with all their captions; arguments as `retrieval_ranks` has them.
+    """
+    hits, counts = np.bincount(text_to_image, text_ranks == 0), np.bincount(text_to_image)
+    return {
+        **bootstrap.with_interval("image_to_text_r1", image_ranks == 0),
+        **bootstrap.with_interval("text_to_image_r1", hits, counts),
+    }
+
+
+def mteb_scores(
+    z_image: np.ndarray,
+    z_text: np.ndarray,
+    text_to_image: np.ndarray,
+    metrics: Mapping[str, float],
+) -> dict[str, dict[str, float]]:
+    """Returns the scores of MTEB's tasks I2T and T2I: the recalls of `metrics`, and nDCG@10."""
+    own = np.arange(len(z_image))
+    sides = {
+        "I2T": ("image_to_text", z_image, z_text, text_to_image, own),
+        "T2I": ("text_to_image", z_text, z_image, own, text_to_image),
+    }
+    tasks = {}
+    for suffix, (task, z_query, z_index, of_index, of_query) in sides.items():
+        names = {f"hit_rate_at_{k}": f"{task}_r{k}" for k in (1, 5, 10)}
+        gain = ndcg_at_10(z_query, z_index, of_index, of_query)
+        tasks[suffix] = renamed(metrics, names) | {"ndcg_at_10": gain, "main_score": gain}
+    return tasks
 
 
 def chance_recall(k: int, num_right: float, num_candidates: int) -> float:

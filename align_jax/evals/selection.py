@@ -18,6 +18,7 @@ from align_jax.data.sources import files
 from align_jax.data.sources.image_finder import printable
 from align_jax.data.sources.record import Record
 from align_jax.data.sources.tables import Row
+from align_jax.evals import bootstrap
 from align_jax.evals.peers import renamed
 from align_jax.evals.records import count_problems, encode_records
 from align_jax.storage import identity
@@ -28,6 +29,8 @@ from align_jax.storage.text import read_json
 _IMAGE_KEYS = ("filename", "image_path", "image")
 _TRUE_KEYS, _FALSE_KEYS = ("caption", "true_caption"), ("negative_caption", "false_caption")
 _BOX_KEYS = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
+
+_BOUNDS = ("text_accuracy_low", "text_accuracy_high")
 
 _View = tuple[str, tuple[int, ...] | None]  # a picture's name, and x, y, width, height in it
 
@@ -79,8 +82,9 @@ class Selection:
         return {"pairs": questions, "images": identity.stamp(self.source)}
 
     def __call__(self, model: Any) -> dict[str, float]:
-        """Returns `text_accuracy`, of several tasks their mean, and `text_accuracy_<task>`; where
-        captions choose pictures too, `image_accuracy` and `group_accuracy`; `num_questions`.
+        """Returns `text_accuracy`, of several tasks their mean, with its 95 % interval (questions
+        of a task drawn again), and `text_accuracy_<task>`; where captions choose pictures too,
+        `image_accuracy` and `group_accuracy`; `num_questions`.
 
         Raises:
           ValueError: no question can be used.
@@ -101,18 +105,21 @@ class Selection:
         texts = {text: row for row, text in enumerate(dict.fromkeys(captions))}
         z_text = model.encode_text(list(texts))
         metrics: dict[str, float] = {}
-        found = []
+        found, questions = [], []
         for task, choices in tasks.items():
             cosines = [
                 z_image[[row_of[view] for view in choice.views]].astype(np.float64)
                 @ z_text[[texts[text] for text in choice.captions]].T
                 for choice in choices
             ]
-            found.append(choice_accuracies(cosines, [choice.group for choice in choices]))
+            groups = [choice.group for choice in choices]
+            found.append(choice_accuracies(cosines, groups))
+            questions.append((is_text_right(cosines), np.unique(groups, return_inverse=True)[1]))
             metrics[f"text_accuracy_{task}"] = found[-1]["text_accuracy"]
         for key in found[0]:
             values = [task[key] for task in found if key in task]
             metrics[key] = float(np.mean(values))
+        metrics |= _text_interval(questions)
         if len(tasks) == 1:
             del metrics[f"text_accuracy_{next(iter(tasks))}"]
         metrics["num_questions"] = sum(map(len, tasks.values()))
@@ -139,7 +146,7 @@ class Selection:
         values = [f"{metrics[key]:.1f}" if key in metrics else "-" for key in keys]
         rows.append([self.name, *values, f"{metrics['chance']:.1f}", *counts])
         for key in metrics:
-            if key.startswith("text_accuracy_"):
+            if key.startswith("text_accuracy_") and key not in _BOUNDS:
                 rows.append([f"  {key[14:]}", f"{metrics[key]:.1f}", "", "", "", "", ""])
         return [[*header, "skipped"], *rows]
 
@@ -156,15 +163,14 @@ def choice_accuracies(
       cosines: of N questions, [pictures, captions] each; the n-th of both belong together.
       groups: N names; with more than one, accuracies are means over groups.
     """
-    text, image, chance = [], [], []
+    image, chance = [], []
     for scores in cosines:
         own = scores.diagonal()
         others = ~np.eye(*scores.shape, dtype=bool)
-        text.append(bool((scores < own[:, None])[others].all()))
         square = scores[:, : len(scores)]
         image.append(bool((square < own)[others[:, : len(scores)]].all()))
         chance.append(scores.shape[1] ** -float(len(scores)))
-    kinds = {"text_accuracy": np.array(text), "chance": np.array(chance)}
+    kinds = {"text_accuracy": is_text_right(cosines), "chance": np.array(chance)}
     if max(len(scores) for scores in cosines) > 1:
         kinds |= {"image_accuracy": np.array(image)}
         kinds |= {"group_accuracy": kinds["text_accuracy"] & kinds["image_accuracy"]}
@@ -173,6 +179,34 @@ def choice_accuracies(
         kind: 100 * float(np.mean([hits[names == name].mean() for name in np.unique(names)]))
         for kind, hits in kinds.items()
     }
+
+
+def is_text_right(cosines: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns of each question [N] whether all its pictures prefer their captions to all others."""
+    return np.array(
+        [
+            bool((scores < scores.diagonal()[:, None])[~np.eye(*scores.shape, dtype=bool)].all())
+            for scores in cosines
+        ]
+    )
+
+
+def _text_interval(questions: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """Returns the interval of `text_accuracy`: of each task as many questions are drawn as it has.
+
+    Args:
+      questions: of each task whether each is right [N], and the number of its group [N].
+    """
+
+    def statistic(*drawn: np.ndarray) -> float:
+        means = []
+        for rows, (hits, group) in zip(drawn, questions, strict=True):
+            counts, sums = np.bincount(group[rows]), np.bincount(group[rows], hits[rows])
+            means.append((sums[counts > 0] / counts[counts > 0]).mean())
+        return 100 * float(np.mean(means))
+
+    sizes = [len(hits) for hits, _ in questions]
+    return bootstrap.statistic_interval("text_accuracy", statistic, *sizes)
 
 
 class _Views:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from align_jax.evals import bootstrap
 from align_jax.evals.correlation import sampled_spearman, spearman
 from align_jax.evals.rated_pairs import RatedPairs, read_rated_pairs
 from align_jax.evals.records import count_problems
@@ -107,10 +108,15 @@ class Words:
         self.stamps = {"pairs": stamp_of(self.pairs)}
 
     def __call__(self, model: Any) -> dict[str, float]:
-        """Returns `spearman` (x 100), `spearman_<subset>` and `num_pairs`."""
+        """Returns `spearman` (x 100) with its interval over pairs, `spearman_<subset>` and
+        `num_pairs`."""
         projected = self._feature == "embedding"
         cosines = text_cosines(model, self.pairs.left, self.pairs.right, projected=projected)
-        metrics = {"spearman": spearman(self.pairs.scores, cosines)}
+        scores = self.pairs.scores
+        metrics = {"spearman": spearman(scores, cosines)}
+        metrics |= bootstrap.statistic_interval(
+            "spearman", lambda rows: spearman(scores[rows], cosines[rows]), len(scores)
+        )
         for subset, rows in word_subsets(self.pairs).items():
             if len(rows) > 1:
                 metrics[f"spearman_{subset}"] = spearman(self.pairs.scores[rows], cosines[rows])
@@ -118,7 +124,8 @@ class Words:
 
     def table(self, metrics: dict[str, float]) -> list[list[str]]:
         """Returns header and rows of the table of results."""
-        parts = [key for key in metrics if key.startswith("spearman_")]
+        bounds = ("spearman_low", "spearman_high")
+        parts = [key for key in metrics if key.startswith("spearman_") and key not in bounds]
         header = ["words [Spearman x 100]", "all", *(key[9:] for key in parts), "chance", "pairs"]
         row = [self.name, *(f"{metrics[key]:.1f}" for key in ("spearman", *parts)), "0.0"]
         return [

@@ -36,7 +36,9 @@ def class_names(preset: str) -> tuple[str, ...]:
 @cache
 def published() -> list[dict[str, Any]]:
     """Returns published numbers: `title`, `source` and `results`, name of an evaluator in
-    configs/ -> its `type` and `metrics`."""
+    configs/ -> its `type`, `metrics` and `protocol`: `counts`, metric -> the number published with
+    (or several), `arguments`, `templates` (prompts, or how many), and `always`, what no evaluator
+    here can do as published."""
     return read_json(Path(__file__).with_name("published.json"))
 
 
