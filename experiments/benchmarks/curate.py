@@ -3,6 +3,13 @@
     python experiments/benchmarks/curate.py                           # 5 M rows, preset align
     python experiments/benchmarks/curate.py --top 1000000             # rare tokens really looked up
     python experiments/benchmarks/curate.py --rows 200000 --engine duckdb --engine spark://local
+    python experiments/benchmarks/curate.py --workers 1 --workers 2 --partitioned
+    python experiments/benchmarks/curate.py --rows 1000000 --preset align --preset coyo \\
+        --preset metaclip --partitioned --engine duckdb --engine spark://HOST:PORT  # a cluster
+    python experiments/benchmarks/curate.py --scan SOURCE --workers 1 --workers 2
+
+Every combination of presets, engines and workers runs; all engines and workers of one preset must
+write the same bytes of kept rows. CPU time is that of this process and of its workers.
 
 A row has key, url, text, width, height and an NSFW score, as COYO's have. Words follow Zipf's law
 (a vocabulary of one million, 11 a text), sizes are log-normal; 3 % of texts are one of 1,000 that
@@ -12,6 +19,8 @@ Spark's memory is that of another process and is not counted.
 """
 
 import argparse
+import collections
+import hashlib
 import json
 import resource
 import subprocess
@@ -33,53 +42,111 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=5_000_000)
     parser.add_argument("--engine", action="append", default=[])
+    parser.add_argument("--preset", action="append", default=[])
+    parser.add_argument("--workers", action="append", type=int, default=[])
+    parser.add_argument("--partitioned", action="store_true")
+    parser.add_argument("--scan", metavar="SOURCE", help="times `align scan` of pairs instead")
     parser.add_argument("--memory", type=float, default=2.0, help="GiB of the engine (default: 2)")
     parser.add_argument("--top", type=int, help="most frequent tokens, instead of 100 million")
-    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--run", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        return run(*args.run, args.engine[0], args.memory)
+        return run(json.loads(args.run))
     with tempfile.TemporaryDirectory() as folder:
-        start = time.monotonic()
-        write_rows(args.rows, Path(folder) / "table")
-        print(f"{args.rows:,} rows written in {time.monotonic() - start:.0f} s", flush=True)
-        preset = "align"
-        if args.top:
-            preset = str(Path(folder) / "align_top.py")
-            text = (ROOT / "align_jax/curate/filter/presets/align.py").read_text()
-            Path(preset).write_text(text.replace("top=100_000_000", f"top={args.top}"))
-        kept = set()
-        for engine in args.engine or ["duckdb"]:
-            command = [sys.executable, __file__, "--run", folder, preset, "--engine", engine]
-            command += ["--memory", str(args.memory)]
-            made = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        jobs = scan_jobs(args, folder) if args.scan else curate_jobs(args, folder)
+        digests = {}
+        for name, group, job in jobs:
+            made = subprocess.run(
+                [sys.executable, __file__, "--run", json.dumps(job)],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+            ).stdout
             found = json.loads(made.splitlines()[-1])
-            kept.add(found["kept"])
-            rate = args.rows / found["seconds"]
             print(
-                f"{engine}: {found['seconds']:.1f} s, {rate:,.0f} rows/s, peak {found['gib']:.2f} "
-                f"GiB, {found['kept']:,} rows kept, dropped {found['dropped']}",
+                f"{name}: {found['seconds']:.1f} s, CPU {found['cpu_s']:.1f} s, "
+                f"{found['rows'] / found['seconds']:,.0f} rows/s, peak {found['gib']:.2f} GiB, "
+                f"{found['what']}",
                 flush=True,
             )
-        assert len(kept) == 1, "engines differ"
+            assert digests.setdefault(group, found["digest"]) == found["digest"], "bytes differ"
 
 
-def run(folder, preset, engine, memory_gib):
-    """Prints time, memory and counts of one run as a line of JSON."""
-    from align_jax.curate.filter import curate
-
+def curate_jobs(args, folder):
+    """Yields (name, what must have equal bytes, job) of each run of `align curate`."""
     start = time.monotonic()
-    out = Path(folder) / f"out-{engine.partition(':')[0]}"
-    made = curate.curate(
-        str(Path(folder) / "table"), out, preset=preset, engine=engine, memory_gib=memory_gib
-    )
+    write_rows(args.rows, Path(folder) / "table")
+    print(f"{args.rows:,} rows written in {time.monotonic() - start:.0f} s", flush=True)
+    presets = {name: name for name in args.preset or ["align"]}
+    if args.top:
+        presets = {"align": str(Path(folder) / "align_top.py")}
+        text = (ROOT / "align_jax/curate/filter/presets/align.py").read_text()
+        Path(presets["align"]).write_text(text.replace("top=100_000_000", f"top={args.top}"))
+    entries = Path(folder) / "entries.txt"
+    entries.write_text("\n".join(frequent_words(Path(folder) / "table")))
+    for name, preset in presets.items():
+        for engine in args.engine or ["duckdb"]:
+            for workers in args.workers or [1]:
+                yield (
+                    f"{name}, {engine}, {workers} workers",
+                    name,
+                    {
+                        "source": str(Path(folder) / "table"),
+                        "out_dir": str(
+                            Path(folder) / f"{name}-{engine.partition(':')[0]}-{workers}"
+                        ),
+                        "preset": preset,
+                        "engine": engine,
+                        "memory_gib": args.memory,
+                        "num_workers": workers,
+                        "partitioned": args.partitioned,
+                        "metadata": str(entries) if name == "metaclip" else None,
+                    },
+                )
+
+
+def scan_jobs(args, folder):
+    """Yields the same of each run of `align scan`."""
+    for workers in args.workers or [1]:
+        out = str(Path(folder) / f"{workers}.parquet")
+        yield f"{workers} workers", "", {"scan": args.scan, "out": out, "num_workers": workers}
+
+
+def frequent_words(folder):
+    """Returns 20,000 words of the first rows, the most frequent first."""
+    texts = pq.read_table(folder / "part-0000.parquet", columns=["text"])["text"].slice(0, 100_000)
+    counts = collections.Counter(word for text in texts.to_pylist() for word in text.split())
+    return [word for word, _ in counts.most_common(20_000)]
+
+
+def run(job):
+    """Prints time, memory, counts and a digest of the kept rows of one run as a line of JSON."""
+    start = time.monotonic()
+    if "scan" in job:
+        from align_jax.curate.scan import scan
+
+        made = scan(job["scan"], job["out"], num_workers=job["num_workers"])
+        rows, what, files = made["rows"], f"{made['images']:,} images", [Path(job["out"])]
+    else:
+        from align_jax.curate.filter import curate
+
+        made = curate.curate(**job)
+        out = Path(job["out_dir"])
+        files = sorted([*out.glob("kept.parquet"), *out.glob("kept/*.parquet")])
+        dropped = {rule["name"]: rule["in"] - rule["out"] for rule in made["rules"] if "in" in rule}
+        rows, what = made["rows_read"], f"{made['rows_kept']:,} rows kept, dropped {dropped}"
+    seconds = time.monotonic() - start
+    own, workers = (resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
     found = {
-        "seconds": time.monotonic() - start,
-        "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "kept": made["rows_kept"],
-        "dropped": {
-            rule["name"]: rule["in"] - rule["out"] for rule in made["rules"] if "in" in rule
-        },
+        "seconds": seconds,
+        "cpu_s": sum(used.ru_utime + used.ru_stime for used in (own, workers)),
+        "gib": own.ru_maxrss / 2**20,
+        "rows": rows,
+        "what": what,
+        "digest": digest.hexdigest(),
     }
     print(json.dumps(found))
 
