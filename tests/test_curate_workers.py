@@ -183,10 +183,11 @@ def test_cluster_keeps_what_duckdb_keeps_and_its_executors_write_it(cluster, tab
         table = pq.read_table(path)
         scores = pa.array(np.arange(len(table)) * 7919 % 1000 / 1000)
         pq.write_table(table.append_column("clip_l14_similarity_score", scores), path)
+    (tmp_path / "spark-defaults.conf").write_text("spark.sql.shuffle.partitions 2\n")
     done = subprocess.run(
         [sys.executable, "-c", CLUSTER, tmp_path / "in", tmp_path / "out", cluster]
         + [tables / "entries.txt", *presets],
-        env=environment(SPARK_LOCAL_IP="127.0.0.1"),
+        env=environment(SPARK_LOCAL_IP="127.0.0.1", SPARK_CONF_DIR=str(tmp_path)),
         capture_output=True,
         text=True,
     )

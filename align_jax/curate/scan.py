@@ -21,13 +21,15 @@ from align_jax.run.progress import show_progress
 from align_jax.storage import identity, writing
 from align_jax.storage.problems import Problems, report
 
+_FEWEST_RECORDS, _MOST_RECORDS, _PARTS = 1024, 10_000, 64  # of a part; parts to aim at between
+
 
 def scan(
     spec: str,
     out: str | os.PathLike,
     *,
     labelled: bool = False,
-    part_size: int = 10_000,
+    part_size: int | None = None,
     num_threads: int = 8,
     num_workers: int = 1,
     beam: str | None = None,
@@ -55,7 +57,8 @@ def scan(
       spec: pairs, see sources.open_source.
       out: Parquet file, must not exist.
       labelled: `spec` names labelled images (sources.open_labelled); the text is the class.
-      part_size: records of a part, which is a row group.
+      part_size: records of a part, which is a row group; default: a 64th of the source, 1,024 to
+        10,000.
       num_threads: records read and decoded at the same time by all workers; at least 2 in each of
         several.
       num_workers: processes; 1 scans in this one.
@@ -85,6 +88,8 @@ def scan(
     source = open_any(spec, labelled)
     if reuse and not hasattr(source, "parts"):
         raise ValueError(f"--reuse is for folders of img2dataset; {source.describe()} is none.")
+    size = 0 if hasattr(source, "parts") else len(source)
+    part_size = part_size or max(_FEWEST_RECORDS, min(_MOST_RECORDS, size // _PARTS))
     content = {"stamp": identity.stamp(source), "labelled": labelled, "part_size": part_size}
     content |= {"reuse": True} if reuse else {}
     parts_dir = parts_lib.folder_of(out)

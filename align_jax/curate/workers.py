@@ -11,6 +11,7 @@ chance.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
@@ -81,6 +82,33 @@ def plan(source: PairSource, step: int) -> list[Unit]:
     return units
 
 
+class Pool:
+    """Processes for several calls of `run`; they start when they are first needed.
+
+    Attributes:
+      size: number of processes.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self._executor: ProcessPoolExecutor | None = None
+
+    def submit(self, *call: Any) -> Future:
+        """Has a function called in one of the processes."""
+        if self._executor is None:
+            # spawn: a forked copy of threads that hold locks can hang.
+            context = multiprocessing.get_context("spawn")
+            self._executor = ProcessPoolExecutor(self.size, context, initializer=_start_worker)
+        return self._executor.submit(*call)
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+
+
 def run(
     work: Work,
     units: Sequence[Any],
@@ -89,6 +117,7 @@ def run(
     num_workers: int = 1,
     beam: str | None = None,
     spark: "SparkSession | None" = None,
+    pool: "Pool | None" = None,
 ) -> Iterator[int]:
     """Does the work of all units; yields how much has been done since, for progress.
 
@@ -100,6 +129,7 @@ def run(
       beam: options of an Apache Beam pipeline that does it instead, as on a command line, e.g.
         "--runner=DirectRunner".
       spark: session whose executors do it instead.
+      pool: that has the processes, for several calls; by default they end with the work.
 
     Raises:
       ValueError: Beam is not installed, or has no such runner or option.
@@ -112,7 +142,8 @@ def run(
     elif spark is not None:
         yield from _on_spark(work, units, settings, spark)
     elif num_workers > 1 and len(units) > 1:
-        yield from _in_processes(work, units, settings, min(num_workers, len(units)))
+        with contextlib.nullcontext(pool) if pool else Pool(min(num_workers, len(units))) as used:
+            yield from _in_processes(work, units, settings, used)
     else:
         for unit in units:
             yield from work(unit, settings)
@@ -164,21 +195,13 @@ def _on_spark(
     yield sum(unit.expected for unit in units)
 
 
-def _in_processes(
-    work: Work, units: Sequence[Any], settings: Any, num_workers: int
-) -> Iterator[int]:
-    # spawn: a forked copy of threads that hold locks can hang.
-    pool = ProcessPoolExecutor(
-        num_workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-    )
+def _in_processes(work: Work, units: Sequence[Any], settings: Any, pool: Pool) -> Iterator[int]:
     waiting = iter(units)
     running = set()
     try:
         while True:
             # A few at a time: what is queued is pickled and held in memory.
-            while len(running) < 2 * num_workers and (unit := next(waiting, None)) is not None:
+            while len(running) < 2 * pool.size and (unit := next(waiting, None)) is not None:
                 running.add(pool.submit(_finish_unit, unit, work, settings))
             if not running:
                 break
@@ -191,7 +214,8 @@ def _in_processes(
             "command again, with fewer --workers if need be."
         ) from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        for future in running:
+            future.cancel()
 
 
 def _finish_unit(unit: Any, work: Work, settings: Any) -> int:

@@ -86,14 +86,14 @@ def curate_jobs(args, folder):
     entries.write_text("\n".join(frequent_words(Path(folder) / "table")))
     for name, preset in presets.items():
         for engine in args.engine or ["duckdb"]:
-            for workers in args.workers or [1]:
+            for number, workers in enumerate(args.workers or [1]):
                 yield (
                     f"{name}, {engine}, {workers} workers",
                     name,
                     {
                         "source": str(Path(folder) / "table"),
                         "out_dir": str(
-                            Path(folder) / f"{name}-{engine.partition(':')[0]}-{workers}"
+                            Path(folder) / f"{name}-{engine.partition(':')[0]}-{number}"
                         ),
                         "preset": preset,
                         "engine": engine,
@@ -107,8 +107,8 @@ def curate_jobs(args, folder):
 
 def scan_jobs(args, folder):
     """Yields the same of each run of `align scan`."""
-    for workers in args.workers or [1]:
-        out = str(Path(folder) / f"{workers}.parquet")
+    for number, workers in enumerate(args.workers or [1]):
+        out = str(Path(folder) / f"{number}.parquet")
         yield f"{workers} workers", "", {"scan": args.scan, "out": out, "num_workers": workers}
 
 

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from align_jax import __version__
 from align_jax import storage as storage_package
 from align_jax.curate import filter as filter_package
+from align_jax.curate import workers
 from align_jax.curate.filter import engines, ingest, lists, part_work, report, unigrams
 from align_jax.curate.filter import plan as plan_lib
 from align_jax.curate.filter import stages as stages_lib
@@ -114,6 +115,7 @@ def curate(
     with (
         writing.locked(out, "align curate", shown=out_dir),
         writing.explaining_full_disk(out_dir),
+        workers.Pool(num_workers) as pool,
     ):
         config = _config(tables, chosen, rules, plan, metadata, seed, given)
         config |= {"partitioned": True} if partitioned else {}
@@ -129,7 +131,7 @@ def curate(
         shutil.rmtree(spill, ignore_errors=True)
         opened = engines.open_engine(engine, str(spill), memory_gib)
         try:
-            crew = stages_lib.Crew(request, stages, opened, num_workers, beam)
+            crew = stages_lib.Crew(request, stages, opened, pool, beam)
             parts = _read(tables, chosen, crew)
             num_rows = sum(part.expected for part in parts)
             if not num_rows:

@@ -40,14 +40,14 @@ class Crew:
       request: of the plan.
       stages: folder.
       engine: opened; its executors work where it has some.
-      num_workers: processes, where they do not.
+      pool: of processes, where they do not.
       beam: options of a pipeline that works in place of processes.
     """
 
     request: Request
     stages: Path
     engine: engines.Engine
-    num_workers: int
+    pool: workers.Pool
     beam: str | None
 
     def work(
@@ -58,15 +58,19 @@ class Crew:
         what: str,
         most: int | None = None,
     ) -> None:
-        """Does the work of all units; in at most `most` processes here, by default for the rows."""
+        """Does the work of all units, here if it is too little for `most` processes.
+
+        By default `most` follows from the number of rows.
+        """
         total = sum(unit.expected for unit in units)
         most = total // _ROWS_A_WORKER if most is None else most
         done = workers.run(
             function,
             units,
             settings,
-            num_workers=max(1, min(self.num_workers, most)),
+            num_workers=self.pool.size if most > 1 else 1,
             beam=self.beam,
+            pool=self.pool,
             spark=self.engine.spark,
         )
         for _ in show_progress(done, total, f"curate: {what}", "row", size=int):
