@@ -155,7 +155,14 @@ class _Labelled:
 
 
 def _hashed_keys(path: str) -> np.ndarray:
-    """Returns record.hash_key of each image of a part, uint64."""
+    """Returns record.hash_key of each image of a part, uint64; made once, asked for often."""
+    hashes = f"{path}.npy"
+    if not os.path.exists(hashes):
+        writing.write_array(hashes, _hash_keys(path))
+    return np.load(hashes)
+
+
+def _hash_keys(path: str) -> np.ndarray:
     table = import_parquet().read_table(path, columns=["key", "index"])
     first = _first_rows(table["index"].to_numpy())
     keys = table["key"].take(first).to_pylist()

@@ -1,6 +1,7 @@
 """What others take of a curation: a list that img2dataset downloads, a subset file of DataComp."""
 
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -40,8 +41,14 @@ def write_url_list(kept: Sequence[str], path: str | os.PathLike, key_name: str) 
     groups = [
         (file, group) for file in kept for group in range(pq.read_metadata(file).num_row_groups)
     ]
-    # Two urls of the same 64 bits would be one: n^2 / 2^65 such among n.
-    repeated = find_repeated(lambda number: _hashes(*groups[number]), len(groups))
+    folder = os.path.dirname(os.path.abspath(path))
+    with tempfile.TemporaryDirectory(prefix=".urls_", dir=folder) as hashes:
+        for number, group in enumerate(groups):
+            np.save(os.path.join(hashes, f"{number}.npy"), _hashes(*group))
+        # Two urls of the same 64 bits would be one: n^2 / 2^65 such among n.
+        repeated = find_repeated(
+            lambda number: np.load(os.path.join(hashes, f"{number}.npy")), len(groups)
+        )
     names = {"url": "url", "text": "caption", "key": key_name}
     names |= {name: name for name in schema.names if name.lower() in _OTHERS}
     target = pa.schema([(new, schema.field(old).type) for old, new in names.items()])
