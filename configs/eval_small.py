@@ -4,6 +4,7 @@ ROOT (default: data) holds public files under these names:
 
     flickr8k/     dev.jsonl (image, captions; zh and ar, multi30k with de, fr, cs), dev.zip
     cifar10/      test.zip (members class/file), classes.tsv (index, folder, name)
+    emoji/        openmoji.jsonl (image, captions: one label), openmoji.zip
     imagenette/   train_subset.zip (members wnid/file), classes.tsv
     text/         cxc_sts_val_subset.tsv, simlex999.tsv, wordsim353.tsv (item, item, score)
 
@@ -38,6 +39,10 @@ def get_config(root: str = "data") -> ConfigDict:
                 "type": "multilingual",
                 "source": f"{root}/flickr8k/dev.jsonl?lang={{lang}}&images={root}/flickr8k/dev.zip",
                 "languages": ("zh", "ar", "de", "fr", "cs"),
+            },
+            "emoji": {
+                "type": "retrieval",
+                "source": f"{root}/emoji/openmoji.jsonl?images={root}/emoji/openmoji.zip",
             },
             "cifar10": {"type": "zeroshot", "source": cifar10},
             "imagenette": {"type": "zeroshot", "source": imagenette},
