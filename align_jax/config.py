@@ -137,15 +137,23 @@ def default_config() -> ConfigDict:
     c.train.on_divergence = "stop"
     c.train.max_rollbacks = 3
     c.train.spike = 10.0
+    # Seconds after which a step, a batch or a save that gets no further ends the run, and silence
+    # of another process does if it is less than 30 s, see run/watchdog.py; 0 for never.
+    c.train.hang_s = 600.0
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every_steps = 5_000
-    c.checkpoint.keep = 3
+    c.checkpoint.keep = 3  # newest
+    c.checkpoint.keep_every = 0  # those of steps that it divides stay for ever; 0 for none
+    # The one of the highest EVALUATOR/METRIC stays, of the lowest with a "-" before it, and every
+    # evaluation is saved; "" for none.
+    c.checkpoint.best = ""
 
     c.eval = ConfigDict()
     c.eval.every_steps = 10_000
     c.eval.batch_size = 256
-    # name -> {"type": "retrieval" | "classify", "source": ..., ...}; see evals.make_evaluators
+    # name -> {"type": "retrieval" | "classify", "source": ..., ...}; see evals.make_evaluators.
+    # With "every_steps" of its own it runs at those instead; all run at the end.
     c.eval.evaluators = ConfigDict()
 
     c.log = ConfigDict()

@@ -63,6 +63,20 @@ def validate(config: ConfigDict, *, num_devices: int, num_processes: int = 1) ->
             f"config.train.steps={config.train.steps}."
         )
     _check_learned(config)
+    for name, entry in config.eval.evaluators.items():
+        every = entry.get("every_steps", 1)
+        if type(every) is not int or every < 1:
+            raise ValueError(
+                f"config.eval.evaluators.{name}.every_steps={every!r} must be a positive integer."
+            )
+    best = config.checkpoint.best
+    evaluator, slash, metric = best.removeprefix("-").rpartition("/")
+    if best and not (slash and metric and evaluator in config.eval.evaluators):
+        names = ", ".join(config.eval.evaluators) or "none"
+        raise ValueError(
+            f"config.checkpoint.best={best!r} must be EVALUATOR/METRIC (or -EVALUATOR/METRIC, the "
+            f"lowest) of config.eval.evaluators, which has: {names}."
+        )
     if config.train.on_divergence == "rollback" and config.checkpoint.keep < 2:
         raise ValueError(
             "config.checkpoint.keep=1 with config.train.on_divergence='rollback': the newest "
@@ -110,6 +124,8 @@ _NOT_NEGATIVE = (
     "optim.image_lr_multiplier",
     "optim.text_lr_multiplier",
     "lora.rank",
+    "checkpoint.keep_every",
+    "train.hang_s",
     "train.max_rollbacks",
     "train.seed",
     "train.spike",

@@ -41,11 +41,18 @@ from align_jax.run import (
     welcome,
     workdir,
 )
+from align_jax.run.profile import Profiler
+from align_jax.run.timeline import Timeline
+from align_jax.run.watchdog import Watchdog
 from align_jax.storage import writing
 
 
 def train_and_evaluate(
-    config: ConfigDict, path: str | os.PathLike, *, resume_from: int | None = None
+    config: ConfigDict,
+    path: str | os.PathLike,
+    *,
+    resume_from: int | None = None,
+    profile: str = "",
 ) -> dict[str, float]:
     """Trains to `config.train.steps`, continuing from the workdir's checkpoint where there is one.
 
@@ -57,6 +64,7 @@ def train_and_evaluate(
       path: the workdir; created where missing.
       resume_from: step of the checkpoint to go back to; later ones are set aside. The settings of
         the optimizer may be others from there on. None goes on from the newest.
+      profile: "A:B" traces the steps after A, up to B, for TensorBoard.
 
     Returns:
       The results of the last evaluation, `<evaluator>/<metric>`; empty if a signal ended the run.
@@ -64,7 +72,7 @@ def train_and_evaluate(
     Raises:
       ValueError: a config, source or workdir that cannot work; nothing has been compiled then.
       divergence.TrainingDiverged: see there; the last good checkpoint is kept.
-      RuntimeError: an evaluator failed after the last step, which is saved.
+      RuntimeError: an evaluator failed after the last step, which is saved; or the storage failed.
       OSError: the disk is full.
     """
     writing.check_local(path, "--workdir")
@@ -74,8 +82,14 @@ def train_and_evaluate(
         if multihost.is_lead():
             stack.enter_context(writing.locked(path, "align train"))
         stack.enter_context(writing.explaining_full_disk(path))
-        run, state = _open_run(config, Path(path), stack, resume_from)
-        return run.train(state)
+        profiler = stack.enter_context(Profiler(path, profile, config.train.steps))
+        run, state = _open_run(config, Path(path), stack, resume_from, profiler)
+        try:
+            return run.train(state)
+        except OSError as error:  # while a run is under way no path of its user is wrong
+            raise RuntimeError(
+                f"{error}; the same command continues from the last checkpoint."
+            ) from error
 
 
 def make_program(
@@ -154,14 +168,18 @@ class _Run:
     reporter: report.Reporter
     evaluations: in_training.Evaluations
     stop: signals.StopSignals
+    timeline: Timeline
+    profiler: Profiler
 
     def train(self, state: state_lib.TrainState) -> dict[str, float]:
         """The loop; see the first lines of this file before changing the order of operations."""
         config, stop, evaluations = self.config, self.stop, self.evaluations
         last = config.train.steps
         step = int(state.step)
+        is_new = step < last
         if step and evaluations.due(step):  # the run was stopped before it
-            evaluations.run(step, state.variables(), stop)
+            is_new = True
+            self._evaluate(step, state)
         elif step == last and evaluations.results:
             multihost.log(tables.format_table(evaluations.results, evaluations.evaluators))
         if step == last:
@@ -171,41 +189,51 @@ class _Run:
         step_fn, pending, batch, stopping = self.step_fn, None, None, stop.requested
         if step < last and not stopping:
             self._note_start(step)
-            batch = self.feed.next()
-            step_fn = step_fn.lower(state, batch[0]).compile()
-            multihost.log(welcome.memory_plan(step_fn, state))
-            stopping = stop.requested  # compiling cannot be broken off, but costs no step
+            batch = self._next(step)
+            if batch is not None:
+                step_fn = self._compile(state, batch[0])
+            stopping = stop.requested
         while step < last and not stopping:
             arrays, host_batch, wait_s = batch
+            self.timeline.enter("step", step + 1)
+            self.profiler.before(step)
             state, metrics = step_fn(state, arrays)
             step += 1
             try:
                 # While the device works on this step, the host fetches the next batch and reports
                 # the previous step.
-                batch = self.feed.next() if step < last else None
+                batch = self._next(step) if step < last else None
                 if pending:
                     self.reporter.report(*pending)
                 pending = step, metrics, host_batch, wait_s
 
                 # Read once: a signal that comes from here on stops the run after the next step.
                 stopping = "SIGTERM" if multihost.preempted(step) else stop.requested
-                saves = step == last or step % config.checkpoint.every_steps == 0 or stopping
                 evaluates = evaluations.due(step) and not stopping
+                saves = step == last or step % config.checkpoint.every_steps == 0 or stopping
+                saves = saves or (evaluates and config.checkpoint.best)
                 if saves or evaluates:
                     pending = self.reporter.report(*pending)
+                self.profiler.after(step, metrics)
             except divergence.TrainingDiverged as error:
                 state = metrics = arrays = pending = None  # the devices hold one state, not two
                 state = self._roll_back(error)
-                step, batch = int(state.step), self.feed.next()
+                step = int(state.step)
+                batch = self._next(step)
+                stopping = stop.requested
                 continue
             if saves:
                 self._save(state)
-            if evaluates and not evaluations.run(step, state.variables(), stop):
+            if evaluates and not self._evaluate(step, state):
                 stopping = stop.requested
                 if not saves:
                     self._save(state)
-        self.checkpoints.wait()
+        with self.timeline.inside("save", step):
+            self.checkpoints.wait()
         self.reporter.progress.close()
+        if is_new:
+            self.reporter.time(step)
+            multihost.log(self.timeline.summary())
         if stopping:
             saved = f"saved step {step}" if step else "no step was done"
             multihost.log(f"{stopping}: {saved}; run the same command to continue.")
@@ -218,9 +246,38 @@ class _Run:
             count = {"processes": jax.process_count(), "devices": jax.device_count()}
             history.append(self.path, "start", step=step, version=__version__, **count)
 
+    def _next(self, step: int) -> tuple[dict[str, jax.Array], pipeline.Batch, float] | None:
+        """Returns the batch of the step after this one; None if a signal came."""
+        try:
+            with self.timeline.inside("data", step + 1), self.stop.giving_up():
+                return self.feed.next()
+        except signals.Interrupted:
+            return None
+
+    def _compile(
+        self, state: state_lib.TrainState, arrays: dict[str, jax.Array]
+    ) -> Callable | None:
+        """Returns the compiled step; None if a signal came."""
+        try:
+            with self.timeline.inside("compilation", int(state.step)):
+                compiled = self.stop.run(lambda: self.step_fn.lower(state, arrays).compile())
+        except signals.Interrupted:
+            return None
+        multihost.log(welcome.memory_plan(compiled, state))
+        return compiled
+
+    def _evaluate(self, step: int, state: state_lib.TrainState) -> bool:
+        with self.timeline.inside("evaluation", step):
+            return self.evaluations.run(step, state.variables(), self.stop)
+
     def _save(self, state: state_lib.TrainState) -> None:
-        self.reporter.writer.sync()
-        self.checkpoints.save(state, self.reporter.data())
+        step = int(state.step)
+        with self.timeline.inside("save", step):
+            self.timeline.saved(step)
+            if step % self.config.log.every_steps and step < self.config.train.steps:
+                self.reporter.time(step)
+            self.reporter.writer.sync()
+            self.checkpoints.save(state, self.reporter.data(), best=self.evaluations.best_step)
 
     def _roll_back(self, error: divergence.TrainingDiverged) -> state_lib.TrainState:
         """Returns the last good state, whose next batch is the one after those in between.
@@ -272,7 +329,9 @@ class _Run:
                 f"{', '.join(map(str, examples[:8]))}{' ...' * (len(examples) > 8)} of {shown}; "
                 "see history.jsonl"
             )
-        state, data = self.restore(to or None)
+        self.timeline.lose(to)
+        with self.timeline.inside("restore", to):
+            state, data = self.restore(to or None)
         # The checkpoint may be of before an earlier rollback, which led to the same step.
         data["skipped"] = np.array([*before.tolist(), [to, first, end]], np.int64)
         self.reporter.rewind(to, data)
@@ -295,9 +354,14 @@ class _Run:
 
 
 def _open_run(
-    config: ConfigDict, path: Path, stack: contextlib.ExitStack, resume_from: int | None
+    config: ConfigDict,
+    path: Path,
+    stack: contextlib.ExitStack,
+    resume_from: int | None,
+    profiler: Profiler,
 ) -> tuple[_Run, state_lib.TrainState]:
     """Returns the run and the state that it starts or goes on with; the stack closes its files."""
+    timeline = Timeline()
     config_checks.validate(
         config, num_devices=jax.device_count(), num_processes=jax.process_count()
     )
@@ -327,7 +391,9 @@ def _open_run(
     )
     model, optimizer, abstract, step_fn = make_program(config, mesh, **size)
 
-    checkpoints = checkpoint.Checkpointer(path / "checkpoints", keep=config.checkpoint.keep)
+    checkpoints = checkpoint.Checkpointer(
+        path / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
+    )
     stack.callback(checkpoints.close)
 
     def restore(step: int | None) -> tuple[state_lib.TrainState, dict[str, np.ndarray]]:
@@ -336,14 +402,15 @@ def _open_run(
         return checkpoints.restore(step, abstract, report.nothing_done())
 
     resume_step = checkpoints.latest_step()
-    state, data = restore(resume_step)
+    with timeline.inside("restore" if resume_step else "startup", resume_step or 0):
+        state, data = restore(resume_step)
     data["skipped"] = history.with_unsaved(path, resume_step or 0, data["skipped"])
     log_every = max(config.log.every_steps, workdir.logged_every(path))
     multihost.lead_first(lambda: workdir.write_config(path, config))
     welcome.welcome(config, path, mesh, source, model, abstract, resume_step)
 
     reporter = report.Reporter(
-        path, config, source, resume_step=resume_step, every=log_every, data=data
+        path, config, source, timeline, resume_step=resume_step, every=log_every, data=data
     )
     stack.enter_context(reporter)
     stop = stack.enter_context(signals.StopSignals())
@@ -383,7 +450,10 @@ def _open_run(
         reporter=reporter,
         evaluations=in_training.Evaluations(path, config, evaluators, encoder, reporter),
         stop=stop,
+        timeline=timeline,
+        profiler=profiler,
     )
+    stack.enter_context(Watchdog(timeline, config.train.hang_s))
     return run, state
 
 

@@ -149,6 +149,11 @@ def children(lab, changes):
     return lab.run(changes).children
 
 
+def watched(lab, changes):
+    """Whether a thread looks on."""
+    return lab.run(changes).watched
+
+
 def divergence(lab, changes):
     """How a run ends whose loss jumps at step 23 and is NaN at step 24, whatever it does."""
     return lab.diverged(changes)
@@ -234,8 +239,13 @@ TABLE = {
     "train.on_divergence": [("rollback", divergence)],
     "train.max_rollbacks": [(0, divergence, ROLLBACK)],
     "train.spike": [(0.0, divergence, ROLLBACK)],
+    "train.hang_s": [(0.0, watched)],
     "checkpoint.every_steps": [(2, checkpoints)],
     "checkpoint.keep": [(2, checkpoints, OFTEN)],
+    "checkpoint.keep_every": [(1, checkpoints, OFTEN)],
+    "checkpoint.best": [
+        ("own/r1", checkpoints, {"eval.evaluators": {"own": EVALUATOR}, "eval.every_steps": 3})
+    ],
     "eval.every_steps": [(2, evaluations)],
     "eval.batch_size": [(64, evaluations)],
     "eval.evaluators": [({"own": EVALUATOR}, evaluations)],
@@ -252,6 +262,7 @@ class Run:
 
     def __init__(self, lab, config, workdir):
         self.workdir, self.evaluations, self.children = workdir, [], 0
+        self.watched = False
         self._readers, self._changed = set(), threading.Condition()
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(lab.folder)
@@ -269,6 +280,7 @@ class Run:
         }
 
     def _count_children(self, step):
+        self.watched |= any(t.name == "align_jax.watch" for t in threading.enumerate())
         self.children = max(self.children, len(multiprocessing.active_children()))
         return 1.0
 
@@ -460,11 +472,12 @@ def test_values_of_a_key_differ_from_each_other(lab, key):
 FREE = {
     *("data.num_threads", "data.num_workers", "loss.form", "loss.tile_size", "mesh.fsdp"),
     *("model.remat", "model.scan_layers", "train.microbatches", "train.steps"),
-    *("train.on_divergence", "train.max_rollbacks", "train.spike"),
+    *("train.on_divergence", "train.max_rollbacks", "train.spike", "train.hang_s"),
     *(key for key in TABLE if key.split(".")[0] in ("checkpoint", "eval", "log")),
 }
 NEEDED = {
     "task": CLASSES,
+    "checkpoint.best": {"eval.evaluators": {"own": EVALUATOR}},
     "data.mixture": {"data.source": ""},
     "data.image_embeddings": {"optim.image_lr_multiplier": 0.0},
     "loss.kind": {"loss.label_smoothing": 0.0},

@@ -1,12 +1,15 @@
 """Runs of several real processes: the lines of one process, and no hanging when one dies."""
 
 import contextlib
+import importlib.machinery
 import json
 import os
 import re
 import signal
 import socket
+import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -205,8 +208,35 @@ def test_killed_process_stops_the_other_and_is_named(project, victim):
     assert processes[1 - victim].wait(timeout=STOP_S) not in (0, None)
     assert time.monotonic() - killed_s <= STOP_S
     log = (project / f"{workdir}.{1 - victim}.log").read_text()
+    # The watchdog, or JAX where a connection breaks.
     named = r"leader task" if victim == 0 else r"unhealthy[^\n]*\n1\b"
-    assert re.search(named, log), log[-3000:]
+    assert re.search(rf"{named}|process {victim} of 2 ", log), log[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_process_that_stops_without_dying_is_named_and_ends_the_run(project, victim):
+    workdir = f"stopped{victim}"
+    overrides = "--config.train.steps=100000", "--config.train.hang_s=90"
+    processes = start(project, workdir, *overrides, processes=2)
+    logs = [project / f"{workdir}.{number}.log" for number in range(2)]
+    metrics = project / workdir / "metrics.jsonl"
+    wait_for_line(metrics, lambda line: line["step"] >= 2, processes[0], log=logs[0])
+    processes[victim].send_signal(signal.SIGSTOP)
+    try:
+        assert processes[1 - victim].wait(timeout=STOP_S) == 1
+    finally:
+        processes[victim].kill()
+    log = logs[1 - victim].read_text()
+    (line,) = [line for line in log.splitlines() if line.startswith("align: ")]
+    pid = processes[victim].pid
+    assert re.search(
+        rf"step \d+: process {victim} of 2 \(host \S+, pid {pid}\), at step \d+, \w+, "
+        r"(is silent|does not answer) for 3\d s\. Ended; the same command continues from the last "
+        r"checkpoint\.$",
+        line,
+    ), line
+    assert "thread MainThread:" in log and "in train_and_evaluate" in log
 
 
 @pytest.mark.slow
@@ -251,7 +281,7 @@ def test_one_process_leads_and_agrees_with_itself():
 def launched(monkeypatch):
     """Sets the environment of a launcher; whatever started the tests is forgotten."""
     for name in list(os.environ):
-        if name.startswith(("SLURM", "OMPI", "PMI", "MV2")):
+        if name.startswith(("SLURM", "OMPI", "PMI", "MV2", "KUBERNETES", "JOB_COMPLETION")):
             monkeypatch.delenv(name)
 
     def launch(**env):
@@ -268,6 +298,17 @@ def test_launchers_are_told_from_jobs_with_room_for_more(launched):
     assert launched(SLURM_STEP_NODELIST="a[1-2]", SLURM_STEP_NUM_TASKS="1") is None  # salloc
     assert launched(SLURM_STEP_NUM_TASKS="8") == "slurm"
     assert launched(SLURM_STEP_NUM_TASKS="1", OMPI_COMM_WORLD_SIZE="1") is None
+
+
+def test_indexed_jobs_of_kubernetes_are_found_if_they_can_be(launched, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    assert launched(KUBERNETES_SERVICE_HOST="10.0.0.1") is None  # any pod
+    with pytest.raises(ValueError, match="needs the package kubernetes .* --coordinator"):
+        launched(JOB_COMPLETION_INDEX="0")
+    module = types.ModuleType("kubernetes")
+    module.__spec__ = importlib.machinery.ModuleSpec("kubernetes", None)
+    monkeypatch.setitem(sys.modules, "kubernetes", module)
+    assert launched() == "k8s"
 
 
 def test_open_mpi_is_found_and_what_cannot_find_itself_is_refused(launched):

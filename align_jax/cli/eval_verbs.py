@@ -2,8 +2,10 @@
 
 import argparse
 import ast
+import dataclasses
 import difflib
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from align_jax.cli import model_verbs
 
 if TYPE_CHECKING:
+    from align_jax.align import Align
     from align_jax.evals import Evaluator
 
 
@@ -70,6 +73,12 @@ def add_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
         "a workdir: WORKDIR/eval/NAME",
     )
     evaluate.add_argument(
+        "--follow",
+        metavar="WORKDIR",
+        help="evaluate the checkpoints of a run as they appear, until it is complete, into "
+        "WORKDIR/eval/followed_STEP.json",
+    )
+    evaluate.add_argument(
         "--report",
         nargs="+",
         metavar="RESULT",
@@ -81,6 +90,8 @@ def add_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
 def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     if args.report:
         return _report(args)
+    if args.follow:
+        return _follow(args, rest)
     if not args.model:
         raise ValueError("--model (or --workdir) is missing: what shall be evaluated?")
 
@@ -106,14 +117,7 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     results = evals.run_evaluators(evaluators, model)
     out = args.out or (config is not None and Path(args.model) / "eval" / "align_eval.json")
     if out:
-        provenance = {
-            "workdir": model.origin.name,
-            "step": model.origin.step,
-            "model_fingerprint": model.fingerprint(),
-            "evaluators": chosen,
-            "protocols": evals.protocols(chosen, evaluators, model),
-            "skipped": skipped,
-        }
+        provenance = _provenance(model, chosen, evaluators, skipped)
         evals.write_json(out, results, provenance, evals.problems_of(evaluators))
     written = [out] if out else []
     step = model.origin.step
@@ -131,6 +135,76 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
         print(f"{name}: not run: {reason}")
     for path in written:
         print(f"wrote {path}")
+
+
+def _provenance(
+    model: "Align",
+    chosen: dict[str, dict[str, Any]],
+    evaluators: list["Evaluator"],
+    skipped: dict[str, str],
+) -> dict[str, Any]:
+    from align_jax import evals
+
+    return {
+        "workdir": model.origin.name,
+        "step": model.origin.step,
+        "model_fingerprint": model.fingerprint(),
+        "evaluators": chosen,
+        "protocols": evals.protocols(chosen, evaluators, model),
+        "skipped": skipped,
+    }
+
+
+_POLL_S = 5.0
+
+
+def _follow(args: argparse.Namespace, rest: list[str]) -> None:
+    """Evaluates every checkpoint that the run has when it is looked at, and new ones later on."""
+    for option in ("model", "step", "out", "format"):
+        if getattr(args, option):
+            raise ValueError(
+                f"--follow WORKDIR names model, steps and files itself; no --{option}."
+            )
+    from align_jax import align, evals
+    from align_jax.evals import tables
+    from align_jax.run import readers, trained, workdir
+
+    path, model = Path(args.follow), None
+    config = workdir.load_config(path)
+    chosen = _choose(args, rest) or _change(config.eval.evaluators.to_dict(), args)
+    evaluators, skipped = _make(chosen, args.skip_missing)
+    if not evaluators:
+        raise ValueError(f"{path} has no evaluator to run: give --config, --retrieval, --zeroshot.")
+    missed: set[int] = set()
+    while True:
+        last = workdir.load_config(path).train.steps
+        for step in sorted(_steps_of(path) - missed):
+            out = path / "eval" / f"followed_{step:08d}.json"
+            if out.exists():
+                continue
+            try:
+                with readers.reading(path, step):
+                    if model is None:
+                        model = align.load(path, step=step)
+                    else:
+                        model.variables = trained.load_trained(path, step=step).variables
+                        model.origin = dataclasses.replace(model.origin, step=step)
+            except readers.Gone:
+                missed.add(step)
+                print(f"step {step}: removed before it was read", file=sys.stderr, flush=True)
+                continue
+            results = evals.run_evaluators(evaluators, model)
+            provenance = _provenance(model, chosen, evaluators, skipped)
+            evals.write_json(out, results, provenance, evals.problems_of(evaluators))
+            print(f"step {step}\n{tables.format_table(results, evaluators)}", flush=True)
+        if last in missed or (path / "eval" / f"followed_{last:08d}.json").exists():
+            return
+        time.sleep(_POLL_S)
+
+
+def _steps_of(path: Path) -> set[int]:
+    found = (path / "checkpoints").glob("[0-9]*")
+    return {int(folder.name) for folder in found if folder.name.isdecimal()}
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ Exit code 0: done; 1: the run failed; 2: bad input. `--debug` shows the tracebac
 import argparse
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,12 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code of `align <argv>`; None takes the command line of this process."""
     if argv is None:
         _use_huge_pages()
+        _keep_compilations()
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if rest and not (args.takes_config and args.config):
         parser.error(f"unrecognised argument {rest[0]!r} of {args.verb}")
     with output.kept_safe() as printed:
         code = _run(args, rest)
+    if argv is None and any(t.name == "align_jax.left" for t in threading.enumerate()):
+        # XLA still works for a run that a signal has ended; clearing up beneath it would crash.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     if printed.error is not None:
         return _fail(OSError(f"cannot print: {printed.error}"), args.debug, 1)
     return code
@@ -68,6 +75,15 @@ def _use_huge_pages() -> None:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _keep_compilations() -> None:
+    # Compiled programs are found again by later processes of the same user: a run that continues
+    # does not wait for the compiler. JAX reads these when it is imported.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(caches, "align_jax", "compiled")
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 * 2**30))
 
 
 _NO_PATHS = (
@@ -122,6 +138,12 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="STEP",
         help="go back to this checkpoint, where config.optim may change; later ones are set aside",
+    )
+    train.add_argument(
+        "--profile",
+        default="",
+        metavar="A:B",
+        help="trace the steps after A, up to B, for TensorBoard's profile page",
     )
     several = train.add_argument_group("several processes (found by themselves on Cloud TPU VMs)")
     several.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of process 0")
@@ -182,7 +204,9 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
     from align_jax.run import multihost
 
     with multihost.processes(args.coordinator, args.processes, args.process):
-        train.train_and_evaluate(config, args.workdir, resume_from=args.resume_from)
+        train.train_and_evaluate(
+            config, args.workdir, resume_from=args.resume_from, profile=args.profile
+        )
 
 
 def _compile(args: argparse.Namespace, rest: list[str]) -> None:

@@ -65,7 +65,7 @@ def make_evaluators(config: Mapping[str, Mapping[str, Any]]) -> list[Evaluator]:
 
     Args:
       config: for each name the `type` (one of `TYPES`, or `file.py:Class`) and that class's
-        arguments.
+        arguments. `every_steps` is for the loop of training and left alone here.
 
     Raises:
       ValueError: for an unknown type or argument, a missing argument, or a source that cannot be
@@ -80,6 +80,7 @@ def make_evaluator(name: str, entry: Mapping[str, Any]) -> Evaluator:
     if "type" not in arguments:
         raise ValueError(f"Evaluator '{name}' needs 'type', one of: {', '.join(sorted(TYPES))}.")
     evaluator_type = arguments.pop("type")
+    arguments.pop("every_steps", None)
     make = _find_class(evaluator_type)
     parameters = dict(inspect.signature(make).parameters)
     del parameters["name"]

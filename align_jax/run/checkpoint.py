@@ -6,11 +6,13 @@ position follows from the step). Differs from the design's two items: inference 
 without reading LAMB's moments, twice their size.
 """
 
+import contextlib
 import glob
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from align_jax import trees
+from align_jax.run import readers
 from align_jax.state import TrainState
 
 
@@ -28,17 +31,19 @@ class Checkpointer:
     Args:
       folder: of the checkpoints; created where missing.
       keep: number of newest steps that stay; None deletes nothing.
+      keep_every: steps that it divides stay, too; 0 for none.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, keep: int | None = None):
+    def __init__(self, folder: str | os.PathLike, *, keep: int | None = None, keep_every: int = 0):
         policies = ocp.training.preservation_policies
         self.folder = Path(folder).absolute()
         logging.getLogger("absl").addFilter(_is_not_orbax)  # adding it again changes nothing
         self._link = _Link(self.folder) if glob.has_magic(str(self.folder)) else None
+        self._kept = _Kept(self.folder.parent, keep, keep_every)
         self._is_opened = False  # whether a checkpoint of this process is known to open
         self._checkpointer = ocp.training.Checkpointer(
             self._link.path if self._link else self.folder,
-            preservation_policy=policies.PreserveAll() if keep is None else policies.LatestN(keep),
+            preservation_policy=policies.PreserveAll() if keep is None else self._kept,
             cleanup_tmp_directories=keep is not None,
         )
 
@@ -51,7 +56,7 @@ class Checkpointer:
         """Returns all complete steps, oldest first."""
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
-    def save(self, state: TrainState, data: dict[str, np.ndarray]) -> None:
+    def save(self, state: TrainState, data: dict[str, np.ndarray], *, best: int = -1) -> None:
         """Starts saving the state under its own step; training may go on meanwhile.
 
         A step that is already there is left as it is. A kill at any moment leaves either the whole
@@ -61,20 +66,26 @@ class Checkpointer:
         Args:
           state: to save; its arrays are copied off the device before this returns.
           data: small arrays that belong to the input.
+          best: step that stays, however old; -1 for none.
 
         Raises:
-          RuntimeError: the first checkpoint cannot be read back.
+          RuntimeError: the storage fails, or the first checkpoint cannot be read back.
         """
         step = int(state.step)
-        if step in self.steps():
+        self._kept.best = best
+        saved = self.steps()
+        if step in saved:
             return
+        if jax.process_index() == 0 and self._kept.removes:
+            readers.clear(self.folder.parent, set(saved))
         items = {
             "weights": state.variables(),
             "training": {"step": state.step, "opt_state": state.opt_state},
             "data": data,
         }
         # Without force, Orbax skips a step while the previous one is still being written.
-        self._checkpointer.save_checkpointables_async(step, items, force=True)
+        with self._storage(f"checkpoint {step} is not saved"):
+            self._checkpointer.save_checkpointables_async(step, items, force=True)
         if not self._is_opened:
             self.wait()
             try:
@@ -93,8 +104,13 @@ class Checkpointer:
                 self._checkpointer.delete(later)
 
     def wait(self) -> None:
-        """Blocks until everything that was started is on disk."""
-        self._checkpointer.wait()
+        """Blocks until everything that was started is on disk.
+
+        Raises:
+          RuntimeError: the storage fails.
+        """
+        with self._storage("the last checkpoint is not saved"):
+            self._checkpointer.wait()
 
     def restore(
         self, step: int, abstract: TrainState, data: dict[str, np.ndarray]
@@ -148,6 +164,17 @@ class Checkpointer:
             if self._link:
                 self._link.remove()
 
+    @contextlib.contextmanager
+    def _storage(self, lost: str) -> Iterator[None]:
+        """Makes one kind of all that Orbax raises where the storage fails."""
+        try:
+            yield
+        except Exception as error:
+            raise RuntimeError(
+                f"{self.folder}: {lost}: {type(error).__name__}: {error}; the same command "
+                "continues from the one before."
+            ) from error
+
     def _check(self, step: int, expected: dict[str, Any]) -> None:
         found = self._checkpointer.checkpointables_metadata(step).metadata
         for item, tree in expected.items():
@@ -161,6 +188,32 @@ class Checkpointer:
                 raise ValueError(
                     f"Checkpoint {self.folder}, step {step}, does not fit the model: {difference}."
                 )
+
+
+class _Kept:
+    """Which checkpoints stay: the newest, milestones, the best, and those that are being read."""
+
+    def __init__(self, workdir: Path, keep: int | None, keep_every: int):
+        self._workdir, self._keep, self._keep_every = workdir, keep, keep_every
+        self.best = -1
+        self.removes = keep is not None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Returns whether each stays; Orbax asks when one more is saved."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        newest = set(sorted(steps)[-self._keep :])
+        stay = [
+            step in newest
+            or step == self.best
+            or bool(self._keep_every and step % self._keep_every == 0)
+            for step in steps
+        ]
+        if jax.process_index() == 0:
+            stay = [
+                stays or not readers.may_go(self._workdir, step)
+                for step, stays in zip(steps, stay, strict=True)
+            ]
+        return stay
 
 
 def _like(array: np.ndarray, saved: tuple[int, ...]) -> np.ndarray:

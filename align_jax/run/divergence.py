@@ -2,7 +2,7 @@
 
 not finite   loss or gradient norm is NaN or infinite.
 collapsed    the loss lies at chance for `COLLAPSE` steps, after the median of as many was well
-             below: all embeddings have become one. Of the softmax loss only.
+             below: all embeddings have become one. Of the contrastive softmax loss only.
 spike        the loss lies far above the median of the last `WINDOW`; asked for by `spike` alone.
 
 What the rules look at belongs to the state of a run and is saved in its checkpoints, so a resumed
@@ -44,7 +44,8 @@ class LossWatch:
           config: of the run; `train.spike` counts where `train.on_divergence` is "rollback".
         """
         rows = 1 + config.loss.negatives * (config.train.batch_size - 1)
-        self._chance = 2 * math.log(rows) if config.loss.kind == "softmax" and rows > 1 else None
+        is_softmax = config.task == "contrastive" and config.loss.kind == "softmax"
+        self._chance = 2 * math.log(rows) if is_softmax and rows > 1 else None
         self._spike = config.train.spike if config.train.on_divergence == "rollback" else 0.0
         self._lowest, self._losses = math.inf, []
 

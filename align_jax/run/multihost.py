@@ -19,8 +19,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-# A process that has been silent for so long is dead: JAX then ends all others and names it.
-HEARTBEAT_S = 20
+# A process that has been silent for so long is dead: JAX then ends all others, without a word of
+# where they are. watchdog.py, which tells that, is quicker.
+HEARTBEAT_S = 60
 
 T = TypeVar("T")
 
@@ -31,11 +32,11 @@ def processes(
 ) -> Iterator[None]:
     """Context of a run of one or several processes; enter it before anything touches a device.
 
-    On Cloud TPU VMs, under Slurm's srun and under mpirun of Open MPI 2 to 4 all is found by itself.
+    On Cloud TPU VMs, in indexed Jobs of Kubernetes, under Slurm's srun and under mpirun of Open MPI
+    2 to 4 all is found by itself.
     Elsewhere, without arguments, the run has this process only. An error inside is printed with the
     number of the process and ends it at once: leaving in good order would wait for processes that
-    wait for this one. The others stop when they miss its heartbeat, after `HEARTBEAT_S` or a little
-    more.
+    wait for this one. The others stop when they hear no more from it, see watchdog.py.
 
     Args:
       coordinator: "host:port" of process 0, reachable from all.
@@ -69,7 +70,8 @@ def processes(
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"align: {_name()} failed: {text}", file=sys.stderr, flush=True)
         if isinstance(error, jax.errors.JaxRuntimeError):
-            # Most likely another process is gone; JAX ends this one as soon as it knows which.
+            # Most likely another process is gone; the watchdog, or JAX, ends this one as soon as it
+            # knows which.
             time.sleep(2 * HEARTBEAT_S)
         os._exit(2 if isinstance(error, ValueError) else 1)
 
@@ -133,6 +135,14 @@ def _find_launcher() -> str | None:
     if "SLURM_JOB_ID" in env and "SLURM_STEP_NODELIST" in env:
         if _number(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS"))) > 1:
             return "slurm"
+    if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
+        if importlib.util.find_spec("kubernetes") is None:
+            raise ValueError(
+                "this pod of an indexed Job (JOB_COMPLETION_INDEX) needs the package kubernetes to "
+                "find the others; install it, give --coordinator HOST:PORT --processes N --process "
+                "I, or unset JOB_COMPLETION_INDEX for a run of one process."
+            )
+        return "k8s"
     for size, rank in _MPI:
         if _number(env.get(size)) > 1:
             if size.startswith("OMPI") and "OMPI_MCA_orte_hnp_uri" in env:

@@ -8,6 +8,7 @@ the checkpoint, and every line and every checkpoint holds the sum over all proce
 
 import os
 from collections import Counter
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict
 from align_jax.data import mixture, pipeline
 from align_jax.data.sources.open_source import PairSource
 from align_jax.run import divergence, history, metrics, multihost
+from align_jax.run.timeline import Timeline
 
 
 def nothing_done() -> dict[str, np.ndarray]:
@@ -46,6 +48,7 @@ class Reporter:
         path: str | os.PathLike,
         config: ConfigDict,
         source: PairSource,
+        timeline: Timeline,
         *,
         resume_step: int | None,
         every: int,
@@ -57,12 +60,14 @@ class Reporter:
           path: the workdir.
           config: of the run.
           source: of its pairs.
+          timeline: of this part of the run; takes up those before.
           resume_step: of the restored checkpoint; None starts anew.
           every: most steps between two lines that are there, to tell where some are missing.
           data: from that checkpoint, or `nothing_done`.
         """
         self._config = config
         self._source = source
+        self._timeline = timeline
         self._watch = divergence.LossWatch(config)
         self._restore(data)
         self.progress = metrics.Progress(
@@ -70,6 +75,8 @@ class Reporter:
         )
         self.writer = metrics.NoWriter()
         if multihost.is_lead():
+            before = Path(path) / "perf.jsonl"
+            timeline.take_up(metrics.read_metrics(before) if before.exists() else [], resume_step)
             self.writer = metrics.MetricWriter(
                 path, resume_step=resume_step, every=every, log=multihost.log
             )
@@ -112,7 +119,11 @@ class Reporter:
             data |= {f"data/{key}": count for key, count in epochs.items()}
             data |= {f"data/problems/{k}": n for k, n in self._source.problems.items()}
             self.writer.write(step, {f"train/{k}": v for k, v in values.items()} | data)
-            self.writer.write_timing(step, self.progress.timing())
+            self.writer.write_timing(step, self.progress.timing() | self._timeline.sums())
+
+    def time(self, step: int) -> None:
+        """Writes where the time went, up to a step that has no line of its own."""
+        self.writer.write_timing(step, self._timeline.sums())
 
     def data(self) -> dict[str, np.ndarray]:
         """Returns what belongs into a checkpoint beside the state."""

@@ -1,13 +1,21 @@
 """SIGTERM and SIGINT end a run after the step that is being made, which is then saved."""
 
 import contextlib
+import queue
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import jax
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+# Name of threads whose work nobody waits for any more. XLA cannot be broken off: a program that
+# ends meanwhile has to end without clearing up.
+LEFT = "align_jax.left"
+
+T = TypeVar("T")
 
 
 class Interrupted(BaseException):
@@ -41,7 +49,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def giving_up(self) -> Iterator[None]:
-        """Context that a signal leaves at once, as `Interrupted`: for work that can be repeated."""
+        """Context that a signal leaves at once, as `Interrupted`: for waits in Python."""
         if self.requested:
             raise Interrupted
         self._gives_up = True
@@ -49,6 +57,38 @@ class StopSignals:
             yield
         finally:
             self._gives_up = False
+
+    def run(self, function: Callable[[], T]) -> T:
+        """Returns what a function does; a signal leaves it at once, whatever it is in.
+
+        Where signals are caught it runs in a thread of its own, since Python sees a signal only
+        when its main thread is back from XLA. A function that was left goes on unseen, at most to
+        its end.
+
+        Raises:
+          Interrupted: a signal came.
+        """
+        if not self._before:
+            return function()
+        done: queue.SimpleQueue = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                done.put((function(), None))
+            except BaseException as error:
+                done.put((None, error))
+
+        thread = threading.Thread(target=work, daemon=True)
+        try:
+            with self.giving_up():
+                thread.start()
+                result, error = done.get()
+        except Interrupted:
+            thread.name = LEFT
+            raise
+        if error is not None:
+            raise error
+        return result
 
     def _catch(self, number: int, frame: object) -> None:
         name = signal.Signals(number).name

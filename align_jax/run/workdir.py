@@ -43,6 +43,7 @@ FREE_KEYS = (
     "mesh.",
     "model.remat",
     "model.scan_layers",
+    "train.hang_s",
     "train.max_rollbacks",
     "train.microbatches",
     "train.on_divergence",
