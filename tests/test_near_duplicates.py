@@ -1,7 +1,6 @@
 """perceptual_hash.py and near_duplicates/search.py: exact and bucketed search, groups."""
 
 import io
-import math
 import zipfile
 
 import imagehash
@@ -139,41 +138,59 @@ def test_all_pairs_equal_one_matrix(monkeypatch, block):
 
 
 def test_bucket_pairs_are_true_and_nearly_all(monkeypatch):
-    monkeypatch.setattr(near_duplicates, "_BLOCK_CANDIDATES", 10**6)  # several blocks
     z = clustered_embeddings(4000, 48, seed=1)
-    exact = near_duplicates.all_pairs(z, None, 0.975)
-    bucketed = near_duplicates.bucket_pairs(z, None, 0.975, num_clusters=64)
-    pairs = [set(zip(*found[:2], strict=True)) for found in (exact, bucketed)]
-    assert pairs[1] <= pairs[0] and len(bucketed[0]) == len(pairs[1])
-    assert len(pairs[0]) > 100
-    assert len(pairs[1]) >= 0.98 * len(pairs[0])
-    exact = near_duplicates.all_pairs(z[:2500], z[1500:], 0.975)
-    bucketed = near_duplicates.bucket_pairs(z[:2500], z[1500:], 0.975, num_clusters=64)
-    pairs = [set(zip(*found[:2], strict=True)) for found in (exact, bucketed)]
-    assert pairs[1] <= pairs[0] and len(pairs[1]) >= 0.98 * len(pairs[0]) > 900
+    for most in (4096, 30):  # the second looks up 125 clusters through 11
+        monkeypatch.setattr(near_duplicates, "_MOST_COMPARED", most)
+        exact = near_duplicates.all_pairs(z, None, 0.975)
+        bucketed = near_duplicates.bucket_pairs(z, None, 0.975, num_clusters=125)
+        pairs = [set(zip(*found[:2], strict=True)) for found in (exact, bucketed)]
+        assert pairs[1] <= pairs[0] and len(bucketed[0]) == len(pairs[1])
+        assert len(pairs[0]) > 100
+        assert len(pairs[1]) >= 0.98 * len(pairs[0])
+        exact = near_duplicates.all_pairs(z[:2500], z[1500:], 0.975)
+        bucketed = near_duplicates.bucket_pairs(z[:2500], z[1500:], 0.975, num_clusters=78)
+        pairs = [set(zip(*found[:2], strict=True)) for found in (exact, bucketed)]
+        assert pairs[1] <= pairs[0] and len(pairs[1]) >= 0.98 * len(pairs[0]) > 900
 
 
-def test_bucket_candidates_are_the_pairs_with_three_common_clusters():
-    rng = np.random.default_rng(2)
-    nearest = np.sort([rng.choice(30, 10, replace=False) for _ in range(80)], axis=1)
-    wanted = {
-        (i, j)
-        for i in range(80)
-        for j in range(i + 1, 80)
-        if len(set(nearest[i]) & set(nearest[j])) >= 3
-    }
-    i, j = near_duplicates.sharing(nearest, nearest, 30)
-    assert {
-        pair for pair in zip(i.tolist(), j.tolist(), strict=True) if pair[0] < pair[1]
-    } == wanted
-    assert 0 < len(wanted) < 80 * 79 / 2
+def test_candidates_have_the_nearest_cluster_of_one_among_those_of_the_other():
+    z = clustered_embeddings(300, 16, seed=2)
+    clusters = near_duplicates.find_clusters(z, 20, seed=0)
+    nearest = clusters.nearest(z, 3)
+    found = near_duplicates._compare(z, nearest, z, nearest[:, 0], -1.0)
+    pairs = [pair for i, j, _ in found for pair in zip(i.tolist(), j.tolist(), strict=True)]
+    wanted = {(i, j) for i in range(300) for j in range(300) if nearest[j, 0] in nearest[i]}
+    assert len(pairs) == len(wanted) and set(pairs) == wanted
+
+
+def test_candidates_of_an_image_stay_as_many_however_many_images(monkeypatch):
+    monkeypatch.setattr(near_duplicates, "_MOST_COMPARED", 100)
+    candidates = []
+    for count in (1600, 6400):
+        z = clustered_embeddings(count, 16, seed=count)
+        clusters = near_duplicates.find_clusters(z, count // 32, seed=0)
+        nearest = clusters.nearest(z, near_duplicates.NUM_NEAREST)
+        sizes = np.bincount(nearest[:, 0], minlength=count // 32)
+        candidates.append(sizes[nearest].sum() / count)
+    assert 0.5 < candidates[1] / candidates[0] < 2 and max(candidates) < 600
+
+
+def test_clusters_of_clusters_find_nearly_the_nearest(monkeypatch):
+    z = clustered_embeddings(3000, 16, seed=9)
+    centroids = clustered_embeddings(400, 16, seed=10)
+    exact = near_duplicates.Clusters(centroids, 0).nearest(z, 8)
+    expected = np.argsort(-(z.astype(np.float64) @ centroids.T), axis=1)[:, :8]
+    np.testing.assert_array_equal(exact, expected)
+    monkeypatch.setattr(near_duplicates, "_MOST_COMPARED", 100)
+    probed = near_duplicates.Clusters(centroids, 0).nearest(z, 8)
+    assert all(len(set(row)) == 8 for row in probed.tolist())
+    assert (probed[:, 0] == exact[:, 0]).mean() > 0.95
 
 
 def test_embedding_pairs_beyond_exact_search_use_buckets(monkeypatch):
     z = clustered_embeddings(2500, 16, seed=3)
     exact = near_duplicates.embedding_pairs(z, None)
     monkeypatch.setattr(near_duplicates, "_EXACT_COMPARISONS", 1e6)
-    monkeypatch.setattr(near_duplicates, "_IMAGES_PER_CLUSTER", 50)
     monkeypatch.setattr(near_duplicates, "all_pairs", None)
     first = near_duplicates.embedding_pairs(z, None)
     assert 0.95 * len(exact[0]) <= len(first[0]) <= len(exact[0])
@@ -185,13 +202,14 @@ def test_kmeans_finds_separate_clusters_and_is_seeded():
     centres = np.eye(6, 16, dtype=np.float32)
     z = np.repeat(centres, 50, axis=0) + 0.01
     z /= np.linalg.norm(z, axis=1, keepdims=True)
-    centroids = near_duplicates.kmeans(z, 12, seed=1)
+    centroids = near_duplicates.find_clusters(z, 24, seed=1).centroids
     np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, rtol=1e-6)
     assert ((z @ centroids.T).max(axis=1) > 0.999).all()
-    np.testing.assert_array_equal(centroids, near_duplicates.kmeans(z, 12, seed=1))
-    assert not np.array_equal(centroids, near_duplicates.kmeans(z, 12, seed=2))
+    again = near_duplicates.find_clusters(z, 24, seed=1).centroids
+    np.testing.assert_array_equal(centroids, again)
+    assert not np.array_equal(centroids, near_duplicates.find_clusters(z, 24, seed=2).centroids)
     with pytest.raises(ValueError, match="^5 embeddings cannot make 6 clusters.$"):
-        near_duplicates.kmeans(z[:5], 6, seed=0)
+        near_duplicates.find_clusters(z[:5], 6, seed=0)
 
 
 def test_too_many_similar_embeddings_say_what_to_change(monkeypatch):
@@ -208,31 +226,21 @@ def test_first_of_groups_follows_chains():
     assert near_duplicates.first_of_groups(3, none, none).tolist() == [0, 1, 2]
 
 
-def test_the_papers_scheme_of_buckets():
-    # Jia et al. 2021, appendix A: "4K" clusters, the 10 nearest of each image, buckets of triples
-    # ("choose 10 by 3": 120), near-duplicates above a cosine of 0.975.
+def test_the_papers_threshold():
+    # Jia et al. 2021, appendix A: near-duplicates above a cosine of 0.975.
     assert near_duplicates.MIN_COSINE == 0.975
-    assert math.comb(near_duplicates.NUM_NEAREST, near_duplicates.NUM_SHARED) == 120
-    z = clustered_embeddings(300, 16, seed=4)
-    centroids = clustered_embeddings(40, 16, seed=5)
-    nearest = near_duplicates.nearest_clusters(z, centroids)
-    expected = np.argsort(-(z.astype(np.float64) @ centroids.T), axis=1)[:, :10]
-    np.testing.assert_array_equal(nearest, np.sort(expected, axis=1))
 
 
 @pytest.mark.parametrize(
     ("num_left", "num_right", "clusters"),
     [
         (141_421, None, None),  # 2e10 comparisons at most: exact
-        (141_422, None, 565),
+        (141_422, None, 4_419),  # one for each 32 images
         (4_000_000, 5_000, None),
-        (4_000_001, 5_000, 4096),
-        (1_000_000, None, 4000),  # one for each 250 images
-        (1_023_999, None, 4095),
-        (1_024_000, None, 4096),
-        (50_000_000, 1_000, 4096),
-        (600_000, 200_000, 2400),  # of the larger set
-        (200_000, 600_000, 2400),
+        (4_000_001, 5_000, 125_000),
+        (1_000_000, None, 31_250),
+        (640_000, 200_000, 20_000),  # of the larger set
+        (200_000, 640_000, 20_000),
     ],
 )
 def test_search_is_exact_up_to_2e10_comparisons_then_in_buckets(
@@ -261,10 +269,9 @@ def test_embedding_pairs_exclude_the_threshold():
 
 def slow_kmeans(z, num_clusters, seed, passes):
     """Lloyd's algorithm on cosines, one embedding after another, in float64."""
-    rng = np.random.default_rng(seed)
-    size = min(len(z), 64 * num_clusters)
-    z = z[np.sort(rng.choice(len(z), size, replace=False))].astype(np.float64)
-    centroids = z[np.sort(rng.choice(size, num_clusters, replace=False))].copy()
+    chosen = np.random.default_rng(seed).choice(len(z), num_clusters, replace=False)
+    z = z.astype(np.float64)
+    centroids = z[np.sort(chosen)].copy()
     for _ in range(passes):
         members = [[] for _ in range(num_clusters)]
         for row in z:
@@ -276,17 +283,18 @@ def slow_kmeans(z, num_clusters, seed, passes):
     return centroids
 
 
-def test_kmeans_makes_eight_passes_over_64_embeddings_a_cluster():
+def test_kmeans_makes_four_passes_over_all_embeddings(monkeypatch):
+    monkeypatch.setattr(near_duplicates, "_BLOCK_COSINES", 4000)  # several blocks
     z = clustered_embeddings(2000, 8, seed=6, num_topics=300)
-    made = near_duplicates.kmeans(z, 20, seed=3)
-    np.testing.assert_allclose(made, slow_kmeans(z, 20, 3, passes=8), atol=1e-6)
-    for passes in (7, 9):  # it has not converged, so that the number is seen
+    made = near_duplicates.find_clusters(z, 20, seed=3).centroids
+    np.testing.assert_allclose(made, slow_kmeans(z, 20, 3, passes=4), atol=1e-5)
+    for passes in (3, 5):  # it has not converged, so that the number is seen
         assert np.abs(made - slow_kmeans(z, 20, 3, passes)).max() > 1e-3
 
 
 def test_kmeans_leaves_an_empty_cluster_where_it_was():
     z = np.repeat(np.eye(3, dtype=np.float32), 4, axis=0)
-    made = near_duplicates.kmeans(z, 8, seed=0)
+    made = near_duplicates.find_clusters(z, 8, seed=0).centroids
     np.testing.assert_allclose(np.linalg.norm(made, axis=1), 1, rtol=1e-6)
     assert set(map(tuple, made.tolist())) <= set(map(tuple, np.eye(3).tolist()))
 

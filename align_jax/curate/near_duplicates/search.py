@@ -1,9 +1,11 @@
 """Near-duplicates among image embeddings, and groups of near-duplicates.
 
-Pairs are found exactly by comparing all, or at scale by the paper's scheme of buckets of clusters.
+Pairs are found exactly by comparing all, or at scale within buckets of clusters, after the paper.
 """
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -16,13 +18,12 @@ from align_jax.data.perceptual_hash import MAX_PAIRS
 from align_jax.run.progress import show_progress
 
 MIN_COSINE = 0.975
-NUM_NEAREST, NUM_SHARED = 10, 3
+NUM_NEAREST = 8  # clusters in which an image looks for others
 
 _EXACT_COMPARISONS = 2e10  # of two embeddings; minutes on two cores
 _BLOCK_COSINES = 2**24
-_BLOCK_CANDIDATES = 2**23
-_IMAGES_PER_CLUSTER, _MAX_CLUSTERS = 250, 4096
-_TRAINED_ON_PER_CLUSTER = 64
+_IMAGES_PER_CLUSTER, _NUM_PASSES = 32, 4
+_MOST_COMPARED, _NUM_PROBED = 4096, 8  # clusters; beyond that, of clusters of them
 
 
 def match(sets: Sequence[ImageSet], min_cosine: float) -> tuple[Matches, dict[str, int]]:
@@ -64,8 +65,7 @@ def embedding_pairs(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the pairs of embeddings with a cosine above `min_cosine`.
 
-    Exact up to 2e10 comparisons, else by `bucket_pairs` with a cluster for each 250 images, at most
-    the 4096 of the paper.
+    Exact up to 2e10 comparisons, else by `bucket_pairs` with a cluster for each 32 images.
 
     Args:
       left: float32 [N, D], unit norm.
@@ -87,7 +87,7 @@ def embedding_pairs(
     num_right = len(left) if right is None else len(right)
     if len(left) * num_right <= _EXACT_COMPARISONS:
         return all_pairs(left, right, min_cosine)
-    num_clusters = min(_MAX_CLUSTERS, max(len(left), num_right) // _IMAGES_PER_CLUSTER)
+    num_clusters = max(len(left), num_right) // _IMAGES_PER_CLUSTER
     return bucket_pairs(left, right, min_cosine, num_clusters)
 
 
@@ -120,102 +120,151 @@ def bucket_pairs(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns what `embedding_pairs` does, less the pairs that share no bucket.
 
-    Each image goes into C(10, 3) = 120 buckets: the triples of its 10 nearest clusters. Only pairs
-    in a common bucket are compared.
+    A bucket is a cluster: it holds the images of which it is the nearest, which are compared with
+    all images that have it among their 8 nearest. As the clusters grow with the images, an image is
+    compared with as many others whatever their number.
 
     Args:
       left: float32 [N, D], unit norm.
       right: float32 [M, D], unit norm, or None.
       min_cosine: as in `embedding_pairs`.
-      num_clusters: at least 10.
+      num_clusters: at most the number of images of the larger set.
       seed: of the clusters; the same on the same machine gives the same pairs.
 
-    Source: Jia et al. 2021, appendix A.
+    Source: after Jia et al. 2021, appendix A, which takes 4096 clusters, and as buckets the triples
+    of the 10 nearest of an image: candidates then grow with the images.
     """
-    if num_clusters < NUM_NEAREST:
-        raise ValueError(f"num_clusters={num_clusters} must be at least {NUM_NEAREST}.")
     inside = right is None
     pool = left if inside or len(left) >= len(right) else right
-    centroids = kmeans(pool, num_clusters, seed)
-    nearest_left = nearest_clusters(left, centroids)
-    nearest_right = nearest_left if inside else nearest_clusters(right, centroids)
-    right = left if inside else right
+    clusters = find_clusters(pool, num_clusters, seed)
+    nearest_left = clusters.nearest(left, NUM_NEAREST)
     found = _Found(min_cosine)
-    members = max(1, NUM_NEAREST**2 * len(right) // num_clusters)  # met by a row, more or less
-    rows = max(1, _BLOCK_CANDIDATES // members)
-    starts = range(0, len(left), rows)
-    for start in show_progress(starts, len(starts), "compare buckets", "block"):
-        i, j = sharing(nearest_left[start : start + rows], nearest_right, num_clusters)
-        i += start
-        if inside:
-            i, j = i[i < j], j[i < j]
-        for begin in range(0, len(i), _BLOCK_COSINES // left.shape[1]):
-            near_i, near_j = (x[begin : begin + _BLOCK_COSINES // left.shape[1]] for x in (i, j))
-            cosine = np.einsum("PD,PD->P", left[near_i], right[near_j])
-            near = cosine > min_cosine
-            found.add(near_i[near], near_j[near], cosine[near])
+    if inside:
+        for i, j, cosine in _compare(left, nearest_left, left, nearest_left[:, 0], min_cosine):
+            apart = i != j
+            i, j = i[apart], j[apart]
+            found.add(np.minimum(i, j), np.maximum(i, j), cosine[apart])
+        return found.in_order()
+    nearest_right = clusters.nearest(right, NUM_NEAREST)
+    for i, j, cosine in _compare(left, nearest_left, right, nearest_right[:, 0], min_cosine):
+        found.add(i, j, cosine)
+    for j, i, cosine in _compare(right, nearest_right, left, nearest_left[:, 0], min_cosine):
+        found.add(i, j, cosine)
     return found.in_order()
 
 
-def kmeans(z: np.ndarray, num_clusters: int, seed: int, num_iterations: int = 8) -> np.ndarray:
-    """Returns centroids, float32 [num_clusters, D], unit norm, by Lloyd's algorithm on cosines.
+class Clusters:
+    """Unit vectors to which embeddings are assigned; many are looked up through fewer.
 
-    Trained on at most 64 embeddings a cluster, drawn by the seed, which also draws the first
-    centroids; an empty cluster keeps its centroid.
+    Attributes:
+      centroids: float32 [K, D], unit norm.
+    """
+
+    def __init__(self, centroids: np.ndarray, seed: int):
+        """Keeps the centroids; more than 4096 are put into clusters of their own, by the seed."""
+        self.centroids = centroids
+        self._coarse = None
+        if len(centroids) > _MOST_COMPARED:
+            self._coarse = find_clusters(centroids, math.isqrt(len(centroids)), seed)
+            group = self._coarse.nearest(centroids, 1)[:, 0]
+            self._order = np.argsort(group, kind="stable")
+            self._starts = np.searchsorted(
+                group[self._order], np.arange(len(self._coarse.centroids) + 1)
+            )
+
+    def nearest(self, z: np.ndarray, count: int) -> np.ndarray:
+        """Returns the clusters of the largest cosines, the largest first, int64 [N, count]."""
+        count = min(count, len(self.centroids))
+        compared = len(self.centroids)
+        if self._coarse:
+            compared = _NUM_PROBED * count + len(self._coarse.centroids)
+        rows = max(1, _BLOCK_COSINES // compared)
+        nearest = np.empty((len(z), count), np.int64)
+        for start in range(0, len(z), rows):
+            block = np.asarray(z[start : start + rows])
+            if self._coarse:
+                nearest[start : start + rows] = self._probe(block, count)
+            else:
+                nearest[start : start + rows] = _top(block @ self.centroids.T, count)[0]
+        return nearest
+
+    def _probe(self, z: np.ndarray, count: int) -> np.ndarray:
+        """Looks in the coarse clusters that are nearest."""
+        probed = self._coarse.nearest(z, _NUM_PROBED)
+        cosines = np.full((len(z), probed.shape[1], count), -np.inf, np.float32)
+        numbers = np.zeros(cosines.shape, np.int64)
+        order = np.argsort(probed, axis=None, kind="stable")
+        edges = np.searchsorted(probed.ravel()[order], np.arange(len(self._starts)))
+        for group, (low, high) in enumerate(itertools.pairwise(edges)):
+            inside = self._order[self._starts[group] : self._starts[group + 1]]
+            if low < high and len(inside):
+                rows, slots = np.divmod(order[low:high], probed.shape[1])
+                best, cosine = _top(z[rows] @ self.centroids[inside].T, min(count, len(inside)))
+                numbers[rows, slots, : best.shape[1]] = inside[best]
+                cosines[rows, slots, : best.shape[1]] = cosine
+        best, _ = _top(cosines.reshape(len(z), -1), count)
+        return np.take_along_axis(numbers.reshape(len(z), -1), best, axis=1)
+
+
+def find_clusters(z: np.ndarray, num_clusters: int, seed: int) -> Clusters:
+    """Returns clusters by four passes of Lloyd's algorithm on cosines over all embeddings.
+
+    The seed draws the embeddings that are the first centroids; an empty cluster keeps its centroid.
 
     Raises:
       ValueError: fewer embeddings than clusters.
     """
     if len(z) < num_clusters:
         raise ValueError(f"{len(z)} embeddings cannot make {num_clusters} clusters.")
-    rng = np.random.default_rng(seed)
-    size = min(len(z), _TRAINED_ON_PER_CLUSTER * num_clusters)
-    z = z[np.sort(rng.choice(len(z), size, replace=False))]
-    centroids = z[np.sort(rng.choice(size, num_clusters, replace=False))].copy()
-    for _ in show_progress(range(num_iterations), num_iterations, "find clusters", "pass"):
-        labels = nearest_clusters(z, centroids, 1)[:, 0]
-        one_hot = (np.ones(size, np.float32), (labels, np.arange(size)))
-        sums = scipy.sparse.csr_matrix(one_hot, shape=(num_clusters, size)) @ z
-        norms = np.linalg.norm(sums, axis=1)
-        moved = norms > 0
-        centroids[moved] = sums[moved] / norms[moved, None]
-    return centroids
+    chosen = np.random.default_rng(seed).choice(len(z), num_clusters, replace=False)
+    clusters = Clusters(np.array(z[np.sort(chosen)], np.float32), seed)
+    rows = max(1, _BLOCK_COSINES // z.shape[1])
+    starts = range(0, len(z), rows)
+    for number in range(_NUM_PASSES):
+        sums = np.zeros(clusters.centroids.shape, np.float32)
+        for start in show_progress(starts, len(starts), f"find clusters, pass {number}", "block"):
+            block = np.asarray(z[start : start + rows])
+            labels = clusters.nearest(block, 1)[:, 0]
+            ones = (np.ones(len(block), np.float32), (labels, np.arange(len(block))))
+            sums += scipy.sparse.csr_matrix(ones, shape=(num_clusters, len(block))) @ block
+        norms = np.linalg.norm(sums, axis=1, keepdims=True)
+        moved = sums / np.maximum(norms, 1e-12)
+        clusters = Clusters(np.where(norms > 0, moved, clusters.centroids), seed)
+    return clusters
 
 
-def nearest_clusters(z: np.ndarray, centroids: np.ndarray, count: int = NUM_NEAREST) -> np.ndarray:
-    """Returns the `count` clusters of the largest cosines, int64 [N, count], in order of number."""
-    rows = max(1, _BLOCK_COSINES // len(centroids))
-    nearest = np.empty((len(z), count), np.int64)
-    for start in range(0, len(z), rows):
-        cosines = z[start : start + rows] @ centroids.T
-        if count == 1:
-            nearest[start : start + rows, 0] = cosines.argmax(axis=1)
-        else:
-            best = np.argpartition(cosines, -count, axis=1)[:, -count:]
-            nearest[start : start + rows] = np.sort(best, axis=1)
-    return nearest
+def _top(cosines: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns columns and values of the `count` largest of each row, the largest first."""
+    best = np.argpartition(cosines, -count, axis=1)[:, -count:]
+    values = np.take_along_axis(cosines, best, axis=1)
+    order = np.argsort(-values, axis=1, kind="stable")
+    return np.take_along_axis(best, order, axis=1), np.take_along_axis(values, order, axis=1)
 
 
-def sharing(
-    left: np.ndarray, right: np.ndarray, num_clusters: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rows (i, j), int64 [P], that have at least three clusters in common.
-
-    They are the pairs with a common bucket, found without making the buckets: a pair may share
-    many of its 120.
-    """
-
-    def membership(nearest: np.ndarray) -> scipy.sparse.csr_matrix:
-        # [N, 10] -> [N, num_clusters]
-        ends = np.arange(len(nearest) + 1) * nearest.shape[1]
-        shape = (len(nearest), num_clusters)
-        return scipy.sparse.csr_matrix(
-            (np.ones(nearest.size, np.int8), nearest.ravel(), ends), shape=shape
-        )
-
-    common = (membership(left) @ membership(right).T).tocoo()
-    enough = common.data >= NUM_SHARED
-    return common.row[enough].astype(np.int64), common.col[enough].astype(np.int64)
+def _compare(
+    left: np.ndarray,
+    nearest: np.ndarray,
+    right: np.ndarray,
+    first: np.ndarray,
+    min_cosine: float,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields the near pairs (i, j, cosine) where `first` [M] of j is in `nearest` [N, 8] of i."""
+    asking = np.argsort(nearest, axis=None, kind="stable")
+    members = np.argsort(first, kind="stable")
+    numbers, starts = np.unique(first[members], return_index=True)
+    ends = np.append(starts[1:], len(members))
+    sought = nearest.ravel()[asking]
+    low, high = np.searchsorted(sought, numbers), np.searchsorted(sought, numbers, "right")
+    buckets = zip(low.tolist(), high.tolist(), starts.tolist(), ends.tolist(), strict=True)
+    for begin, end, start, stop in show_progress(buckets, len(numbers), "compare", "bucket"):
+        j = members[start:stop]
+        z = right[j]
+        step = max(1, _BLOCK_COSINES // len(j))
+        for at in range(begin, end, step):
+            i = asking[at : min(at + step, end)] // nearest.shape[1]
+            cosines = left[i] @ z.T
+            rows, columns = np.nonzero(cosines > min_cosine)
+            yield i[rows], j[columns], cosines[rows, columns]
 
 
 def first_of_groups(num_images: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:
