@@ -373,6 +373,7 @@ def _open_run(
         embeddings = image_embeddings.ImageEmbeddings(config.data.image_embeddings, source)
     with _naming("config.eval.evaluators"):
         evaluators = evals_lib.make_evaluators(config.eval.evaluators.to_dict())
+        evals_lib.check_classes(evaluators, source.classes if is_classifier else None)
     prepared = config
     takes_words = not is_classifier and config.init_towers != "image"
     if config.init_from and takes_words and not workdir.is_run(path):

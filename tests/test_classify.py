@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 from unittest import mock
 
 import jax
@@ -22,6 +23,7 @@ from align_jax.cli import main as cli
 from align_jax.data import inception
 from align_jax.evals import classify, image_classifier
 from align_jax.models import efficientnet, layers
+from align_jax.plan import aot
 
 BATCH, SIZE, CLASSES = 16, 32, 5
 HEAD = {"optim.image_lr_multiplier": 0.0}
@@ -426,6 +428,20 @@ def test_what_a_classifier_cannot_do_is_said_in_one_line(folder, monkeypatch, ca
     assert "the classifier has 7 classes and source 10" in message
     with pytest.raises(ValueError, match="is a classifier"):
         align.load("whole")
+    with pytest.raises(ValueError, match="config.task='classify' cannot be planned"):
+        aot.compile_report(settings(), jax.devices())
+    shutil.copytree("whole", "half", ignore=shutil.ignore_patterns("classes.json"))
+    message = error_of(capfd, "eval", "--model", "half")
+    assert message.startswith("half/classes.json cannot be used")
+    for changed, argument in (("colours.py", ""), ("config.py", "--config.task=contrastive")):
+        arguments = ["train", "--config", changed, "--workdir", "no", *filter(None, [argument])]
+        if argument:
+            arguments.append("--config.data.source=scenes?size=9")
+        message = error_of(capfd, *arguments)  # before anything compiles
+        said = "has no head of classes" if argument else "has 7 classes and source 10"
+        assert (
+            message.startswith("config.eval.evaluators: Evaluator 'own': the ") and said in message
+        )
 
 
 def test_evaluator_counts_what_it_cannot_read_and_gives_the_accuracies_by_hand():

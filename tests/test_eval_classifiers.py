@@ -161,3 +161,13 @@ def test_classifiers_learn_two_levels_and_count_broken_images(make):
 def test_bad_arguments_raise(make, arguments, message):
     with pytest.raises(ValueError, match=message):
         make("c", _Source([1, 200]), **({"train": _Source([1, 200])} | arguments))
+
+
+def test_few_shot_scores_are_mean_and_deviation_of_its_seeds():
+    levels = np.random.default_rng(0).integers(60, 140, 60).tolist()
+    evaluator = FewShot("c", _Source(levels[:30]), train=_Source(levels[30:]), shots=1, seeds=4)
+    metrics = evaluator(_Model())
+    seeds = [metrics[f"shot1_seed{seed}"] for seed in range(4)]
+    assert len(set(seeds)) > 1
+    assert metrics["shot1"] == pytest.approx(sum(seeds) / 4)
+    assert metrics["shot1_std"] == pytest.approx(np.std(seeds))

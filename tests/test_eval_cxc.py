@@ -121,6 +121,9 @@ def test_a_model_that_knows_the_images_scores_full_marks(coco, monkeypatch):
     assert metrics["image_to_text_queries"] == 5 and metrics["text_to_image_queries"] == 10
     assert metrics["text_to_text_queries"] == 10
     assert metrics["sis"] == pytest.approx(100.0, abs=25) and metrics["sis_pairs"] == 10
+    mean = np.mean([metrics[kind] for kind in ("sts", "sis", "sits")])
+    assert metrics["correlation_mean"] == pytest.approx(mean)
+    assert len({metrics[kind] for kind in ("sts", "sis", "sits")}) > 1
     assert metrics["num_images"] == 5 and metrics["num_skipped"] == 1
     assert metrics["problems/image_missing"] == 1
     table = format_table({f"cxc/{key}": value for key, value in metrics.items()}, [evaluator])

@@ -121,6 +121,10 @@ def test_recalls_by_language_are_those_of_retrieval_and_images_are_embedded_once
         for scores, expected in zip(tasks, alone.mteb(found).values(), strict=True):
             assert scores[row].items() >= place.items()
             assert {key: scores[row][key] for key in expected} == pytest.approx(expected)
+    blank = "un 0\n \nun 80\nun 80\n"
+    (multi30k / "data/task1/raw/test_2016_flickr.fr").write_text(blank)
+    found = make_evaluator("m", entry)(_Model())
+    assert (found["fr/num_captions"], found["de/num_captions"]) == (3, metrics["de/num_captions"])
     assert 0 < metrics["fr/text_to_image_r1"] < metrics["de/text_to_image_r1"] == 100.0
     means = [metrics[f"{lang}/mean_recall"] for lang in ("de", "fr")]
     assert metrics["mean_recall"] == pytest.approx(np.mean(means))

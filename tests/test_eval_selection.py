@@ -31,6 +31,14 @@ def test_accuracies_of_hand_made_scores():
     )
 
 
+def test_pictures_of_equal_scores_choose_wrongly():
+    # Each picture prefers its caption, but the second is as near to the first's caption.
+    scores = [np.array([[0.5, 0.1], [0.5, 0.9]])]
+    assert choice_accuracies(scores) == pytest.approx(
+        {"text_accuracy": 100.0, "image_accuracy": 0.0, "group_accuracy": 0.0, "chance": 25.0}
+    )
+
+
 class _Model:
     """A grey picture and its level as text have the same vector."""
 
@@ -89,6 +97,7 @@ def test_aro_crops_to_the_box_and_means_over_relations(folder):
     base = {"image_path": "halves.png", "true_caption": "200", "false_caption": "100"}
     _write(folder, "aro.json", [
         base | box | {"relation_name": "on"},
+        base | box | {"bbox_x": 0, "true_caption": "0", "relation_name": "on"},
         base | {"relation_name": "in"},  # whole: its mean is 100
         base | {"relation_name": "in"},
         base | box | {"relation_name": "in"},

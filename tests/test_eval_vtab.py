@@ -9,7 +9,7 @@ from helpers import decoded
 from PIL import Image
 from test_eval_labels import write_splits
 
-from align_jax.evals import make_evaluator
+from align_jax.evals import make_evaluator, vtab
 from align_jax.evals.tables import format_table
 from align_jax.evals.vtab import (
     GROUPS,
@@ -93,7 +93,40 @@ def data(tmp_path):
     return tmp_path
 
 
-def test_tasks_that_are_there_are_probed_on_the_published_splits(data):
+# Part of T, the examples of the original training split, after which the 200 begin (None: the first
+# 200 of validation), and the test split: by the code of google-research/task_adaptation.
+SPLITS = {
+    "caltech101": (9, "test"), "cifar100": (9, "test"), "dtd": (None, "test"),
+    "oxford_flowers102": (None, "test"), "oxford_iiit_pet": (8, "test"), "sun397": (None, "test"),
+    "svhn_cropped": (9, "test"), "patch_camelyon": (None, "test"), "eurosat": (6, "train 8"),
+    "resisc45": (6, "train 8"), "diabetic_retinopathy": (None, "test"),
+    "clevr_count": (9, "validation"), "clevr_distance": (9, "validation"), "dmlab": (None, "test"),
+    "kitti_distance": (None, "test"), "dsprites_x_position": (8, "train 9"),
+    "dsprites_orientation": (8, "train 9"), "smallnorb_azimuth": ("test[:200]", "test[50%:]"),
+    "smallnorb_elevation": ("test[:200]", "test[50%:]"),
+}  # fmt: skip
+
+
+def test_splits_of_all_tasks_are_the_published_ones():
+    expected = {}
+    for task, (part, test) in SPLITS.items():
+        val = "validation[:200]" if part is None else part
+        if isinstance(part, int):
+            val = f"train[{{T:{part}/10}}:{{T:{part}/10+200}}]"
+        if test.startswith("train "):
+            test = f"train[{{T:{test[6:]}/10}}:]"
+        expected[task] = val, test
+    assert {name: (task.val, task.test) for name, task in TASKS.items()} == expected
+
+
+def test_tasks_that_are_there_are_probed_on_the_published_splits(data, monkeypatch):
+    fitted, fit = [], vtab.fit_logistic
+
+    def watched(z, labels, *args, **kwargs):
+        fitted.append(z.tobytes())
+        return fit(z, labels, *args, **kwargs)
+
+    monkeypatch.setattr(vtab, "fit_logistic", watched)
     entry = {"type": "vtab", "data": str(data)}
     with pytest.raises(ValueError, match="tasks: 'dtt' is unknown; use of: caltech101"):
         make_evaluator("vtab", entry | {"tasks": ("dtt",)})
@@ -107,6 +140,9 @@ def test_tasks_that_are_there_are_probed_on_the_published_splits(data):
     assert first == ["00000000", "00000000"]
     assert evaluator._splits["dsprites_x_position"][1]._split == "train[3200:3400]"
     metrics = evaluator(model)
+    # The penalty is chosen by the 800, the last fit of a task has the 200 after them.
+    last, chosen = fitted[-1], fitted[-2]
+    assert last.startswith(chosen) and 4 * len(last) == 5 * len(chosen)
     assert metrics["dtd"] > 95 and metrics["dsprites_x_position"] == 100.0
     assert max(map(max, model.levels[3:])) == 255  # 1 of dsprites
     assert metrics["num_tasks"] == 2 and metrics["problems/data_missing"] == 1

@@ -49,8 +49,8 @@ class Evaluator(Protocol):
     It may also have: `table(metrics)`, header and rows of its part of the table (rows of equal
     headers stand together; without it, each metric is a row); `write_plots(folder)`, pictures of
     its last call; `problems`, what its last call left out; `stamps`, what identifies its data,
-    argument -> stamp; `clip_benchmark(metrics)`, `mteb(metrics)` and `open_clip(metrics)`, its
-    metrics in the files of these tools, see peers.py.
+    argument -> stamp; `check_classes(classes)`, see `check_classes`; `clip_benchmark(metrics)`,
+    `mteb(metrics)` and `open_clip(metrics)`, its metrics in the files of these tools, see peers.py.
     """
 
     name: str
@@ -101,6 +101,21 @@ def make_evaluator(name: str, entry: Mapping[str, Any]) -> Evaluator:
         return make(name, **arguments)
     except (ValueError, TypeError) as error:  # a source that is neither text nor source, too
         raise ValueError(f"Evaluator '{name}': {error}") from error
+
+
+def check_classes(evaluators: Iterable[Evaluator], classes: Sequence[str] | None) -> None:
+    """Raises ValueError, with its name, if an evaluator cannot take a model of these classes.
+
+    Args:
+      evaluators: of which some have `check_classes`.
+      classes: of a classifier; None: of a dual encoder.
+    """
+    for evaluator in evaluators:
+        if hasattr(evaluator, "check_classes"):
+            try:
+                evaluator.check_classes(classes)
+            except ValueError as error:
+                raise ValueError(f"Evaluator '{evaluator.name}': {error}") from error
 
 
 def _fits(value: Any, annotation: Any) -> bool:

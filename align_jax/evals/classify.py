@@ -4,7 +4,7 @@ Source: Jia et al. 2021, section 5.3: one central crop; top-1 and top-5 for Imag
 the mean per class for Flowers-102 and Oxford Pets, and top-1 for Cars and Food.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -45,17 +45,7 @@ class Classify:
         Raises:
           ValueError: the model is no classifier, or has other classes; or no image can be read.
         """
-        if not hasattr(model, "class_scores"):
-            raise ValueError(
-                "the model has no head of classes; train one with config.task='classify', or use "
-                "type='zeroshot'."
-            )
-        if model.classes != tuple(self.source.classes):
-            raise ValueError(
-                f"the classifier has {len(model.classes)} classes and source "
-                f"{len(self.source.classes)}, or they have other names or another order: "
-                f"{', '.join(model.classes[:3])} ... and {', '.join(self.source.classes[:3])} ..."
-            )
+        self.check_classes(getattr(model, "classes", None))
         self.problems = Problems()
         found = encode_labelled(_Scores(model), self.source, self.problems)
         counts = {"num_images": len(found.labels), "num_classes": len(model.classes)}
@@ -63,6 +53,20 @@ class Classify:
         metrics = reported_accuracy(ranks, found.labels, len(model.classes))
         metrics |= {"loss": cross_entropy(found.z, found.labels)}
         return metrics | counts | count_problems(self.problems)
+
+    def check_classes(self, classes: Sequence[str] | None) -> None:
+        """Raises ValueError if a model of these classes, or without a head, cannot be evaluated."""
+        if classes is None:
+            raise ValueError(
+                "the model has no head of classes; train one with config.task='classify', or use "
+                "type='zeroshot'."
+            )
+        if tuple(classes) != tuple(self.source.classes):
+            raise ValueError(
+                f"the classifier has {len(classes)} classes and source "
+                f"{len(self.source.classes)}, or they have other names or another order: "
+                f"{', '.join(classes[:3])} ... and {', '.join(self.source.classes[:3])} ..."
+            )
 
     def table(self, metrics: Mapping[str, float]) -> list[list[str]]:
         """Returns header and rows of the table of results."""

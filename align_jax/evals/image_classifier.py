@@ -99,8 +99,8 @@ class ImageClassifier:
 
 
 def is_workdir(path: str | os.PathLike) -> bool:
-    """Returns whether a path is the workdir of a classifier; its config may be damaged."""
-    return (Path(path) / "classes.json").is_file()
+    """Returns whether a path is the workdir of a classifier."""
+    return (Path(path) / "checkpoints").is_dir() and trained.is_classifier(path)
 
 
 def load(path: str | os.PathLike, *, step: int | None = None) -> ImageClassifier:

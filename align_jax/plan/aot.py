@@ -105,6 +105,10 @@ def compile_report(config: ConfigDict, devices: list[jax.Device]) -> dict[str, A
         config.data.source = config.data.source or "none"  # not needed here
     hosts = len({device.process_index for device in devices})
     config_checks.validate(config, num_devices=len(devices), num_processes=hosts)
+    if config.task != "contrastive":
+        raise ValueError(
+            f"config.task={config.task!r} cannot be planned: only contrastive training can."
+        )
     mesh = mesh_lib.make_mesh(**config.mesh, devices=devices)
     vocab_size = _vocab_size(config)
     model, _, abstract, step_fn = train.make_program(config, mesh, vocab_size=vocab_size)

@@ -153,11 +153,13 @@ def load(
     """
     workdir = Path(workdir)
     config = load_config(workdir)
+    if config.task == "classify":
+        read_classes(workdir)
     tokenizer, preprocessing = read(workdir)
-    if (config.task == "classify") != (tokenizer is None):
+    if tokenizer is None and config.task != "classify":
         raise ValueError(
             f"{workdir} contradicts itself: config.task={config.task!r} by config.json, but "
-            f"{_CLASSES} is {'missing' if tokenizer else 'there'}; put the run's own files back."
+            f"{_CLASSES} is there; put the run's own files back."
         )
     if tokenizer is not None and tokenizer.fingerprint() != preprocessing.tokenizer_fingerprint:
         raise ValueError(
