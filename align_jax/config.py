@@ -86,11 +86,16 @@ def default_config() -> ConfigDict:
     loss.negatives = 1.0  # share of the in-batch negatives, drawn anew each step: 1.0, 0.5, 0.25
 
     c.optim = optim = ConfigDict()
-    optim.name = "lamb"  # "lamb", "adamw", "lion" or "sgd" (momentum b1)
+    # "lamb", "adamw", "lion", "sgd" (momentum b1), "adafactor" or "muon"
+    optim.name = "lamb"
     optim.learning_rate = 1e-3  # peak
     optim.warmup_steps = 10_000  # linear from 0; the first update has rate 0
-    # Decay to 0: "linear" or "cosine"; or "steps": times decay_factor after each decay_every.
+    # After the warm-up: "linear" or "cosine" to min_learning_rate; "constant" or "rsqrt", which
+    # cooldown_steps before the end begin to go there linearly (warm-up, stable, decay); or "steps":
+    # times decay_factor after each decay_every.
     optim.schedule = "linear"
+    optim.cooldown_steps = 0
+    optim.min_learning_rate = 0.0  # at the end
     optim.decay_every = 0.3  # of "steps", share of the run after warm-up
     optim.decay_factor = 0.2  # of "steps"
     optim.weight_decay = 1e-5
@@ -110,6 +115,9 @@ def default_config() -> ConfigDict:
     optim.temperature_lr_multiplier = 1.0
     optim.image_lr_multiplier = 1.0  # 0 freezes the tower (locked-image tuning)
     optim.text_lr_multiplier = 1.0
+    # ((regex, multiplier), ...) on names of parameters: of the regexes found in one, the first.
+    optim.lr_rules = ()
+    optim.layer_decay = 1.0  # rate of a layer by that of the layer above it, down from projections
     # Regexes on names of parameters that stay as they are, at no cost; a tower of which nothing
     # learns is in eval mode.
     optim.freeze = ()

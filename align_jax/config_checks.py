@@ -57,11 +57,7 @@ def validate(config: ConfigDict, *, num_devices: int, num_processes: int = 1) ->
     _check_batch(config, num_devices, num_processes)
     if config.lora.rank:
         _check_lora(config)
-    if config.optim.warmup_steps >= config.train.steps:
-        raise ValueError(
-            f"config.optim.warmup_steps={config.optim.warmup_steps} leaves nothing of "
-            f"config.train.steps={config.train.steps}."
-        )
+    _check_rates(config.optim, config.train.steps)
     _check_learned(config)
     for name, entry in config.eval.evaluators.items():
         every = entry.get("every_steps", 1)
@@ -93,6 +89,7 @@ _POSITIVE = (
     "loss.tile_size",
     "loss.temperature_init",
     "optim.learning_rate",
+    "optim.layer_decay",
     "optim.eps",
     "optim.decay_every",
     "lora.alpha",
@@ -118,6 +115,8 @@ _NOT_NEGATIVE = (
     "data.num_workers",
     "data.eval_image_size",
     "optim.warmup_steps",
+    "optim.cooldown_steps",
+    "optim.min_learning_rate",
     "optim.weight_decay",
     "optim.clip_norm",
     "optim.temperature_lr_multiplier",
@@ -149,9 +148,9 @@ def _choices() -> dict[str, tuple[Any, ...]]:
         "loss.form": losses.FORMS,
         "loss.mask_duplicates": tuple(losses.DUPLICATES),
         "loss.negatives": tuple(losses.NEGATIVES),
-        "optim.name": ("lamb", "adamw", "lion", "sgd"),
+        "optim.name": ("lamb", "adamw", "lion", "sgd", "adafactor", "muon"),
         "optim.momentum_dtype": ("float32", "bfloat16"),
-        "optim.schedule": ("linear", "cosine", "steps"),
+        "optim.schedule": ("linear", "cosine", "steps", "constant", "rsqrt"),
         "optim.temperature": ("same", "log", "fixed"),
         "train.on_divergence": ("stop", "rollback"),
     }
@@ -260,6 +259,44 @@ def _check_batch(config: ConfigDict, num_devices: int, num_processes: int) -> No
         )
 
 
+def _check_rates(optim: ConfigDict, steps: int) -> None:
+    if optim.warmup_steps + optim.cooldown_steps >= steps:
+        cooldown = f" and cooldown_steps={optim.cooldown_steps}" if optim.cooldown_steps else ""
+        raise ValueError(
+            f"config.optim.warmup_steps={optim.warmup_steps}{cooldown} leaves nothing of "
+            f"config.train.steps={steps}."
+        )
+    if optim.cooldown_steps and optim.schedule not in ("constant", "rsqrt"):
+        raise ValueError(
+            f"config.optim.cooldown_steps={optim.cooldown_steps} is of the schedules 'constant' "
+            f"and 'rsqrt', not of {optim.schedule!r}."
+        )
+    if optim.min_learning_rate and not optim.cooldown_steps:
+        if optim.schedule not in ("linear", "cosine"):
+            raise ValueError(
+                f"config.optim.min_learning_rate={optim.min_learning_rate} is reached at the end "
+                f"of a cool-down; {optim.schedule!r} needs config.optim.cooldown_steps."
+            )
+    if optim.min_learning_rate > optim.learning_rate:
+        raise ValueError(
+            f"config.optim.min_learning_rate={optim.min_learning_rate} is above "
+            f"config.optim.learning_rate={optim.learning_rate}."
+        )
+    for rule in optim.lr_rules:
+        if not (
+            isinstance(rule, tuple)
+            and len(rule) == 2
+            and isinstance(rule[0], str)
+            and isinstance(rule[1], int | float)
+            and 0 < rule[1] < math.inf
+        ):
+            raise ValueError(
+                f"config.optim.lr_rules holds {rule!r}, not (regex, multiplier above 0); what is "
+                "not to learn is named by config.optim.freeze."
+            )
+    _check_patterns([pattern for pattern, _ in optim.lr_rules], "optim.lr_rules")
+
+
 def _check_lora(config: ConfigDict) -> None:
     on = f"config.lora.rank={config.lora.rank}"
     if not config.init_from or config.init_towers != "both":
@@ -286,7 +323,8 @@ def _check_lora(config: ConfigDict) -> None:
 
 def _check_learned(config: ConfigDict) -> None:
     frozen, cached = freeze.make_frozen(config.optim), config.data.image_embeddings
-    if not frozen and not config.lora.rank and not cached:
+    ruled = [pattern for pattern, _ in config.optim.lr_rules]
+    if not (frozen or ruled or config.lora.rank or cached):
         return
     # Either raises where a regex is found nowhere. No name depends on the vocabulary.
     if config.task == "classify":
@@ -294,8 +332,14 @@ def _check_learned(config: ConfigDict) -> None:
     else:
         model = dual_encoder.make_model(config.model, config.loss, vocab_size=1, lora=config.lora)
     shapes = dual_encoder.abstract_variables(model)
-    freeze.check(frozen, model.lora, shapes["params"])
+    freeze.check_found(frozen, shapes["params"], "optim.freeze")
     learned = freeze.learned(frozen, model.lora, shapes["params"])
+    if not learned:
+        raise ValueError(
+            "config.optim freezes all: by freeze, image_lr_multiplier, text_lr_multiplier and "
+            "temperature nothing is left to learn."
+        )
+    freeze.check_found(ruled, learned, "optim.lr_rules")
     of_image = [name for name in (learned | learned.get("lora", {})) if name.startswith("image")]
     if cached and of_image:
         raise ValueError(

@@ -1,16 +1,17 @@
-"""Optimizers and schedules: LAMB as in the paper, AdamW, Lion, SGD; masks by name, one rule per
-tower.
+"""Optimizers and schedules: LAMB as in the paper, AdamW, Lion, SGD, Adafactor, Muon; rules by name.
 
 The temperature is a scalar and has its own rule: see `optim.temperature` in `config.py`.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from ml_collections import ConfigDict
 
 from align_jax import trees
@@ -21,7 +22,11 @@ CLASSIFIER = ("image", "head")
 
 
 def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
-    """Returns step -> learning rate: linear warm-up from 0 to the peak, then decay to 0 at `steps`.
+    """Returns step -> learning rate: linear warm-up from 0 to the peak, then one of five courses.
+
+    "linear" and "cosine" fall to `min_learning_rate` at `steps`. "constant" stays and "rsqrt" falls
+    as one over the root of the step until `cooldown_steps` before the end, from where both go
+    linearly to `min_learning_rate`.
 
     With the schedule "steps" the rate is multiplied by `decay_factor` after each `decay_every` of
     the steps that warm-up leaves, and does not end at 0.
@@ -30,20 +35,35 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
       config: group `optim`.
       steps: length of the run.
     """
-    warmup, peak = config.warmup_steps, config.learning_rate
+    warmup, peak, least = config.warmup_steps, config.learning_rate, config.min_learning_rate
+    cooldown = config.cooldown_steps
+    stable = steps - warmup - cooldown
     if config.schedule == "linear":
-        decay = optax.linear_schedule(peak, 0.0, steps - warmup)
+        parts = [optax.linear_schedule(peak, least, steps - warmup)]
+    elif config.schedule == "cosine":
+        parts = [optax.cosine_decay_schedule(peak, steps - warmup, least / peak)]
     elif config.schedule == "steps":
         factors: dict[int, float] = {}
         for count in range(1, math.ceil(1 / config.decay_every)):
-            end = round(count * config.decay_every * (steps - warmup))
-            factors[end] = factors.get(end, 1.0) * config.decay_factor
-        decay = optax.piecewise_constant_schedule(peak, factors)
+            at = round(count * config.decay_every * (steps - warmup))
+            factors[at] = factors.get(at, 1.0) * config.decay_factor
+        parts = [optax.piecewise_constant_schedule(peak, factors)]
     else:
-        decay = optax.cosine_decay_schedule(peak, steps - warmup)
-    if warmup == 0:
-        return decay
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
+        course, end = optax.constant_schedule(peak), peak
+        if config.schedule == "rsqrt":
+            start = max(warmup, 1)
+            end = peak * math.sqrt(start / (start + stable))
+
+            def course(step: jax.Array) -> jax.Array:
+                return peak * jnp.sqrt(start / (start + step))
+
+        parts = [course]
+        if cooldown:
+            parts.append(optax.linear_schedule(end, least, cooldown))
+    ends = [warmup + stable] if len(parts) > 1 else []
+    if warmup:
+        parts, ends = [optax.linear_schedule(0.0, peak, warmup), *parts], [warmup, *ends]
+    return optax.join_schedules(parts, ends) if ends else parts[0]
 
 
 def make_optimizer(
@@ -54,7 +74,7 @@ def make_optimizer(
     Args:
       config: group `optim`. `no_decay` and `no_trust_ratio` are regexes on parameter names.
       schedule: step -> learning rate, multiplied per tower by `image_lr_multiplier` and
-        `text_lr_multiplier`.
+        `text_lr_multiplier`, per layer by powers of `layer_decay`, and by `lr_rules`.
       parts: `DUAL_ENCODER` or `CLASSIFIER`.
 
     Source: LAMB, You et al. 2020, with the masks of kakaobrain/coyo-align: BatchNorm scale and bias
@@ -68,6 +88,8 @@ def make_optimizer(
     }
     rules = {part: rules[part] for part in parts}
     optimizer = optax.partition(rules, lambda params: trees.map_named(_label, params))
+    if config.lr_rules or config.layer_decay != 1.0:
+        optimizer = optax.chain(optimizer, _scale_by_name(config))
     if config.clip_norm:
         return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     return optimizer
@@ -105,6 +127,10 @@ def _rule(
         direction = optax.trace(config.b1, accumulator_dtype=dtype)
     elif config.name == "lion":
         direction = optax.scale_by_lion(config.b1, config.b2, mu_dtype=dtype)
+    elif config.name == "adafactor":
+        direction = _adafactor(config)
+    elif config.name == "muon":
+        direction = _muon(config)
     else:
         direction = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=dtype)
     parts = [direction]
@@ -117,6 +143,80 @@ def _rule(
         parts.append(optax.masked(optax.scale_by_trust_ratio(), mask))
     parts.append(_scale_by_rate(schedule, multiplier))
     return optax.chain(*parts)
+
+
+def _adafactor(config: ConfigDict) -> optax.GradientTransformation:
+    """Factored second moments with updates clipped at RMS 1, and a first moment if `b1` is not 0.
+
+    The rate is not relative to the size of a parameter. Source: Shazeer and Stern 2018, in the form
+    of Zhai et al. 2022 (scaling vision transformers).
+    """
+    parts = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
+    if config.b1:
+        parts.append(
+            optax.ema(config.b1, debias=False, accumulator_dtype=jnp.dtype(config.momentum_dtype))
+        )
+    return optax.chain(*parts)
+
+
+def _muon(config: ConfigDict) -> optax.GradientTransformation:
+    """Orthogonalised momentum (0.95) for matrices inside the towers, Adam for all else.
+
+    Updates of a matrix are scaled to the RMS of 0.2 that those of AdamW have: one learning rate and
+    decay serve both. Source: Jordan et al. 2024; Liu et al. 2025.
+    """
+
+    def kind(name: str, leaf: jax.Array) -> str:
+        in_tower = re.search("^(image|text)/.*/kernel$", name)
+        return "matrix" if in_tower and len(leaf.shape) == 2 else "other"
+
+    def to_rms(updates: Any) -> Any:
+        return jax.tree.map(lambda u: 0.2 * math.sqrt(max(u.shape)) * u, updates)
+
+    def all_matrices(updates: Any) -> Any:
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), updates)
+
+    dtype = config.momentum_dtype
+    matrix = optax.chain(
+        optax.contrib.scale_by_muon(
+            eps=config.eps, mu_dtype=dtype, weight_dimension_numbers=all_matrices
+        ),
+        optax.stateless(lambda updates, _: to_rms(updates)),
+    )
+    other = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=dtype)
+    return optax.partition(
+        {"matrix": matrix, "other": other}, lambda params: trees.map_named(kind, params)
+    )
+
+
+def _scale_by_name(config: ConfigDict) -> optax.GradientTransformation:
+    """Multiplies updates by `lr_rules` and `layer_decay`; that of the temperature stays."""
+
+    def update(updates: Any, _: Any) -> Any:
+        names = " ".join(name for name, _ in trees.named_leaves(updates))
+        top = 1 + max(map(int, re.findall(r"text/encoder/layer(\d+)/", names)), default=0)
+
+        def multiplier(name: str) -> float:
+            if name in ("temperature", "bias"):
+                return 1.0
+            below = _layers_below(name.removeprefix("lora/"), top)
+            given = (value for pattern, value in config.lr_rules if re.search(pattern, name))
+            return next(given, 1.0) * config.layer_decay**below
+
+        return trees.map_named(lambda name, u: multiplier(name) * u, updates)
+
+    return optax.stateless(update)
+
+
+def _layers_below(name: str, text_layers: int) -> int:
+    """Returns how many layers a parameter is below the projection of its tower."""
+    if name.startswith(("image_projection/", "text_projection/", "head/")):
+        return 0
+    if name.startswith("image/"):  # seven stages over the stem
+        stage = re.match(r"image/stage(\d)/", name)
+        return 8 - (int(stage[1]) if stage else 0)
+    layer = re.match(r"text/encoder/layer(\d+)/", name)
+    return text_layers - int(layer[1]) if layer else text_layers + 1
 
 
 def _temperature_rule(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:

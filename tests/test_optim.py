@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from align_jax import config, optim
+from align_jax import config, config_checks, optim, trees
 from align_jax.models import freeze
 
 PARAMS = {
@@ -182,3 +182,128 @@ def initial_value(path):
     for key in path:
         node = node[key.key]
     return np.asarray(node, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # 100 steps: warm-up of 20 to 1.0, last 30 down to 0.1. By hand.
+        ({"schedule": "constant"}, {10: 0.5, 20: 1.0, 70: 1.0, 85: 0.55, 100: 0.1}),
+        ({"schedule": "rsqrt"}, {10: 0.5, 20: 1.0, 45: 2 / 3, 70: (2 / 7) ** 0.5, 100: 0.1}),
+        ({"schedule": "rsqrt", "cooldown_steps": 0}, {20: 1.0, 80: 0.5, 100: 0.2**0.5}),
+        ({"schedule": "linear", "cooldown_steps": 0}, {20: 1.0, 60: 0.55, 100: 0.1}),
+        ({"schedule": "cosine", "cooldown_steps": 0}, {20: 1.0, 60: 0.55, 100: 0.1}),
+        ({"schedule": "constant", "warmup_steps": 0}, {0: 1.0, 70: 1.0, 85: 0.55}),
+    ],
+)
+def test_schedules_by_hand(changes, expected):
+    c = settings(warmup_steps=20, learning_rate=1.0, cooldown_steps=30, min_learning_rate=0.1)
+    c.update(changes)
+    schedule = optim.make_schedule(c, 100)
+    for step, rate in expected.items():
+        assert float(schedule(jnp.int32(step))) == pytest.approx(rate, rel=1e-5), step
+
+
+def test_rate_of_a_parameter_is_by_layer_and_by_the_first_rule_that_is_found():
+    params = {
+        "image": {"stem_conv": {"kernel": 1}, "stage7": {"block0": {"kernel": 1}}},
+        "image_projection": {"kernel": 1},
+        "text": {
+            "position_embeddings": 1,
+            "encoder": {f"layer{i}": {"query": {"kernel": 1}} for i in range(12)},
+        },
+        "text_projection": {"bias": 1},
+        "temperature": 1,
+    }
+    params = jax.tree.map(lambda _: jnp.ones((2, 2)), params)
+    c = settings(name="adamw", weight_decay=0.0, warmup_steps=0, eps=1.0, temperature="same")
+
+    def updates(**changes):
+        c.update(changes)
+        optimizer = optim.make_optimizer(c, optim.make_schedule(c, 10))
+        found, _ = optimizer.update(params, optimizer.init(params), params)
+        return {name: float(leaf[0, 0]) for name, leaf in trees.named_leaves(found)}
+
+    plain = updates()
+    scaled = updates(layer_decay=0.5, lr_rules=(("layer11/", 3.0), ("^text/", 5.0)))
+    # By hand: layers below the projection of the tower.
+    expected = {
+        "image/stem_conv/kernel": 0.5**8,
+        "image/stage7/block0/kernel": 0.5,
+        "image_projection/kernel": 1.0,
+        "text/position_embeddings": 5.0 * 0.5**13,
+        "text/encoder/layer0/query/kernel": 5.0 * 0.5**12,
+        "text/encoder/layer11/query/kernel": 3.0 * 0.5,
+        "text_projection/bias": 1.0,
+        "temperature": 1.0,
+    }
+    for name, factor in expected.items():
+        assert scaled[name] == pytest.approx(factor * plain[name], rel=1e-6), name
+
+
+def test_adafactor_by_hand():
+    # Three gradients of a 128 x 128 matrix (factored) and of a vector (not), in float64.
+    rng = np.random.default_rng(0)
+    params = {"text": {"kernel": np.ones((128, 128), "f"), "bias": np.ones(7, "f")}}
+    c = settings(name="adafactor", weight_decay=0.0, warmup_steps=0, b1=0.9, learning_rate=1.0)
+    optimizer = optim.make_optimizer(c, optax.constant_schedule(1.0))
+    state, rows, columns, whole = optimizer.init(params), 0.0, 0.0, 0.0
+    momentum = {"kernel": 0.0, "bias": 0.0}
+    sizes = {leaf.shape for leaf in jax.tree.leaves(state)}
+    assert (128,) in sizes and len([s for s in sizes if s == (128, 128)]) == 1
+    for step in range(1, 4):
+        g = {"kernel": rng.standard_normal((128, 128)), "bias": rng.standard_normal(7)}
+        found, state = optimizer.update(
+            {"text": {n: jnp.asarray(v, jnp.float32) for n, v in g.items()}}, state, params
+        )
+        old = 1 - step**-0.8
+        square = g["kernel"] ** 2 + 1e-30
+        rows = old * rows + (1 - old) * square.mean(1)
+        columns = old * columns + (1 - old) * square.mean(0)
+        whole = old * whole + (1 - old) * (g["bias"] ** 2 + 1e-30)
+        moment = np.outer(rows / rows.mean(), columns)
+        for name, v in (("kernel", moment), ("bias", whole)):
+            u = g[name] / np.sqrt(v)
+            u /= max(1.0, np.sqrt((u**2).mean()))
+            momentum[name] = 0.9 * momentum[name] + 0.1 * u
+            np.testing.assert_allclose(found["text"][name], -momentum[name], rtol=1e-4, atol=1e-6)
+
+
+def test_muon_orthogonalises_matrices_of_towers_alone():
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (8, 4), "embedding": (8, 4), "bias": (4,)}
+    g = {"text": {"layer": {n: rng.standard_normal(s).astype("f") for n, s in shapes.items()}}}
+    c = settings(name="muon", weight_decay=0.0, learning_rate=1.0, eps=1e-8)
+    optimizer = optim.make_optimizer(c, optax.constant_schedule(1.0))
+    found = optimizer.update(g, optimizer.init(g), g)[0]["text"]["layer"]
+    # The first momentum is the gradient times a number: U V^T of its SVD, to the width of the five
+    # Newton-Schulz steps, whose singular values lie in about [0.7, 1.2].
+    u, _, vt = np.linalg.svd(g["text"]["layer"]["kernel"], full_matrices=False)
+    values = -np.diag(u.T @ found["kernel"] @ vt.T) / (0.2 * np.sqrt(8))
+    assert (0.6 < values).all() and (values < 1.3).all()
+    off = u.T @ found["kernel"] @ vt.T + np.diag(values) * 0.2 * np.sqrt(8)
+    assert np.abs(off).max() < 1e-3
+    for name in ("embedding", "bias"):  # Adam's first step is the sign
+        np.testing.assert_allclose(found[name], -np.sign(g["text"]["layer"][name]), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cooldown_steps": 10}, "cooldown_steps=10 is of the schedules"),
+        ({"cooldown_steps": 999, "schedule": "rsqrt"}, "cooldown_steps=999 leaves nothing"),
+        ({"min_learning_rate": 1.0}, "min_learning_rate=1.0 is above"),
+        ({"min_learning_rate": 0.01, "schedule": "constant"}, "needs config.optim.cooldown_steps"),
+        ({"lr_rules": (("a", 0.0),)}, "multiplier above 0.*config.optim.freeze"),
+        ({"lr_rules": ("a",)}, r"holds 'a', not \(regex"),
+        ({"lr_rules": (("(", 1.0),)}, "no regular expression"),
+        ({"lr_rules": (("txet", 0.5),)}, "config.optim.lr_rules: 'txet' is in the name of none"),
+        ({"layer_decay": 0.0}, "layer_decay=0.0 must be positive"),
+    ],
+)
+def test_rates_that_cannot_work_are_one_line(changes, message):
+    c = config.default_config()
+    c.data.source, c.train.steps = "scenes?size=9", 1000
+    c.optim = settings(**changes)
+    with pytest.raises(ValueError, match=message):
+        config_checks.validate(c, num_devices=1)

@@ -41,21 +41,18 @@ def learned(frozen: Sequence[str], lora: lora_lib.Lora | None, params: dict) -> 
     return trees.select(params, learns)
 
 
-def check(frozen: Sequence[str], lora: lora_lib.Lora | None, params: dict) -> None:
-    """Raises ValueError if nothing learns, or a regex is found in no name.
+def check_found(patterns: Sequence[str], params: dict, path: str) -> None:
+    """Raises ValueError, naming the config path, if a regex is found in the name of no parameter.
 
-    Arguments as in `learned`.
+    Args:
+      patterns: the regexes.
+      params: arrays or shapes.
+      path: of the key that holds them.
     """
     names = [name for name, _ in trees.named_leaves(params)]
-    for pattern in frozen:
-        if any(trees.match_any([pattern], name) for name in names):
-            continue
-        raise ValueError(
-            f"config.optim.freeze: {pattern!r} is in the name of none of the {len(names)} "
-            f"parameters, such as {', '.join(names[:: max(1, len(names) // 3)][:3])}."
-        )
-    if not learned(frozen, lora, params):
-        raise ValueError(
-            "config.optim freezes all: by freeze, image_lr_multiplier, text_lr_multiplier and "
-            "temperature nothing is left to learn."
-        )
+    for pattern in patterns:
+        if not any(trees.match_any([pattern], name) for name in names):
+            raise ValueError(
+                f"config.{path}: {pattern!r} is in the name of none of the {len(names)} "
+                f"parameters, such as {', '.join(names[:: max(1, len(names) // 3)][:3])}."
+            )
