@@ -43,12 +43,12 @@ def changed_config(change):
         (
             "--config.trian.steps=3",
             "Unknown key config.trian. Did you mean 'train'? Known: checkpoint, data, eval, "
-            "init_from, init_towers, log, lora, loss, mesh, model, optim, train.",
+            "init_from, init_towers, log, lora, loss, mesh, model, optim, task, train.",
         ),
         (
             "--config.train.stepz=3",
-            "Unknown key config.train.stepz. Did you mean 'steps'? Known: batch_size, "
-            "microbatches, seed, steps.",
+            "Unknown key config.train.stepz. Did you mean 'steps'? Known: batch_size, hang_s, "
+            "max_rollbacks, microbatches, on_divergence, seed, spike, steps.",
         ),
         ("--config.train.steps=ten", "config.train.steps='ten' must be an integer."),
         ("--config.train.steps=1.5", "config.train.steps=1.5 must be an integer."),
