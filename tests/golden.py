@@ -48,6 +48,7 @@ def run(config, variables, batches):
         gradients = {
             name: np.zeros_like(params[name]) if g is None else g.numpy()
             for name, g in zip(leaves, gradients, strict=True)
+            if not is_frozen(config.optim, name)
         }
         rate = learning_rate(config, step)
         history.append(
@@ -238,7 +239,14 @@ def learning_rate(config, step):
         return peak * step / warmup
     done = (step - warmup) / (config.train.steps - warmup)
     decay = {"linear": 1 - done, "cosine": (1 + np.cos(np.pi * done)) / 2}
-    return peak * decay[config.optim.schedule]
+    least = config.optim.min_learning_rate
+    return least + (peak - least) * decay[config.optim.schedule]
+
+
+def is_frozen(c, name):
+    return any(_found(pattern, name) for pattern in c.freeze) or (
+        name == "temperature" and c.temperature == "fixed"
+    )
 
 
 class Optimizer:
@@ -253,6 +261,8 @@ class Optimizer:
         factor = min(1.0, c.clip_norm / norm) if c.clip_norm else 1.0
         return {
             name: self._updated(name, param, factor * gradients[name], rate)
+            if name in gradients
+            else param
             for name, param in params.items()
         }
 
@@ -263,8 +273,7 @@ class Optimizer:
             "image": c.image_lr_multiplier,
             "image_projection": c.image_lr_multiplier,
         }.get(name.split("/")[0], c.text_lr_multiplier)
-        if name == "temperature" and c.temperature == "fixed":
-            return p
+        rate *= next((by for pattern, by in c.lr_rules if _found(pattern, name)), 1.0)
         if name == "temperature" and c.temperature == "log":
             return p * np.exp(-rate * self._adam(name, g * p, "float32"))
         if c.name == "lion":

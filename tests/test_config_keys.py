@@ -484,6 +484,7 @@ NEEDED = {
     "checkpoint.best": {"eval.evaluators": {"own": EVALUATOR}},
     "data.mixture": {"data.source": ""},
     "data.image_embeddings": {"optim.image_lr_multiplier": 0.0},
+    "optim.cooldown_steps": {"optim.schedule": "constant"},
     "loss.kind": {"loss.label_smoothing": 0.0},
     "lora.rank": {key: value for key, value in LORA.items() if key != "lora.rank"},
 }

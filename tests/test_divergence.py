@@ -170,9 +170,9 @@ def test_run_that_has_rolled_back_is_resumed_exactly(here, monkeypatch, crash):
 
 def test_rollback_before_the_first_checkpoint_starts_anew_behind_the_batches(here, monkeypatch):
     stub = StubStep(act=once(3, NAN)).patch(monkeypatch)
-    assert cli.main(command("early", ROLLBACK, steps=8)) == 0
+    assert cli.main(command("before", ROLLBACK, steps=8)) == 0
     assert contents(stub.batches[1][1:]) == contents(stub.batches[4])[:1]
-    assert saved_steps("early") == [4, 8]
+    assert saved_steps("before") == [4, 8]
 
 
 def test_rollbacks_have_an_end_and_ranges_grow(here, monkeypatch, capfd):

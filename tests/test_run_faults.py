@@ -110,10 +110,10 @@ def test_metric_lines_are_on_disk_before_the_checkpoint_counts(inside, monkeypat
         order.append("sync")
         sync(writer)
 
-    def saved(checkpointer, state, data):
+    def saved(checkpointer, state, data, **options):
         steps = [line["step"] for line in read_lines(inside / "synced" / "metrics.jsonl")]
         order.append(("save", int(state.step), steps[-1]))
-        save(checkpointer, state, data)
+        save(checkpointer, state, data, **options)
 
     monkeypatch.setattr(train.report.metrics.MetricWriter, "sync", synced)
     monkeypatch.setattr(train.checkpoint.Checkpointer, "save", saved)

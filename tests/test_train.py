@@ -219,7 +219,8 @@ def test_diverging_run_stops_with_one_line_and_keeps_a_good_checkpoint(project):
     assert "checkpoint 1 is the last good one" in errors[0]
     assert "config.optim.learning_rate" in errors[0]
     kept = read_checkpoint(project / "diverged", 1)
-    assert all(np.isfinite(array).all() for array in kept.values())
+    kept = {name: array for name, array in kept.items() if not name.startswith("data/")}
+    assert len(kept) > 100 and all(np.isfinite(array).all() for array in kept.values())
     losses = [line["train/loss"] for line in train_step_lines(project / "diverged")]
     assert len(losses) == 2 and np.isfinite(losses).all()
 

@@ -59,7 +59,11 @@ class Evaluations:
 
     def due(self, step: int) -> bool:
         """Returns whether the step is one to evaluate, and has not been."""
-        return step != self._done_step and bool(self._due(step))
+        if step == self._done_step:
+            return False
+        if not self.evaluators:  # the plots of losses are drawn all the same
+            return step % self._config.eval.every_steps == 0 or step == self._config.train.steps
+        return bool(self._due(step))
 
     def _due(self, step: int) -> list[evals.Evaluator]:
         """Returns the evaluators whose turn it is; all at the end."""
