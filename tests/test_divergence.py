@@ -142,7 +142,13 @@ def test_rollback_leaves_out_the_batches_in_between_and_is_written_down(here, mo
     assert "data/skipped" not in read_checkpoint("unrolled", 24)
 
 
-@pytest.mark.parametrize("crash", [6, 14], ids=["before_its_next_checkpoint", "after_it"])
+@pytest.mark.parametrize(
+    "crash",
+    [
+        pytest.param(6, id="before_its_next_checkpoint"),
+        pytest.param(14, id="after_it", marks=pytest.mark.slow),
+    ],
+)
 def test_run_that_has_rolled_back_is_resumed_exactly(here, monkeypatch, crash):
     whole = StubStep(act=once(9, NAN)).patch(monkeypatch)
     assert cli.main(command(f"whole{crash}", ROLLBACK)) == 0

@@ -52,6 +52,7 @@ def config(*overrides, **entries):
     return loaded
 
 
+@pytest.mark.slow
 def test_milestones_and_the_best_outlive_the_newest(here, monkeypatch, capfd):
     settings = (
         *("train.steps=12", "checkpoint.every_steps=4", "checkpoint.keep=1"),

@@ -123,7 +123,8 @@ def test_initial_values_depend_on_seed_and_name_only(scan):
     )
 
 
-@pytest.mark.parametrize("train", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [False, True])
 def test_scanned_and_rematerialised_blocks_give_equal_values_and_gradients(train):
     batch = make_batch()
     variables = random_variables(small_model())
