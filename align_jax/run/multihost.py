@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 # A process that has been silent for so long is dead: JAX then ends all others, without a word of
 # where they are. watchdog.py, which tells that, is quicker.
-HEARTBEAT_S = 60
+HEARTBEAT_S = 45
 
 T = TypeVar("T")
 
