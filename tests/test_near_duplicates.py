@@ -79,32 +79,27 @@ def test_hamming_pairs_equal_comparing_all(distance):
     i, j = np.nonzero(all_distances <= distance)
     found = hamming_pairs(left, right, distance)
     np.testing.assert_array_equal(found, (i, j, all_distances[i, j]))
-    all_distances = np.bitwise_count(hashes[:, None] ^ hashes)
-    i, j = np.nonzero(np.triu(all_distances <= distance, 1))
-    found = hamming_pairs(hashes, None, distance)
-    np.testing.assert_array_equal(found, (i, j, all_distances[i, j]))
     assert len(i) > 60
 
 
 def test_hamming_pairs_in_small_blocks_are_the_same(monkeypatch):
     hashes = near_hashes(300, seed=1)
-    whole = hamming_pairs(hashes, None, 6)
+    whole = hamming_pairs(hashes, hashes, 6)
     monkeypatch.setattr(phash_module, "_CANDIDATES", 5)
-    np.testing.assert_array_equal(hamming_pairs(hashes, None, 6), whole)
+    np.testing.assert_array_equal(hamming_pairs(hashes, hashes, 6), whole)
 
 
 def test_hamming_pairs_of_no_hashes_are_none():
     none = np.zeros(0, np.uint64)
     assert [len(part) for part in hamming_pairs(none, none, 4)] == [0, 0, 0]
-    assert [len(part) for part in hamming_pairs(none, None, 4)] == [0, 0, 0]
 
 
 def test_hamming_pairs_beyond_use_say_what_to_change(monkeypatch):
     monkeypatch.setattr(phash_module, "MAX_PAIRS", 1000)
     with pytest.raises(ValueError, match="^More than 1,000 pairs of images are within distance 2"):
-        hamming_pairs(np.zeros(60, np.uint64), None, 2)
+        hamming_pairs(np.zeros(60, np.uint64), np.zeros(60, np.uint64), 2)
     with pytest.raises(ValueError, match="^--max-distance 17 must be 0 to 16 of the 64 bits.$"):
-        hamming_pairs(np.zeros(60, np.uint64), None, 17)
+        hamming_pairs(np.zeros(60, np.uint64), np.zeros(60, np.uint64), 17)
 
 
 def clustered_embeddings(count, dim, seed, num_topics=150):

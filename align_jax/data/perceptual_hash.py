@@ -77,7 +77,7 @@ def parse_hashes(texts: Sequence[str]) -> np.ndarray:
 
 
 def hamming_pairs(
-    left: np.ndarray, right: np.ndarray | None, max_distance: int
+    left: np.ndarray, right: np.ndarray, max_distance: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns all pairs of hashes that differ in at most `max_distance` bits; exact.
 
@@ -86,7 +86,7 @@ def hamming_pairs(
 
     Args:
       left: uint64 [N].
-      right: uint64 [M]; None compares `left` with itself, each pair i < j once.
+      right: uint64 [M].
       max_distance: 0 to MAX_DISTANCE.
 
     Returns:
@@ -98,16 +98,11 @@ def hamming_pairs(
     Source: multi-index hashing, Norouzi, Punjani, Fleet 2012.
     """
     check_distance(max_distance)
-    inside = right is None
-    right = left if inside else right
     bands = _bands(len(left), len(right), max_distance)
     radius = max_distance // len(bands)
     found, num_found = [], 0
     for number, band in enumerate(bands):
         for i, j in _similar_in_band(_band_values(left, band), _band_values(right, band), radius):
-            if inside:
-                ahead = i < j
-                i, j = i[ahead], j[ahead]
             differing = left[i] ^ right[j]
             near = np.flatnonzero(np.bitwise_count(differing) <= max_distance)
             # An earlier band has found those that are similar there too.
