@@ -160,7 +160,11 @@ def test_wrong_joins_are_one_line(tmp_path, capfd, monkeypatch):
         ((*pack_, "--keep", "t.parquet", "--keep-by", "id"), "save_additional_columns '[\"id\"]'"),
         ((*pack_, "--keep", "floats.npy"), "dtype u8,u8"),
         ((*curate_, "--subset", "s.txt"), "must end in .npy"),
-        (("curate", "bare.parquet", *curate_[2:5], "c", "--url-list", "u"), "has no column url"),
+        ((*curate_, "--url-list", "u.csv"), "--url-list u.csv must end in .parquet"),
+        (
+            ("curate", "bare.parquet", *curate_[2:5], "c", "--url-list", "u.parquet"),
+            "has no column url",
+        ),
     ):
         assert message in error_of(capfd, *arguments), message
     # The result of the work before is there nevertheless.

@@ -132,7 +132,7 @@ def _add_curate(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
     verb.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
     verb.add_argument(
-        "--url-list", metavar="FILE", help="write also the kept urls, for img2dataset to download"
+        "--url-list", metavar="FILE", help="write also the kept urls, a .parquet for img2dataset"
     )
     verb.add_argument(
         "--subset",

@@ -97,6 +97,8 @@ def curate(
     if num_workers < 1:
         raise ValueError(f"--workers {num_workers} must be at least 1.")
     engines.check_engine(engine)
+    if url_list is not None and not url_list.endswith(".parquet"):
+        raise ValueError(f"--url-list {url_list} must end in .parquet, which is what is written.")
     if subset is not None and not subset.endswith(".npy"):
         raise ValueError(f"--subset {subset} must end in .npy, which DataComp's subset files are.")
     tables = ingest.find_files(source)
