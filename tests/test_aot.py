@@ -214,10 +214,11 @@ def test_quick_report_on_cpu_names_the_collectives(experiment, tmp_path):
     command = compile_command(
         experiment, "--platform", "cpu", "--devices", "8", "--config.mesh.fsdp=2", "--out", out
     )
-    done = run_align(*command, cwd=tmp_path, env=environment())
+    done = run_align(*command, cwd=tmp_path, env=environment(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     check_report(json.loads(out.read_text()), num_chips=8)
     assert not done.stderr
+    assert not (tmp_path / "cache").exists()  # what compiles for no chip cannot be read back
 
 
 @pytest.mark.slow
@@ -227,14 +228,15 @@ def test_train_step_compiles_for_a_tpu_topology(experiment, tmp_path):
     command = compile_command(
         experiment, "--topology", "v5e:2x4", "--config.mesh.fsdp=2", "--out", out
     )
-    done = run_align(*command, cwd=tmp_path, env=environment(), timeout_s=900)
+    cache = tmp_path / "cache"
+    done = run_align(*command, cwd=tmp_path, env=environment(cache), timeout_s=900)
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     check_report(report, num_chips=8)
     assert report["chip"]["device_kind"] == "TPU v5 lite"
     assert report["version"]["libtpu"] != "not installed"
     assert 0 < report["steps"]["train_step"]["memory"]["peak"] < 2**30
-    assert not done.stderr
+    assert not done.stderr and not cache.exists()
     bad = run_align(
         *compile_command(experiment, "--topology", "v5e:3x5"), cwd=tmp_path, env=environment()
     )

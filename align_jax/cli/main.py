@@ -221,6 +221,8 @@ def _compile(args: argparse.Namespace, rest: list[str]) -> None:
     from align_jax.plan import aot
 
     jax.config.update("jax_platforms", "cpu")  # chips that are here stay free
+    # Without its chip a TPU program cannot be read back, and the times in a plan are compilations.
+    jax.config.update("jax_enable_compilation_cache", False)
     if args.platform == "cpu":
         devices = aot.cpu_devices(args.devices)
     else:
