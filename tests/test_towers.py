@@ -82,8 +82,7 @@ def keys_of(batch, step=0):
 
 @pytest.mark.parametrize("variant", TRUNKS)
 def test_trunk_parameter_count_equals_published_total(variant):
-    width, depth = efficientnet.VARIANTS[variant]
-    trunk = efficientnet.EfficientNet(width, depth)
+    trunk = efficientnet.EfficientNet(*efficientnet.VARIANTS[variant])
     shapes = jax.eval_shape(lambda: trunk.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), False))
     assert trees.count(shapes["params"]) == TRUNKS[variant]
 

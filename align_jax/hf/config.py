@@ -127,6 +127,11 @@ def hf_from_model(
     Raises:
       ValueError: the format cannot describe the model; the reason.
     """
+    if any(stage.fused for stage in model.image.stages):
+        raise ValueError(
+            "The Hugging Face format has no place for fused blocks; train with a "
+            "model.image.variant of the first EfficientNet, such as 'nano' or 'b0'."
+        )
     model = fold_image_projection(model)
     image, text = model.image, model.text
     if image.padding != "hf":
@@ -134,7 +139,7 @@ def hf_from_model(
             f"model.padding={image.padding!r} has no place in the Hugging Face format, whose "
             "convolutions pad as 'hf' does."
         )
-    columns = zip(*(dataclasses.astuple(stage) for stage in image.stages), strict=True)
+    columns = zip(*(dataclasses.astuple(stage)[:-1] for stage in image.stages), strict=True)
     text_config = {
         "vocab_size": text.vocab_size,
         "hidden_size": text.hidden_dim,

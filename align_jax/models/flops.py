@@ -83,6 +83,13 @@ def _trunk(trunk: efficientnet.EfficientNet, size: int) -> tuple[int, int]:
             width_in = stage.in_channels if i == 0 else stage.out_channels
             stride = stage.stride if i == 0 else 1
             hidden = width_in * stage.expand_ratio
+            if stage.fused:
+                size = _out_size(trunk.padding, stage.kernel_size, stride, size)
+                middle = hidden if stage.expand_ratio != 1 else stage.out_channels
+                blocks += 2 * size**2 * stage.kernel_size**2 * width_in * middle
+                if stage.expand_ratio != 1:
+                    blocks += 2 * size**2 * hidden * stage.out_channels
+                continue
             if stage.expand_ratio != 1:
                 blocks += 2 * size**2 * width_in * hidden
             size = _out_size(trunk.padding, stage.kernel_size, stride, size)
