@@ -138,6 +138,9 @@ def default_config() -> ConfigDict:
     c.train.steps = 1_200_000
     c.train.microbatches = 1  # parts in which the towers see the batch; same numbers, less memory
     c.train.seed = 0
+    # Weight of the old moving average of weights and BatchNorm statistics, which is then what is
+    # evaluated, saved as the weights and used; 0 keeps none. EfficientNet: 0.9999.
+    c.train.ema_decay = 0.0
     # What ends a run whose loss is not finite or has collapsed to chance: "stop", or "rollback",
     # which goes back to the last good checkpoint, leaves out the batches in between and goes on, at
     # most max_rollbacks times. It also does so where a loss is `spike` times the spread of recent

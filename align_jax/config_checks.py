@@ -110,6 +110,7 @@ _RATES = (
     "optim.b1",
     "optim.b2",
     "optim.decay_factor",
+    "train.ema_decay",
 )
 _NOT_NEGATIVE = (
     "data.num_workers",

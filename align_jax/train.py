@@ -42,6 +42,7 @@ from align_jax.run import (
     workdir,
 )
 from align_jax.run.profile import Profiler
+from align_jax.run.rates import Rates
 from align_jax.run.timeline import Timeline
 from align_jax.run.watchdog import Watchdog
 from align_jax.storage import writing
@@ -126,7 +127,7 @@ def make_program(
         step_fn = train_step.make_train_step(
             model, optimizer, schedule, loss_fn, mesh, config.train
         )
-    abstract = state_lib.abstract_state(model, optimizer, mesh)
+    abstract = state_lib.abstract_state(model, optimizer, mesh, average=config.train.ema_decay > 0)
     return model, optimizer, abstract, train_step.compile_train_step(step_fn, abstract, mesh)
 
 
@@ -268,7 +269,7 @@ class _Run:
 
     def _evaluate(self, step: int, state: state_lib.TrainState) -> bool:
         with self.timeline.inside("evaluation", step):
-            return self.evaluations.run(step, state.variables(), self.stop)
+            return self.evaluations.run(step, state.served(), self.stop)
 
     def _save(self, state: state_lib.TrainState) -> None:
         step = int(state.step)
@@ -411,7 +412,14 @@ def _open_run(
     welcome.welcome(config, path, mesh, source, model, abstract, resume_step)
 
     reporter = report.Reporter(
-        path, config, source, timeline, resume_step=resume_step, every=log_every, data=data
+        path,
+        config,
+        source,
+        timeline,
+        Rates(config, model, mesh),
+        resume_step=resume_step,
+        every=log_every,
+        data=data,
     )
     stack.enter_context(reporter)
     stop = stack.enter_context(signals.StopSignals())
@@ -436,7 +444,7 @@ def _open_run(
     words = source.classes if is_classifier else tokenizer
     make = image_classifier.ImageClassifier if is_classifier else align.Align
     encoder = make(
-        model, state.variables(), words, preprocessing, mesh, batch_size=config.eval.batch_size
+        model, state.served(), words, preprocessing, mesh, batch_size=config.eval.batch_size
     )
     if embeddings:
         embeddings.check(source, encoder.encode_image)
@@ -465,7 +473,7 @@ def _first_state(
     if not config.init_from:
         return state
     variables = init_from.start_from(config.init_from, config.init_towers, model, state.variables())
-    return dataclasses.replace(state, **variables)
+    return train_step.start_average(dataclasses.replace(state, **variables), abstract)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ gradient, while one loss sees the embeddings of the whole global batch: the numb
 full batch, the activations those of a part. Source: gradient caching (Gao et al. 2021), as a scan.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -34,7 +35,8 @@ def make_train_step(
     """Returns `train_step(state, batch) -> (state, metrics)`, pure and not yet jitted.
 
     Randomness depends on (seed, step, example index) alone. Metrics are float32 scalars; loss,
-    temperature and gradient norm are those *before* the update.
+    temperature, gradient and parameter norms are those *before* the update. Norms are over what
+    learns; those of a tower, over it and its projection, are called `grad_norm/image` and so on.
 
     Args:
       model: from `dual_encoder.make_model`.
@@ -47,6 +49,7 @@ def make_train_step(
       config: group `train`: `seed` of dropout, stochastic depth and the choice of negatives, and
         `microbatches`, parts in which the towers see the batch. Each must hold whole BatchNorm
         groups and a multiple of the devices; loss, gradients and statistics stay those of one pass.
+        And `ema_decay` of the averages.
     """
     rows = mesh_lib.batch_sharding(mesh)
 
@@ -68,7 +71,7 @@ def make_train_step(
         z_image, z_text, moments = encode(variables, batch | {"keys": keys})
         return *loss_fn(z_image, z_text, variables["params"], batch, keys), moments
 
-    return _make_step(model, optimizer, schedule, objective, config.seed)
+    return _make_step(model, optimizer, schedule, objective, config)
 
 
 def make_classify_step(
@@ -109,7 +112,7 @@ def make_classify_step(
         logits, moments = score(variables, batch | {"keys": keys})
         return *loss_fn(logits, batch["label"]), moments
 
-    return _make_step(model, optimizer, schedule, objective, config.seed)
+    return _make_step(model, optimizer, schedule, objective, config)
 
 
 def _make_step(
@@ -117,12 +120,12 @@ def _make_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     objective: Callable[..., tuple[jax.Array, losses.Parts, dict]],
-    seed: int,
+    config: ConfigDict,
 ) -> TrainStep:
     """Returns the step of `objective(variables, batch, keys) -> (loss, parts, moments)`."""
 
     def train_step(s: state.TrainState, batch: dict) -> tuple[state.TrainState, dict]:
-        keys = dual_encoder.example_keys(seed, s.step, batch["index"])
+        keys = dual_encoder.example_keys(config.seed, s.step, batch["index"])
 
         def loss_of(learned: dict) -> tuple[jax.Array, tuple[losses.Parts, dict]]:
             params = trees.updated(s.params, learned)
@@ -138,17 +141,46 @@ def _make_step(
             params=trees.updated(s.params, optax.apply_updates(learned, updates)),
             batch_stats=dual_encoder.update_batch_stats(model, s.variables(), moments),
             opt_state=opt_state,
+            average=s.average,
         )
+        if config.ema_decay:
+            new_state = _move_average(new_state, config.ema_decay)
         metrics = {
             "loss": loss,
             **parts,
             **{name: s.params[name] for name in ("temperature", "bias") if name in s.params},
             "learning_rate": schedule(s.step),
             "grad_norm": optax.tree.norm(gradients),
+            **_norms_by_part("grad_norm", gradients),
+            **_norms_by_part("param_norm", learned),
+            **_norms_by_part("update_norm", updates),
         }
         return new_state, metrics
 
     return train_step
+
+
+def _norms_by_part(name: str, tree: dict) -> dict[str, jax.Array]:
+    """Returns {"name/image": ..., "name/text": ...}: norms over each tower and its projection."""
+    parts: dict[str, list[jax.Array]] = {}
+    for path, leaf in trees.named_leaves(tree):
+        part = path.removeprefix("lora/").split("/")[0].removesuffix("_projection")
+        if part in ("image", "text", "head"):
+            parts.setdefault(f"{name}/{part}", []).append(leaf)
+    return {part: optax.tree.norm(leaves) for part, leaves in parts.items()}
+
+
+def _move_average(s: state.TrainState, decay: float) -> state.TrainState:
+    """Returns the state whose averages have taken its last values in.
+
+    After update t the old average weighs min(decay, t / (9 + t)), so that a short run soon forgets
+    its first weights. Source: `num_updates` of TensorFlow's ExponentialMovingAverage, by which
+    EfficientNet averaged parameters and BatchNorm statistics (Tan & Le 2019, decay 0.9999).
+    """
+    updates = s.step.astype(jnp.float32)
+    weight = jnp.minimum(decay, updates / (9.0 + updates))
+    average = jax.tree.map(lambda a, x: a + (1.0 - weight) * (x - a), s.average, s.averaged())
+    return dataclasses.replace(s, average=average)
 
 
 def _in_parts(
@@ -223,9 +255,18 @@ def init_state(
     shardings = state.shardings_of(abstract)
     variables = dual_encoder.init_variables(model, seed=seed, shardings=shardings.variables())
     init_optimizer = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
-    return state.TrainState(
+    s = state.TrainState(
         step=jax.device_put(jnp.zeros((), jnp.int32), shardings.step),
         params=variables["params"],
         batch_stats=variables["batch_stats"],
         opt_state=init_optimizer(dual_encoder.learned(model, variables["params"])),
     )
+    return start_average(s, abstract)
+
+
+def start_average(s: state.TrainState, abstract: state.TrainState) -> state.TrainState:
+    """Returns the state with averages that are copies of its values, where `abstract` has any."""
+    shardings = state.shardings_of(abstract)
+    copy = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=shardings.average)
+    part = dataclasses.replace(s, average=shardings.average).averaged()
+    return dataclasses.replace(s, average=copy(part) if part else {})

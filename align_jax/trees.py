@@ -44,6 +44,14 @@ def updated(tree: dict, new: dict) -> dict:
     }
 
 
+def shared(tree: dict, part: dict) -> dict:
+    """Returns the nested dict without the leaves that `part`, of names in it, has not."""
+    return {
+        key: shared(tree[key], value) if isinstance(value, dict) else tree[key]
+        for key, value in part.items()
+    }
+
+
 def match_any(patterns: Iterable[str], name: str) -> bool:
     """Returns whether any regular expression matches somewhere in the name."""
     return any(re.search(pattern, name) for pattern in patterns)

@@ -58,15 +58,33 @@ def run(config, variables, batches):
                 "temperature": float(params["temperature"]),
                 **({"bias": float(params["bias"])} if "bias" in params else {}),
                 "learning_rate": rate,
-                "grad_norm": np.sqrt(sum((g**2).sum() for g in gradients.values())),
+                "grad_norm": norm(gradients),
+                **norms_by_tower("grad_norm", gradients),
+                **norms_by_tower("param_norm", {name: params[name] for name in gradients}),
             }
         )
-        params = optimizer.update(params, gradients, rate)
+        before, params = params, optimizer.update(params, gradients, rate)
+        moved = {name: params[name] - before[name] for name in gradients}
+        history[-1] |= norms_by_tower("update_norm", moved)
         decay = config.model.bn_decay
         stats = {n: decay * v + (1 - decay) * towers.moments.get(n, v) for n, v in stats.items()}
     return history, {f"params/{n}": v for n, v in params.items()} | {
         f"batch_stats/{n}": v for n, v in stats.items()
     }
+
+
+def norm(arrays):
+    return np.sqrt(sum((array**2).sum() for array in arrays.values()))
+
+
+def norms_by_tower(kind, arrays):
+    towers = {
+        tower: {
+            n: a for n, a in arrays.items() if n.startswith((f"{tower}/", f"{tower}_projection/"))
+        }
+        for tower in ("image", "text")
+    }
+    return {f"{kind}/{tower}": norm(found) for tower, found in towers.items() if found}
 
 
 def example_keys(seed, step, index):

@@ -239,6 +239,7 @@ TABLE = {
     "train.batch_size": [(16, batches)],
     "train.steps": [(5, lines), (5, program)],
     "train.microbatches": [(2, program)],
+    "train.ema_decay": [(0.9, program)],
     "train.seed": [(1, program), (1, batches), (1, order), (1, weights)],
     "train.on_divergence": [("rollback", divergence)],
     "train.max_rollbacks": [(0, divergence, ROLLBACK)],

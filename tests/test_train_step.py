@@ -1,5 +1,6 @@
 """The train step: the same numbers on every mesh and in any number of microbatches."""
 
+import dataclasses
 import functools
 from unittest import mock
 
@@ -123,6 +124,24 @@ def test_eight_microbatches_need_at_most_two_fifths_of_the_memory():
         analysis = step_fn.lower(abstract, batch).compile().memory_analysis()
         temporaries[parts] = analysis.temp_size_in_bytes
     assert temporaries[8] <= 0.4 * temporaries[1], temporaries
+
+
+@slow
+def test_averages_on_a_mesh_equal_those_of_one_device_and_leave_the_run_as_it_is(one_device):
+    changes = (("train.ema_decay", 0.15),)
+    on_mesh, alone = run(2, 4, changes=changes), run(1, 1, changes=changes)
+    assert_same_run(on_mesh, one_device)
+    served = [
+        (losses, dataclasses.replace(s, **s.served()), abstract)
+        for losses, s, abstract in (on_mesh, alone)
+    ]
+    assert_same_run(*served)
+
+
+@slow
+def test_fused_blocks_on_a_mesh_equal_one_device():
+    changes = (("model.image.variant", "fused-nano"),)
+    assert_same_run(run(8, 1, changes=changes), run(1, 1, changes=changes))
 
 
 def assert_same_run(found, expected):

@@ -145,6 +145,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="A:B",
         help="trace the steps after A, up to B, for TensorBoard's profile page",
     )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, plan memory, measure the input; make no step, write nothing",
+    )
     several = train.add_argument_group("several processes (found by themselves on Cloud TPU VMs)")
     several.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of process 0")
     several.add_argument("--processes", type=int, default=0, metavar="N", help="of the run")
@@ -204,6 +209,13 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
     from align_jax.run import multihost
 
     with multihost.processes(args.coordinator, args.processes, args.process):
+        if args.dry_run:
+            from align_jax.plan import dry_run
+
+            if args.resume_from is not None or args.profile:
+                raise ValueError("--dry-run makes no step; leave --resume-from and --profile out.")
+            dry_run.dry_run(config, args.workdir, multihost.log)
+            return
         train.train_and_evaluate(
             config, args.workdir, resume_from=args.resume_from, profile=args.profile
         )

@@ -25,7 +25,8 @@ from align_jax import mesh as mesh_lib
 from align_jax.data import tokenizer as tokenizer_lib
 from align_jax.models import flops
 from align_jax.models.dual_encoder import DualEncoder
-from align_jax.plan import chips, hlo
+from align_jax.plan import hlo
+from align_jax.run import chips
 from align_jax.storage import writing
 
 GIB = 2**30

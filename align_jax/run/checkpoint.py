@@ -1,9 +1,9 @@
 """Checkpoints by Orbax: asynchronous, atomic, sharded. The only file that imports Orbax.
 
-A step holds three items: `weights` (parameters and BatchNorm statistics, loadable alone),
-`training` (step counter and optimizer state) and `data` (what the input has dropped so far; its
-position follows from the step). Differs from the design's two items: inference needs the weights
-without reading LAMB's moments, twice their size.
+A step holds three items: `weights` (parameters and BatchNorm statistics, or their averages where
+the run keeps them; loadable alone), `training` (step counter, optimizer state, what was averaged)
+and `data` (what the input has dropped so far; its position follows from the step). Differs from the
+design's two items: inference needs the weights without reading LAMB's moments, twice their size.
 """
 
 import contextlib
@@ -79,8 +79,8 @@ class Checkpointer:
         if jax.process_index() == 0 and self._kept.removes:
             readers.clear(self.folder.parent, set(saved))
         items = {
-            "weights": state.variables(),
-            "training": {"step": state.step, "opt_state": state.opt_state},
+            "weights": state.served(),
+            "training": _training(state),
             "data": data,
         }
         # Without force, Orbax skips a step while the previous one is still being written.
@@ -128,18 +128,19 @@ class Checkpointer:
         """
         saved = self._checkpointer.checkpointables_metadata(step).metadata.get("data") or {}
         expected = {
-            "weights": abstract.variables(),
-            "training": {"step": abstract.step, "opt_state": abstract.opt_state},
+            "weights": abstract.served(),
+            "training": _training(abstract),
             "data": {n: _like(a, saved[n].shape) for n, a in data.items() if n in saved},
         }
         self._check(step, expected)
         items = self._checkpointer.load_checkpointables(step, expected)
         weights, training = items["weights"], items["training"]
+        average = trees.shared(weights, abstract.average)
         state = TrainState(
             step=training["step"],
-            params=weights["params"],
-            batch_stats=weights["batch_stats"],
+            **trees.updated(weights, training.get("averaged", {})),
             opt_state=training["opt_state"],
+            average=average,
         )
         restored = {
             n: np.pad(a, (0, len(data[n]) - len(a))) if len(data[n]) > len(a) else a
@@ -214,6 +215,11 @@ class _Kept:
                 for step, stays in zip(steps, stay, strict=True)
             ]
         return stay
+
+
+def _training(state: TrainState) -> dict[str, Any]:
+    averaged = {"averaged": state.averaged()} if state.average else {}
+    return {"step": state.step, "opt_state": state.opt_state, **averaged}
 
 
 def _like(array: np.ndarray, saved: tuple[int, ...]) -> np.ndarray:

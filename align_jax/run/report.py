@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from align_jax.data import mixture, pipeline
 from align_jax.data.sources.open_source import PairSource
 from align_jax.run import divergence, history, metrics, multihost
+from align_jax.run.rates import Rates
 from align_jax.run.timeline import Timeline
 
 
@@ -49,6 +50,7 @@ class Reporter:
         config: ConfigDict,
         source: PairSource,
         timeline: Timeline,
+        rates: Rates,
         *,
         resume_step: int | None,
         every: int,
@@ -61,13 +63,14 @@ class Reporter:
           config: of the run.
           source: of its pairs.
           timeline: of this part of the run; takes up those before.
+          rates: of its chips.
           resume_step: of the restored checkpoint; None starts anew.
           every: most steps between two lines that are there, to tell where some are missing.
           data: from that checkpoint, or `nothing_done`.
         """
         self._config = config
         self._source = source
-        self._timeline = timeline
+        self._timeline, self._rates = timeline, rates
         self._watch = divergence.LossWatch(config)
         self._restore(data)
         self.progress = metrics.Progress(
@@ -119,7 +122,10 @@ class Reporter:
             data |= {f"data/{key}": count for key, count in epochs.items()}
             data |= {f"data/problems/{k}": n for k, n in self._source.problems.items()}
             self.writer.write(step, {f"train/{k}": v for k, v in values.items()} | data)
-            self.writer.write_timing(step, self.progress.timing() | self._timeline.sums())
+            timing = self.progress.timing()
+            if timing:
+                timing |= self._rates.of(timing["perf/step_time_s"])
+            self.writer.write_timing(step, timing | self._timeline.sums())
 
     def time(self, step: int) -> None:
         """Writes where the time went, up to a step that has no line of its own."""

@@ -78,6 +78,8 @@ def memory_plan(compiled: Any, state: TrainState) -> str:
       state: its first argument.
     """
     parts = {"parameters": _held(state.variables()), "optimizer": _held(state.opt_state)}
+    if state.average:
+        parts["averages"] = _held(state.average)
     analysis = compiled.memory_analysis()
     if analysis is not None:  # not every platform has it
         parts["batch"] = analysis.argument_size_in_bytes - _held(state)

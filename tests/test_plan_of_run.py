@@ -1,0 +1,78 @@
+"""`align train --dry-run`, and the rates of a chip that a run writes down."""
+
+import os
+
+import jax
+import pytest
+from helpers import environment, error_of, run_align, snapshot
+
+from align_jax import config as config_lib
+from align_jax import mesh
+from align_jax.models import dual_encoder, flops
+from align_jax.run import chips, rates
+
+
+def test_dry_run_says_what_the_run_needs_and_writes_nothing(project):
+    before = snapshot(project)
+    command = ("train", "--config", "config.py", "--workdir", "never", "--dry-run")
+    env = environment(os.environ["JAX_COMPILATION_CACHE_DIR"], JAX_NUM_CPU_DEVICES="2")
+    done = run_align(*command, cwd=project, env=env)
+    assert done.returncode == 0, done.stderr
+    assert snapshot(project) == before
+    said = done.stdout + done.stderr
+    for part in (
+        '"batch_size": 8',
+        " pairs",
+        "evaluators: own, shapes",
+        "starts a run in never",
+        "on 2 cpu",
+        "model FLOPs",
+        "memory per chip, GiB: arguments",
+        "pipeline: ",
+        "fits",
+    ):
+        assert part in said, part
+    assert "step  " not in said
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("--config.data.source=nowhere", "nowhere"),
+        ("--config.train.batch_size=9", "config.train.batch_size"),
+        ("--config.task=classify", "config.task"),
+        ("--profile=1:2", "leave --resume-from and --profile out"),
+        ("--workdir=config.py", "config.py is a file"),
+    ],
+)
+def test_dry_run_refuses_in_one_line_what_cannot_run(inside, capfd, change, message):
+    before = snapshot(inside)
+    line = error_of(capfd, *"train --config config.py --workdir never --dry-run".split(), change)
+    assert message in line
+    assert snapshot(inside) == before
+
+
+@pytest.mark.parametrize("kind, peak", [("TPU v5 lite", 197e12), ("cpu", None)])
+def test_rates_are_of_one_chip_and_its_peak(monkeypatch, kind, peak):
+    c = config_lib.default_config()
+    c.model.image.variant, c.model.text.variant, c.train.batch_size = "pico", "tiny", 64
+    model = dual_encoder.make_model(c.model, c.loss, vocab_size=50)
+    whole = mesh.make_mesh(devices=jax.devices()[:4])
+    # The chips here are CPUs, which no table has.
+    find_chip = chips.find_chip
+    monkeypatch.setattr(chips, "find_chip", lambda here: find_chip(here.replace("cpu", kind)))
+    found = rates.Rates(c, model, whole).of(0.5)
+    pair = flops.pair_flops(model, image_size_px=289, max_tokens=64, batch_size=64).model
+    assert found["perf/pairs_per_s_per_chip"] == 64 / 4 / 0.5
+    per_s = pair * 16 / 0.5
+    assert found["perf/tflops_per_s_per_chip"] == pytest.approx(per_s / 1e12)
+    assert found.get("perf/mfu") == (pytest.approx(per_s / peak) if peak else None)
+
+
+def test_rates_of_a_model_with_frozen_parts_leave_flops_out():
+    c = config_lib.default_config()
+    c.model.image.variant, c.model.text.variant, c.train.batch_size = "pico", "tiny", 64
+    c.optim.image_lr_multiplier = 0.0
+    model = dual_encoder.make_model(c.model, c.loss, vocab_size=50, optim=c.optim)
+    found = rates.Rates(c, model, mesh.make_mesh(devices=jax.devices()[:1])).of(2.0)
+    assert found == {"perf/pairs_per_s_per_chip": 32.0}
