@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from helpers import environment, read_lines, run_align
 
 from align_jax import config, config_checks, evals, trees
 from align_jax.models import dual_encoder
@@ -32,7 +34,8 @@ def load(name):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_config_is_valid_and_opens_with_its_command(path):
-    config_checks.validate(load(path.stem), num_devices=8)
+    mixture = config.load_config(str(path))  # is given its own sources
+    config_checks.validate(mixture if mixture.data.mixture else load(path.stem), num_devices=8)
     text = path.read_text()
     assert f"align train --config configs/{path.name}" in text
     assert "ublished" in text
@@ -63,6 +66,25 @@ def test_config_holds_the_published_recipe(name):
         for side in ("image", "text")
     }
     assert sides == {"image": image, "text": text}
+
+
+@pytest.mark.slow
+def test_published_recipe_of_one_chip_makes_a_step_at_its_size(tmp_path):
+    changes = {"batch_size": 16, "steps": 1}  # 289 px, B3 + mini, bfloat16, LAMB: as it is
+    done = run_align(
+        *("train", "--config", ALL_FILES[0].parent / "cc3m_b3_mini.py", "--workdir", "run"),
+        *("--config.data.source=scenes?size=64", "--config.data.tokenizer="),
+        *("--config.data.vocab_size=300", *(f"--config.train.{k}={v}" for k, v in changes.items())),
+        cwd=tmp_path,
+        env=environment(tmp_path / "cache"),
+        timeout_s=900,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "b3 + mini" in done.stderr and "bfloat16" in done.stderr
+    (line,) = read_lines(tmp_path / "run" / "metrics.jsonl")
+    # Fresh towers at temperature 1: at chance, with smoothing.
+    assert line["train/loss"] == pytest.approx(2 * np.log(16), rel=0.05)
+    assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
 
 
 @pytest.mark.parametrize(
