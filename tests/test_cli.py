@@ -47,8 +47,8 @@ def changed_config(change):
         ),
         (
             "--config.train.stepz=3",
-            "Unknown key config.train.stepz. Did you mean 'steps'? Known: batch_size, hang_s, "
-            "max_rollbacks, microbatches, on_divergence, seed, spike, steps.",
+            "Unknown key config.train.stepz. Did you mean 'steps'? Known: batch_size, ema_decay, "
+            "hang_s, max_rollbacks, microbatches, on_divergence, seed, spike, steps.",
         ),
         ("--config.train.steps=ten", "config.train.steps='ten' must be an integer."),
         ("--config.train.steps=1.5", "config.train.steps=1.5 must be an integer."),
@@ -75,7 +75,7 @@ def changed_config(change):
         (
             "--config.model.image.variant=nanno",
             "config.model.image.variant='nanno' is unknown. Did you mean 'nano'? Known: pico, "
-            "nano, b0, b1, b2, b3, b4, b5, b6, b7, b8, l2.",
+            "nano, b0, b1, b2, b3, b4, b5, b6, b7, b8, l2, fused-nano, v2-b0, v2-b1, v2-b2.",
         ),
         (
             "--config.train.batch_size=12",
