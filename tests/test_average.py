@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 
 import jax
@@ -12,6 +13,7 @@ from helpers import (
     assert_same_bytes,
     environment,
     read_checkpoint,
+    read_lines,
     run_align,
     saved_steps,
 )
@@ -36,6 +38,10 @@ def test_averages_equal_the_recurrence_and_a_resumed_run_goes_on_with_them(proje
     env = environment(os.environ["JAX_COMPILATION_CACHE_DIR"])
     done = run_align(*command, cwd=project, env=env)
     assert done.returncode == 0, done.stderr
+    assert re.search(r"memory per device: .*averages \d", done.stderr)
+    rates = [x for x in read_lines(workdir / "perf.jsonl") if "perf/pairs_per_s" in x][-1]
+    assert rates["perf/pairs_per_s_per_chip"] == pytest.approx(rates["perf/pairs_per_s"])
+    assert rates["perf/tflops_per_s_per_chip"] > 0
     saved = {step: read_checkpoint(workdir, step) for step in range(1, STEPS + 1)}
 
     prefix = "training/averaged/"

@@ -25,6 +25,14 @@ def test_parameter_count_equals_published_total(variant):
     assert trees.count(shapes["params"]) == PUBLISHED[variant]
 
 
+def test_fused_nano_has_the_size_that_the_report_states():
+    trunk = efficientnet.EfficientNet(*efficientnet.VARIANTS["fused-nano"])
+    shapes = jax.eval_shape(lambda: trunk.init(jax.random.key(0), jnp.zeros((1, 48, 48, 3)), False))
+    assert trees.count(shapes["params"]) == 1_785_624
+    assert sum(flops._trunk(trunk, 48)) == 39_494_656
+    assert efficientnet.output_width("fused-nano") == 256
+
+
 def random_leaf(rng, name, leaf):
     positive = name.endswith(("/var", "/scale"))
     drawn = rng.uniform(0.5, 1.5, leaf.shape) if positive else rng.normal(0, 0.3, leaf.shape)

@@ -41,6 +41,7 @@ STAGES = (
     StageSpec(3, 1, 192, 320, 6, 1),
 )
 
+# EfficientNetV2-B0 (Tan & Le 2021, and keras.applications). B3 rounds its widths by another rule.
 STAGES_V2 = (
     StageSpec(3, 1, 32, 16, 1, 1, fused=True),
     StageSpec(3, 2, 16, 32, 4, 2, fused=True),
@@ -301,18 +302,13 @@ class MBConv(nn.Module):
         return settings.constrain(x), None
 
 
-class FusedMBConv(nn.Module):
+class FusedMBConv(MBConv):
     """As `MBConv`, with one k x k convolution for expansion and depthwise, and no squeeze.
 
     With expand ratio 1 that convolution is all: [B, H, W, in] -> [B, H/s, W/s, out].
 
     Source: Tan & Le 2021.
     """
-
-    stage: StageSpec
-    symmetric: bool
-    is_first: bool
-    settings: Settings
 
     @nn.compact
     def __call__(

@@ -18,10 +18,10 @@ from align_jax.run import workdir
 def dry_run(
     config: ConfigDict, path: str | os.PathLike, log: Callable[[str], None] = print
 ) -> None:
-    """Checks all that `align train` checks, and says what the run would need on these devices.
+    """Checks config, sources and evaluators, and says what the run would need on these devices.
 
-    In this order: config, sources, evaluators, memory and FLOPs of the compiled step, speed of the
-    input.
+    Whether a run that is there has the same config and data, and whether `init_from` fits, is for
+    the run itself to find out.
 
     Args:
       config: of the run, of pairs.
@@ -29,7 +29,8 @@ def dry_run(
       log: told a few lines at a time.
 
     Raises:
-      ValueError: a config, source, evaluator or workdir that cannot work.
+      ValueError: a config, source or evaluator that cannot work.
+      RuntimeError: the step does not fit the devices, or no record of a sample can be used.
     """
     devices, processes = jax.devices(), jax.process_count()
     config_checks.validate(config, num_devices=len(devices), num_processes=processes)
@@ -42,6 +43,7 @@ def dry_run(
     source = mixture.open_sources(config.data)
     try:
         evaluators = evals_lib.make_evaluators(config.eval.evaluators.to_dict())
+        evals_lib.check_classes(evaluators, None)
     except ValueError as error:
         raise ValueError(f"config.eval.evaluators: {error}") from error
     log(config_lib.to_json(config).rstrip())

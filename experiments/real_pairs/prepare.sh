@@ -6,7 +6,11 @@
 # (hex, label, tags, vendors) with twemoji.zip and openmoji.zip, and of evaluation sets that are
 # there too: cifar10/test.zip, imagenette/train_subset.zip, imagenet_sample/{labels.tsv,images.zip}.
 set -euo pipefail
+[ $# -eq 2 ] || { echo "usage: prepare.sh DATA OUT" >&2; exit 2; }
 data=$1 out=$2
+for file in flickr8k/{train,dev}.{jsonl,zip} cc3m/train.jsonl emoji/{emoji.jsonl,twemoji.zip,openmoji.zip}; do
+    [ -e "$data/$file" ] || { echo "prepare.sh: $data/$file is missing" >&2; exit 2; }
+done
 mkdir -p "$out/scans"
 
 # Twemoji to learn from, with its keywords as a second caption; OpenMoji to be found by its name.
