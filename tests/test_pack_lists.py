@@ -145,6 +145,8 @@ def test_wrong_arguments_are_one_line(inside, tmp_path, capfd):
         (("--drop", tmp_path / "no.parquet"), "no.parquet is not a Parquet file"),
         (("--workers", "0"), "--workers 0 must be at least 1."),
         (("--resize", "-4"), "--resize -4 must be at least 1."),
+        (("--resize", "346x0"), "--resize 346x0 must be at least 1."),
+        (("--resize", "3x4x5"), "--resize 3x4x5 must be PX or PXxPX, e.g. 346 or 346x346."),
     ):
         given = ("pack", "captions.jsonl?images=images", "--out", tmp_path / "out", *arguments)
         assert message in error_of(capfd, *given)
@@ -178,6 +180,22 @@ def test_resize_shrinks_the_short_side_and_leaves_smaller_images_alone(tmp_path)
     expected = Image.fromarray(images.decode_image(records[0].image)).resize((192, 64))
     difference = np.abs(images.decode_image(stored["wide"]).astype(int) - np.asarray(expected))
     assert difference.mean() < 2
+
+
+def test_resize_to_width_and_height_shrinks_each_longer_side(tmp_path):
+    sizes = {"both": (300, 100), "wide": (300, 50), "tall": (60, 90), "small": (64, 48)}
+    records = [Record(key, picture(*size), ("a",)) for key, size in sizes.items()]
+    pack(InMemory(records), tmp_path / "out", resize_px=(64, 48))
+    stored = {record.key: record.image for record in read(tmp_path / "out")}
+    found = {key: images.decode_image(data).shape[1::-1] for key, data in stored.items()}
+    assert found == {"both": (64, 48), "wide": (64, 48), "tall": (60, 48), "small": (64, 48)}
+    assert stored["small"] == records[3].image
+    expected = io.BytesIO()
+    squashed = Image.fromarray(images.decode_image(records[0].image)).resize(
+        (64, 48), Image.Resampling.BICUBIC
+    )
+    squashed.save(expected, "JPEG", quality=95)
+    assert stored["both"] == expected.getvalue()
 
 
 def test_shrunk_images_are_bicubic_jpegs_of_quality_95(tmp_path):

@@ -5,6 +5,7 @@ The work is done in curate/ and data/, which are imported when it begins.
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 
 from align_jax.run.progress import num_cores
@@ -251,9 +252,9 @@ def _add_pack(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     _add_workers(pack, "pack")
     pack.add_argument(
         "--resize",
-        type=int,
-        metavar="PX",
-        help="shrink longer short sides to PX, as JPEG of quality 95 (default: images untouched)",
+        metavar="PX[xPX]",
+        help="shrink longer short sides to PX, or width and height as training does (346x346), as "
+        "JPEG of quality 95 (default: images untouched)",
     )
     pack.add_argument(
         "--shard-size",
@@ -289,13 +290,15 @@ def _pack(args: argparse.Namespace, rest: list[str]) -> None:
     from align_jax.curate.pack import pack
     from align_jax.data.sources import open_source as sources
 
+    if args.resize is not None and not re.fullmatch(r"-?\d+(x\d+)?", args.resize, re.ASCII):
+        raise ValueError(f"--resize {args.resize} must be PX or PXxPX, e.g. 346 or 346x346.")
     report = pack.pack(
         sources.open_source(args.source),
         args.out,
         split=args.split,
         num_workers=args.workers,
         beam=args.beam,
-        resize_px=args.resize,
+        resize_px=[int(side) for side in args.resize.split("x")] if args.resize else None,
         shard_bytes=args.shard_size * 2**20,
         keep=args.keep,
         drop=args.drop,

@@ -40,7 +40,7 @@ def pack(
     num_threads: int = 8,
     num_workers: int = 1,
     beam: str | None = None,
-    resize_px: int | None = None,
+    resize_px: int | Sequence[int] | None = None,
     keep: str | None = None,
     drop: str | None = None,
     keep_by: str | None = None,
@@ -76,7 +76,9 @@ def pack(
       num_workers: processes; 1 packs in this one.
       beam: options of an Apache Beam pipeline that packs the units instead, see workers.py.
       resize_px: images whose short side is longer shrink to it, keeping their aspect ratio, and
-        become JPEG of quality 95; smaller ones are not touched.
+        become JPEG of quality 95; smaller ones are not touched. Of (width, height) each side that
+        is longer shrinks to its number, as training does to the square that it
+        crops from.
       keep: Parquet table, or a folder of parts; records whose key is not in its column `key` are
         skipped. If it has a column `text`, the texts of a key replace the captions of its record.
         Or a subset file of DataComp, see data/sources/subsets.py.
@@ -101,10 +103,13 @@ def pack(
     """
     if not re.fullmatch(r"\w+", split, re.ASCII):
         raise ValueError(f"split={split!r} must consist of letters, digits and underscores.")
-    sizes = {"workers": num_workers, "resize": resize_px, "shard-size": shard_bytes}
+    sizes = {"workers": num_workers, "shard-size": shard_bytes}
     for name, value in sizes.items():
-        if value is not None and value < 1:
+        if value < 1:
             raise ValueError(f"--{name} {value} must be at least 1.")
+    sides = [resize_px] if isinstance(resize_px, int) else list(resize_px or ())
+    if not all(side >= 1 for side in sides):
+        raise ValueError(f"--resize {'x'.join(map(str, sides))} must be at least 1.")
     for name, path in (("keep", keep), ("drop", drop)):
         if path is not None and not any(map(os.path.isfile, key_lists.files_of(path))):
             raise ValueError(f"--{name} {path} does not exist; it is a Parquet file of keys.")
@@ -123,7 +128,7 @@ def pack(
         try:
             units = _plan(source, unit_records)
             lists = {"keep": (keep, keep_by), "drop": (drop, drop_by)}
-            options = {"shard_bytes": shard_bytes, "resize_px": resize_px}
+            options = {"shard_bytes": shard_bytes, "resize_px": sides}
             stamp = _stamp(source, units, lists, options | {"columns": kinds})
             left = _units_left(staging, stamp, units, f"pack {split}")
             num_workers = max(1, min(num_workers, len(left)))

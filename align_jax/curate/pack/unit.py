@@ -7,7 +7,7 @@ workers, in any order, and again after a crash. Planning and putting together is
 import dataclasses
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -45,7 +45,8 @@ class Settings:
       folder: receives the shards and results of all units.
       shard_bytes: a shard is closed when it reaches this size, and at the end of its unit.
       num_threads: records read and checked at the same time.
-      resize_px: longer short sides shrink to this; None leaves every byte as it is.
+      resize_px: (short side,) or (width, height) that longer ones shrink to; () leaves every
+        byte as it is.
       keep: keys to write, with their captions where the list has texts; None for all.
       drop: keys not to write.
       columns: metadata to write, name -> kind, see metadata.choose.
@@ -54,7 +55,7 @@ class Settings:
     folder: str
     shard_bytes: int
     num_threads: int
-    resize_px: int | None = None
+    resize_px: Sequence[int] = ()
     keep: KeyList | None = None
     drop: KeyList | None = None
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -251,17 +252,25 @@ class _Checker:
         return names.of(record) if names.needs_record else names.known(key)
 
 
-def _encoded(image: bytes | np.ndarray, pixels: np.ndarray, resize_px: int | None) -> bytes:
+def _encoded(image: bytes | np.ndarray, pixels: np.ndarray, resize_px: Sequence[int]) -> bytes:
     """The file to write of an image, of which `pixels`, uint8 [H, W, 3], are decoded."""
-    height, width = pixels.shape[:2]
-    if resize_px is not None and min(height, width) > resize_px:
-        scale = resize_px / min(height, width)
-        size = (max(resize_px, round(width * scale)), max(resize_px, round(height * scale)))
+    size = _shrunk(pixels.shape[1::-1], resize_px)
+    if size != pixels.shape[1::-1]:
         smaller = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
         return _file_of(smaller, "JPEG", quality=JPEG_QUALITY)
     if isinstance(image, np.ndarray):
         return _file_of(Image.fromarray(image), "PNG")
     return image
+
+
+def _shrunk(size: tuple[int, int], resize_px: Sequence[int]) -> tuple[int, int]:
+    """Returns the (width, height) to write, see `Settings`."""
+    if len(resize_px) == 1 and min(size) > resize_px[0]:
+        scale = resize_px[0] / min(size)
+        return tuple(max(resize_px[0], round(side * scale)) for side in size)
+    if len(resize_px) == 2:
+        return tuple(map(min, size, resize_px))
+    return size
 
 
 def _file_of(image: Image.Image, kind: str, **options: int) -> bytes:
