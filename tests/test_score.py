@@ -143,6 +143,16 @@ def test_top_share_keeps_what_datacomp_keeps(tmp_path):
     assert sorted(reasons(tmp_path / "f", few, "top_share('similarity', 0.5)")) == [0, 1]
 
 
+@pytest.mark.parametrize(("share", "stay"), [(0.3, 4), (0.28, 3), (0.01, 1), (0.99, 10)])
+def test_top_share_of_ten_different_values_keeps_one_more_than_their_place(tmp_path, share, stay):
+    values = [0.7, 0.1, 0.9, 0.3, 0.0, 0.5, 0.8, 0.2, 0.6, 0.4]
+    table = {"text": ["a"] * 10, "similarity": values}
+    found = reasons(tmp_path, table, f"top_share('similarity', {share})")
+    # the value at place int(10 * share) from the highest, counted from 0, is the least that stays
+    kept = [value for row, value in enumerate(values) if row not in found]
+    assert sorted(kept) == sorted(values)[10 - stay :]
+
+
 def test_wrong_scores_are_one_line(inside, capfd, tiny_hf):
     make_pairs(inside, 2)
     pq.write_table(pa.table({"key": ["0.jpg"]}), "t.parquet")

@@ -6,6 +6,7 @@
     python experiments/benchmarks/curate.py --workers 1 --workers 2 --partitioned
     python experiments/benchmarks/curate.py --rows 1000000 --preset align --preset coyo \\
         --preset metaclip --partitioned --engine duckdb --engine spark://HOST:PORT  # a cluster
+    python experiments/benchmarks/curate.py --words captions.txt --preset metaclip2  # languages
     python experiments/benchmarks/curate.py --scan SOURCE --workers 1 --workers 2
 
 Every combination of presets, engines and workers runs; all engines and workers of one preset must
@@ -13,7 +14,8 @@ write the same bytes of kept rows. CPU time is that of this process and of its w
 
 A row has key, url, text, width, height and an NSFW score, as COYO's have. Words follow Zipf's law
 (a vocabulary of one million, 11 a text), sizes are log-normal; 3 % of texts are one of 1,000 that
-many images share, 2 % of rows are further texts of an image that has been seen. Each engine runs in
+many images share, 2 % of rows are further texts of an image that has been seen. With --words, words
+are those of a real text, so that rules about languages have something to find. Each engine runs in
 a process of its own, whose peak resident memory includes Python and reading and writing the tables.
 Spark's memory is that of another process and is not counted.
 """
@@ -35,6 +37,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 VOCABULARY, PART_ROWS = 1_000_000, 250_000
+LANGUAGES = ("de", "en", "es", "fr", "it")  # of --preset metaclip2
 ROOT = Path(__file__).parents[2]
 
 
@@ -47,6 +50,8 @@ def main():
     parser.add_argument("--partitioned", action="store_true")
     parser.add_argument("--scan", metavar="SOURCE", help="times `align scan` of pairs instead")
     parser.add_argument("--memory", type=float, default=2.0, help="GiB of the engine (default: 2)")
+    parser.add_argument("--words", metavar="FILE", help="text whose words the rows are made of")
+    parser.add_argument("--entries", type=int, default=20_000, help="of MetaCLIP (default: 20,000)")
     parser.add_argument("--top", type=int, help="most frequent tokens, instead of 100 million")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -75,15 +80,18 @@ def main():
 def curate_jobs(args, folder):
     """Yields (name, what must have equal bytes, job) of each run of `align curate`."""
     start = time.monotonic()
-    write_rows(args.rows, Path(folder) / "table")
+    write_rows(args.rows, Path(folder) / "table", args.words)
     print(f"{args.rows:,} rows written in {time.monotonic() - start:.0f} s", flush=True)
     presets = {name: name for name in args.preset or ["align"]}
     if args.top:
         presets = {"align": str(Path(folder) / "align_top.py")}
         text = (ROOT / "align_jax/curate/filter/presets/align.py").read_text()
         Path(presets["align"]).write_text(text.replace("top=100_000_000", f"top={args.top}"))
-    entries = Path(folder) / "entries.txt"
-    entries.write_text("\n".join(frequent_words(Path(folder) / "table")))
+    (Path(folder) / "metaclip2").mkdir()
+    entries = {"metaclip": Path(folder) / "entries.txt", "metaclip2": Path(folder) / "metaclip2"}
+    words = "\n".join(frequent_words(Path(folder) / "table", args.entries))
+    for path in (entries["metaclip"], *(entries["metaclip2"] / f"{n}.txt" for n in LANGUAGES)):
+        path.write_text(words)
     for name, preset in presets.items():
         for engine in args.engine or ["duckdb"]:
             for number, workers in enumerate(args.workers or [1]):
@@ -100,7 +108,7 @@ def curate_jobs(args, folder):
                         "memory_gib": args.memory,
                         "num_workers": workers,
                         "partitioned": args.partitioned,
-                        "metadata": str(entries) if name == "metaclip" else None,
+                        "metadata": str(entries[name]) if name in entries else None,
                     },
                 )
 
@@ -112,11 +120,11 @@ def scan_jobs(args, folder):
         yield f"{workers} workers", "", {"scan": args.scan, "out": out, "num_workers": workers}
 
 
-def frequent_words(folder):
-    """Returns 20,000 words of the first rows, the most frequent first."""
+def frequent_words(folder, count):
+    """Returns the most frequent words of the first rows."""
     texts = pq.read_table(folder / "part-0000.parquet", columns=["text"])["text"].slice(0, 100_000)
     counts = collections.Counter(word for text in texts.to_pylist() for word in text.split())
-    return [word for word, _ in counts.most_common(20_000)]
+    return [word for word, _ in counts.most_common(count)]
 
 
 def run(job):
@@ -151,14 +159,11 @@ def run(job):
     print(json.dumps(found))
 
 
-def write_rows(num_rows, folder):
+def write_rows(num_rows, folder, words=None):
     """Writes the synthetic table as Parquet parts of 250,000 rows."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", dtype="S1")
-    lengths = rng.integers(2, 9, VOCABULARY)
-    words = np.split(letters[rng.integers(0, 26, lengths.sum())], np.cumsum(lengths)[:-1])
-    vocabulary = pa.array([word.tobytes().decode() for word in words])
+    vocabulary = words_of(words) if words else made_words(rng)
     shared = make_texts(rng, vocabulary, 1_000)
     for start in range(0, num_rows, PART_ROWS):
         rows = np.arange(start, min(start + PART_ROWS, num_rows))
@@ -181,8 +186,23 @@ def write_rows(num_rows, folder):
             "width": width,
             "height": height,
             "punsafe": rng.beta(0.3, 4, count).astype(np.float32),
+            "clip_l14_similarity_score": rng.random(count).astype(np.float32),
         }
         pq.write_table(pa.table(table), folder / f"part-{start // PART_ROWS:04d}.parquet")
+
+
+def words_of(path):
+    """Returns the different words of a text, the most frequent first."""
+    counts = collections.Counter(Path(path).read_text("utf-8").split())
+    return pa.array([word for word, _ in counts.most_common()])
+
+
+def made_words(rng):
+    """Returns a million words of two to eight letters."""
+    letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", dtype="S1")
+    lengths = rng.integers(2, 9, VOCABULARY)
+    words = np.split(letters[rng.integers(0, 26, lengths.sum())], np.cumsum(lengths)[:-1])
+    return pa.array([word.tobytes().decode() for word in words])
 
 
 def make_texts(rng, vocabulary, count):
