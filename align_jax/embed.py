@@ -211,13 +211,13 @@ def _embed_shards(
         "rows": sum(shard["rows"] for shard in written),
         "skipped": problems.num_lost(),
         "shards": len(starts),
-        "shards_found": len(starts) - len(todo),
     }
+    # Without what was found: the report of a run that was killed is that of one that was not.
     content = {"source": items.identity, **counts, "problems": report(problems, str(out))}
     writing.write_json(out / _REPORT, content, ensure_ascii=False)
     if not counts["rows"]:
         raise RuntimeError(f"None of the {items.count} items can be read; see {out}/{_REPORT}.")
-    return counts
+    return counts | {"shards_found": len(starts) - len(todo)}
 
 
 def read_shard(path: Path) -> tuple[list[str], np.ndarray]:

@@ -87,11 +87,12 @@ def test_rerun_makes_only_what_is_missing(model, folder):
     items = embed.open_images("photos")
     embed.embed(model, items, "out", shard_size=10)
     before = {path.name: path.stat().st_mtime_ns for path in (folder / "out").iterdir()}
-    wanted = read_npy(folder / "out")
+    wanted, first = read_npy(folder / "out"), (folder / "out" / "report.json").read_bytes()
     # What a kill between the two files of a shard, or in one of them, leaves.
     (folder / "out" / "00001.npy").rename(folder / "out" / f".00001.npy.{'0' * 32}.tmp")
     counts = embed.embed(model, items, "out", shard_size=10)
     assert (counts["rows"], counts["shards_found"]) == (25, 2)
+    assert (folder / "out" / "report.json").read_bytes() == first
     assert sorted(path.name for path in (folder / "out").iterdir()) == sorted(before)
     for name in ("00000.npy", "00002.npy", "manifest.json"):
         assert (folder / "out" / name).stat().st_mtime_ns == before[name]
