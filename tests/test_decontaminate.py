@@ -2,17 +2,21 @@
 
 import io
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from helpers import error_of, make_pairs, real_data, snapshot, write_table
+from helpers import environment, error_of, make_pairs, real_data, snapshot, write_table
 from PIL import Image
 from pyarrow import parquet
 
 from align_jax.cli import main as cli
-from align_jax.curate.near_duplicates import match_sheet, matches
+from align_jax.curate.near_duplicates import image_sets, match_sheet, matches
 from align_jax.curate.near_duplicates.decontaminate import decontaminate
 from align_jax.curate.scan import scan
 from align_jax.data.perceptual_hash import phash
@@ -219,7 +223,9 @@ def make_copied_pairs(folder):
     return "captions.jsonl?images=images"
 
 
-def test_the_same_call_gives_the_same_bytes_and_continues_after_an_interruption(inside):
+def test_the_same_call_gives_the_same_bytes_and_continues_after_an_interruption(
+    inside, monkeypatch
+):
     pairs = make_copied_pairs(inside)
     decontaminate(pairs, [], "one", sheet=True)
     decontaminate(pairs, [], "two", sheet=True)
@@ -230,9 +236,74 @@ def test_the_same_call_gives_the_same_bytes_and_continues_after_an_interruption(
     assert snapshot("two") == files
     (inside / "two" / "report.json").unlink()
     (inside / "two" / "drop.parquet").write_bytes(b"cut")
-    (inside / "images" / "0.jpg").rename(inside / "gone")  # it is not scanned again
-    decontaminate(pairs, [], "two")
+    monkeypatch.setattr(image_sets, "scan", None)  # it is not scanned again
+    decontaminate(pairs, [], "two", sheet=True)
     assert snapshot("two") == files
+
+
+KILLED = """
+import os, signal, sys
+from align_jax.curate.near_duplicates.decontaminate import decontaminate
+
+name, when, train, against = sys.argv[1:]
+replace = os.replace
+
+def rename(source, target):
+    if when == "before" and os.path.basename(target) == name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+    if when == "after" and os.path.basename(target) == name:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+os.replace = rename
+decontaminate(train, [against], "out", sheet=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_searches_against_a_set_end_with_the_bytes_of_an_undisturbed_one(inside):
+    make_copied_pairs(inside)
+    train, against = "captions.jsonl?images=images", "captions.jsonl?images=images&max=3"
+    decontaminate(train, [against], "whole", sheet=True)
+    killed = [("scan-0.parquet", "before"), ("config.json", "before"), ("copies-1.u64", "after")]
+    killed += [("matches.parquet", "after"), ("sheet.png", "before"), ("report.json", "before")]
+    for name, when in [*killed, ("report.json", "after"), ("", "never")]:
+        command = [sys.executable, "-c", KILLED, name, when, train, against]
+        code = subprocess.run(command, env=environment(), check=False).returncode
+        assert code == (-signal.SIGKILL if name else 0), (name, when)
+    assert snapshot("out") == snapshot("whole")
+
+
+def test_finished_call_given_again_returns_its_report_another_is_refused(inside, monkeypatch):
+    for name in ("train", "eval", "other"):
+        write_hashes(f"{name}.parquet", {"a": 0, "b": 2**63})
+    made = decontaminate("train.parquet", ["eval.parquet"], "whole")
+    remove = shutil.rmtree
+
+    def stop(path, **options):
+        if os.path.exists("out/report.json"):
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", stop)
+    with pytest.raises(KeyboardInterrupt):
+        decontaminate("train.parquet", ["eval.parquet"], "out")
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    before = snapshot("out")
+    for train, against, options in (
+        ("train.parquet", "eval.parquet", {"max_distance": 2}),
+        ("train.parquet", "other.parquet", {}),
+        ("scenes?size=100000", "eval.parquet", {}),  # which is not scanned first
+    ):
+        with pytest.raises(ValueError, match="holds the report of another call; name a new"):
+            decontaminate(train, [against], "out", **options)
+    assert snapshot("out") == before
+    for _ in range(2):
+        assert decontaminate("train.parquet", ["eval.parquet"], "out") == made
+        assert snapshot("out") == snapshot("whole")
+    write_hashes("eval.parquet", {"a": 1})
+    with pytest.raises(ValueError, match="holds the report of another call"):
+        decontaminate("train.parquet", ["eval.parquet"], "out")
 
 
 def test_wrong_sets_are_one_line(inside, capfd):
@@ -265,7 +336,7 @@ def test_wrong_sets_are_one_line(inside, capfd):
         "A set is named twice; each --against must be another one."
     )
     assert error("train.parquet", out="done") == (
-        "done holds a finished report; name a new folder."
+        "done holds the report of another call; name a new folder."
     )
     assert error("train.parquet", "--max-distance", "20") == (
         "--max-distance 20 must be 0 to 16 of the 64 bits."

@@ -62,6 +62,7 @@ STAGES = {
     "index_copy": ["index", "copy", "--index", "index", "--to", "OUT"],
 }
 MADE_BEFORE = {
+    "model": ["train", "--config", "config.py", "--workdir", "model"],
     "images": ["embed", "--images", SCENES.format(1500), "--model", "model", "--out", "images"],
     "others": ["embed", "--images", SCENES.format(200), "--model", "model", "--out", "others"],
     "index": ["index", "add", "images", "--model", "model", "--index", "index"],
@@ -80,11 +81,9 @@ def main() -> int:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "config.py").write_text(CONFIG.replace("STEPS", "6"))
-    finish(folder, ["train", "--config", "config.py", "--workdir", "model"])
-    for command in MADE_BEFORE.values():
-        finish(folder, command)
     failed = 0
     for name in filter(re.compile(args.only).search, STAGES):
+        make_inputs(folder, STAGES[name])
         alone, killed = (folder / f"{name}-{what}" for what in ("alone", "killed"))
         work_s = finish(folder, command_of(name, alone))
         renames = int((folder / "renames").read_text())
@@ -96,14 +95,14 @@ def main() -> int:
             if not by_rename:
                 wait(killed, process, draw.uniform(0, work_s))
                 process.kill()
-            process.communicate()
+            printed = process.communicate()[1]
             kills[by_rename] += process.returncode < 0
             if process.returncode >= 0:  # it was done before: another one begins
                 ended += not by_rename or at <= renames
-                failed += report(name, alone, killed, process.returncode)
+                failed += report(name, alone, killed, process.returncode, printed)
                 shutil.rmtree(killed)
         finish(folder, command_of(name, killed))
-        differs = report(name, alone, killed, 0)
+        differs = report(name, alone, killed, 0, "")
         failed += differs
         print(
             f"{name}: {kills[0]} kills in {work_s:.1f} s of work, {kills[1]} at one of "
@@ -112,6 +111,14 @@ def main() -> int:
             flush=True,
         )
     return int(failed > 0)
+
+
+def make_inputs(folder: Path, command: list[str]) -> None:
+    """Makes what a command reads, and first what that reads."""
+    for part in command:
+        if part in MADE_BEFORE and not (folder / part).exists():
+            make_inputs(folder, [other for other in MADE_BEFORE[part] if other != part])
+            finish(folder, MADE_BEFORE[part])
 
 
 def command_of(name: str, out: Path) -> list[str]:
@@ -152,10 +159,10 @@ def finish(folder: Path, command: list[str]) -> float:
     return time.monotonic() - begun
 
 
-def report(name: str, alone: Path, killed: Path, code: int) -> bool:
+def report(name: str, alone: Path, killed: Path, code: int, printed: str) -> bool:
     """Returns whether what was left differs, and says where."""
     if code:
-        print(f"{name}: exit code {code}")
+        print(f"{name}: exit code {code}: {printed.splitlines()[-1:]}")
         return True
     wanted, found = contents(alone), contents(killed)
     for file in sorted(wanted.keys() | found.keys()):

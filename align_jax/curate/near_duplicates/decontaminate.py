@@ -49,15 +49,16 @@ def decontaminate(
     in bits or `cosine`; inside one set the match is the image that is kept), `drop.parquet` (`key`
     of the images to leave out, for `align pack --drop`, and `reason`), `sheet.png` on demand, and
     at last `report.json`. Scans made here stay there too. A killed call goes on when it is given
-    again, and ends with the bytes of an undisturbed one. Memory: of evaluation sets 200 bytes an
-    image, of training hashes a million at a time beside the engine's; embeddings are mapped.
+    again, and ends with the bytes of an undisturbed one; a finished one returns its report again.
+    Memory: of evaluation sets 200 bytes an image, of training hashes a million at a time beside the
+    engine's; embeddings are mapped.
 
     Args:
       train: Parquet tables (a path or a glob) with `key` (or `id`, `uid`) and `phash` (or
         `image_phash`, `image_hash`), as `align scan` writes and COYO has; a source of pairs
         (sources.open_source), which is scanned first; or a folder of `align embed`.
       against: the same, of evaluation sets.
-      out_dir: new, empty, or left by an interrupted call.
+      out_dir: new, empty, or left by the same call.
       max_distance: of hashes, bits of 64. Default 8 against other sets, where re-encoded, resized
         and brightened copies are mostly found (docs/curation.md), and 4 inside one, where the
         chance matches grow with the square of the images.
@@ -69,8 +70,8 @@ def decontaminate(
       memory_gib: limit of the engine.
 
     Raises:
-      ValueError: an unusable input, a finished `out_dir`, hashes beside embeddings, embeddings of
-        different models, or a sheet of images that no scan has located.
+      ValueError: an unusable input, an `out_dir` of another call, hashes beside embeddings,
+        embeddings of different models, or a sheet of images that no scan has located.
     """
     import_parquet()  # a missing package is named before hours of work
     writing.check_local(out_dir, "--out")
@@ -83,8 +84,6 @@ def decontaminate(
     names = [train, *against]
     if len(set(names)) < len(names):
         raise ValueError("A set is named twice; each --against must be another one.")
-    if os.path.exists(os.path.join(out_dir, REPORT_FILE)):
-        raise ValueError(f"{out_dir} holds a finished report; name a new folder.")
     embedded = [name for name in names if image_sets.is_embedded(name)]
     if 0 < len(embedded) < len(names):
         raise ValueError(
@@ -94,6 +93,7 @@ def decontaminate(
     if embedded and sheet:
         raise ValueError("--sheet needs scans: embeddings do not say where the images are.")
     out = Path(out_dir)
+    _find_report(out, names)  # that of other names is refused before anything is scanned
     with (
         writing.locked(out, "align decontaminate", shown=out_dir),
         writing.explaining_full_disk(out_dir),
@@ -101,18 +101,23 @@ def decontaminate(
         if embedded:
             report = _by_embeddings(names, out, min_cosine)
         else:
-            options = {"max_distance": max_distance, "copies": copies}
-            report = _by_hashes(names, out, options, sheet, engine, memory_gib)
+            options = {"max_distance": max_distance, "copies": copies, "sheet": sheet}
+            report = _by_hashes(names, out, options, engine, memory_gib)
     return report
 
 
 def _by_hashes(
-    names: list[str], out: Path, options: dict, sheet: bool, engine_name: str, memory_gib: float
+    names: list[str], out: Path, options: dict, engine_name: str, memory_gib: float
 ) -> dict:
     tables = [image_sets.find_hashes(name, n, out) for n, name in enumerate(names)]
+    sheet = options["sheet"]
     pictures = [image_sets.Pictures(one, "--sheet") for one in tables] if sheet else []
     paths = [path for one in tables for path in one.paths]
-    with _stages(out, options | {"names": names, "files": identity.of_files(paths)}) as stages:
+    call = _call(options | {"names": names, "files": identity.of_files(paths)})
+    if (finished := _find_report(out, names, call)) is not None:
+        shutil.rmtree(out / "stages", ignore_errors=True)
+        return finished
+    with _stages(out, call) as stages:
         facts = [_facts(one.name, one.scan) for one in tables]
         output = Output(out, names, "phash", SHEET_PAIRS if sheet else 0)
         limit = options["max_distance"]
@@ -135,6 +140,7 @@ def _by_hashes(
             with writing.replacing(out / "sheet.png") as temporary:
                 match_sheet.draw(shown, pictures).save(temporary, "PNG")
         report = {"method": "phash", "max_distance": limit, **_report(facts, output, groups)}
+        report["call"] = identity.digest([json.dumps(call)])
         writing.write_json(out / REPORT_FILE, report, ensure_ascii=False)
     return report
 
@@ -174,7 +180,12 @@ def _hash(
 
 
 def _by_embeddings(names: list[str], out: Path, min_cosine: float) -> dict:
-    with _stages(out, {"names": names, "min_cosine": min_cosine}) as stages:
+    manifests = [image_sets.identify_embeddings(name) for name in names]
+    call = _call({"min_cosine": min_cosine, "names": names, "embeddings": manifests})
+    if (finished := _find_report(out, names, call)) is not None:
+        shutil.rmtree(out / "stages", ignore_errors=True)
+        return finished
+    with _stages(out, call) as stages:
         sets = image_sets.open_embeddings(names, str(stages))
         facts = [_facts(one.name, None) for one in sets]
         for fact, one in zip(facts, sets, strict=True):
@@ -184,7 +195,30 @@ def _by_embeddings(names: list[str], out: Path, min_cosine: float) -> dict:
         output.write(iter([matches]))
         report = {"method": "embedding", "min_cosine": min_cosine}
         report |= _report(facts, output, groups)
+        report["call"] = identity.digest([json.dumps(call)])
         writing.write_json(out / REPORT_FILE, report, ensure_ascii=False)
+    return report
+
+
+def _call(content: dict) -> dict:
+    """Returns what a result depends on: input, options and the code."""
+    return content | {"align_jax": __version__, "code": identity.of_code(package)}
+
+
+def _find_report(out: Path, names: list[str], call: dict | None = None) -> dict | None:
+    """Returns the report of the same call where it was finished before.
+
+    Raises:
+      ValueError: it is that of another call; of other names, where nothing else is known yet.
+    """
+    path = out / REPORT_FILE
+    if not path.exists():
+        return None
+    report = json.loads(path.read_text("utf-8"))
+    written = [one["name"] for one in (report.get("train"), *report.get("against", ())) if one]
+    other = call and report.get("call") != identity.digest([json.dumps(call)])
+    if written != names or other:
+        raise ValueError(f"{out} holds the report of another call; name a new folder.")
     return report
 
 
@@ -194,7 +228,6 @@ def _stages(out: Path, content: dict) -> Iterator[Path]:
 
     It goes at the end, and where the input turns out to be unusable.
     """
-    content |= {"align_jax": __version__, "code": identity.of_code(package)}
     folder = (out / "stages").absolute()  # for engines elsewhere
     path = folder / "config.json"
     if not path.exists():

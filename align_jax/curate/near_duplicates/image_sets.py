@@ -16,7 +16,7 @@ import numpy as np
 from align_jax.curate.scan import import_parquet, open_any, read_report, scan
 from align_jax.data.images import decode_image
 from align_jax.data.perceptual_hash import parse_hashes
-from align_jax.storage import text, writing
+from align_jax.storage import identity, text, writing
 from align_jax.storage.paths import find_paths
 
 if TYPE_CHECKING:
@@ -113,6 +113,11 @@ class Pictures:
 def is_embedded(name: str) -> bool:
     """Returns whether `name` is a folder that `align embed` wrote."""
     return os.path.isfile(os.path.join(name, _MANIFEST))
+
+
+def identify_embeddings(folder: str) -> str:
+    """Returns what the embeddings of a folder were made from, and how, as one line."""
+    return identity.of_content(os.path.join(folder, _MANIFEST))
 
 
 def find_hashes(name: str, number: int, out_dir: str | os.PathLike) -> HashTables:
