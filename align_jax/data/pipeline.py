@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from align_jax.data import images, inception, mixture, read_ahead
+from align_jax.data import color, images, inception, mixture, read_ahead
 from align_jax.data.image_embeddings import ImageEmbeddings
 from align_jax.data.sources.classes import Classes
 from align_jax.data.sources.open_source import PairSource
@@ -69,6 +69,7 @@ class BatchSpec:
       crop: "random", see images.train_view, or "inception", see inception.inception_view.
       crop_min_area: of the latter.
       flip: whether half of the images are mirrored.
+      color_jitter, grayscale: see color.change_color.
       max_tokens: L, including [CLS] and [SEP].
       hash_pairs: adds `caption_hash` and `image_hash`.
       rows: which of the B rows the batches hold, in this order.
@@ -83,6 +84,8 @@ class BatchSpec:
     crop: str
     crop_min_area: float
     flip: bool
+    color_jitter: float
+    grayscale: float
     max_tokens: int
     hash_pairs: bool
     rows: tuple[int, ...]
@@ -261,6 +264,12 @@ class _BatchBuilder:
         )
 
     def _view(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        view, spec = self._crop(image, rng), self.spec
+        if not spec.color_jitter and not spec.grayscale:
+            return view
+        return color.change_color(view, jitter=spec.color_jitter, grayscale=spec.grayscale, rng=rng)
+
+    def _crop(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
         if self.spec.crop == "inception":
             return inception.inception_view(
                 image,
