@@ -173,8 +173,8 @@ real = {(module, name): getattr(module, name) for module, name in by_executors}
 needs = {
     "metaclip": {"metadata": "entries.txt"},
     "metaclip2": {"metadata": "entries"},
-    "datacomp-text": {"files": {"wordnet": "wordnet", "wnids": "wnids.txt"}},
-    "image.py": {"files": {"embeddings": "pool", "targets": "targets"}},
+    "datacomp-text+image.py": {"files": {"wordnet": "wordnet", "wnids": "wnids.txt",
+                                         "embeddings": "pool", "targets": "targets"}},
 }
 address, *presets = sys.argv[1:]
 for preset in presets:
@@ -186,7 +186,8 @@ for preset in presets:
                              memory_gib=0.7, **needs.get(preset, {}))
         print(preset, engine, made["rows_kept"])
 """
-PRESETS = ["align", "coyo", "laion", "datacomp-basic", "datacomp-clip", "datacomp-text", "image.py"]
+# All of them; together where that leaves enough rows, since each run starts a session of Spark.
+PRESETS = ["align", "coyo+laion", "datacomp-basic+datacomp-clip", "datacomp-text+image.py"]
 PRESETS += ["metaclip", "metaclip2"]
 
 
