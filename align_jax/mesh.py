@@ -4,8 +4,9 @@ Axes are ("data", "fsdp"): the batch is split over both, large tensors also live
 Their names appear in this file only.
 """
 
+import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -67,6 +68,37 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch: the first dimension over both axes."""
     return NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Keeps rows [B, ...] of activations on their devices; what `models.layers.Constrain` asks."""
+
+    mesh: Mesh
+
+    @property
+    def num_devices(self) -> int:
+        return self.mesh.size
+
+    def __call__(self, x: Any) -> Any:
+        """Returns a tree of arrays, each with the sharding of a batch."""
+        return jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh))
+
+    def on_each_device(self, fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        """Returns `fn(whole, rows) -> rows`, run by each device on the rows that it holds.
+
+        Gradients of `whole` are summed over the devices once, whatever loops `fn` has.
+        """
+        axes = (DATA, FSDP)
+
+        def local(whole: Any, rows: Any) -> Any:
+            # Varying from here on: else each use of it, in a loop too, would sum its gradient.
+            return fn(jax.lax.pcast(whole, axes, to="varying"), rows)
+
+        rows = PartitionSpec(axes)
+        return jax.shard_map(
+            local, mesh=self.mesh, in_specs=(PartitionSpec(), rows), out_specs=rows
+        )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

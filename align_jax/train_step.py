@@ -9,7 +9,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,10 +50,7 @@ def make_train_step(
         groups and a multiple of the devices; loss, gradients and statistics stay those of one pass.
         And `ema_decay` of the averages.
     """
-    rows = mesh_lib.batch_sharding(mesh)
-
-    def pin(x: Any) -> Any:
-        return jax.lax.with_sharding_constraint(x, rows)
+    pin = mesh_lib.Rows(mesh)
 
     def encode_part(variables: dual_encoder.Variables, part: dict) -> tuple:
         part = pin(part)
@@ -92,10 +88,7 @@ def make_classify_step(
       mesh: as there; the batch is `image` uint8 [B, H, W, 3], `label` and `index` int32 [B].
       config: as there.
     """
-    rows = mesh_lib.batch_sharding(mesh)
-
-    def pin(x: Any) -> Any:
-        return jax.lax.with_sharding_constraint(x, rows)
+    pin = mesh_lib.Rows(mesh)
 
     def score_part(variables: dual_encoder.Variables, part: dict) -> tuple:
         part = pin(part)

@@ -252,6 +252,7 @@ def check_report(report, *, num_chips):
     for step in steps.values():
         assert step["memory"]["arguments"] > 0 and step["unknown_loops"] == 0
         assert step["traffic_bytes"] > step["memory"]["outputs"]
+        assert sum(entry["bytes"] for entry in step["traffic"]) == step["traffic_bytes"]
     assert report["flops"]["model_per_chip"] == report["flops"]["model_per_pair"] * 16 / num_chips
 
 

@@ -162,6 +162,54 @@ ENTRY %main (table: f32[100,8], at: s32[]) -> f32[100,8] {
     assert hlo.parse(text).traffic_bytes == read_row + write_row_out + update
 
 
+def test_traffic_of_slices_that_start_early_and_of_slices_in_a_fusion_of_a_fusion():
+    text = """
+%slice_of (p: f32[100,8], i: s32[]) -> f32[1,8] {
+  %p = f32[100,8]{1,0} parameter(0)
+  %i = s32[]{:T(128)S(6)} parameter(1)
+  ROOT %row = f32[1,8]{1,0} dynamic-slice(%p, %i, %i), dynamic_slice_sizes={1,8}
+}
+
+%product (p.1: f32[100,8], i.1: s32[], w.1: f32[8,8]) -> f32[1,8] {
+  %p.1 = f32[100,8]{1,0} parameter(0)
+  %i.1 = s32[]{:T(128)S(6)} parameter(1)
+  %w.1 = f32[8,8]{1,0} parameter(2)
+  %inner = f32[1,8]{1,0} fusion(%p.1, %i.1), kind=kLoop, calls=%slice_of
+  ROOT %out.1 = f32[1,8]{1,0} convolution(%inner, %w.1), dim_labels=bf_io->bf
+}
+
+ENTRY %main (table: f32[100,8], at: s32[], w: f32[8,8]) -> f32[1,8] {
+  %table = f32[100,8]{1,0} parameter(0)
+  %at = s32[]{:T(128)S(6)} parameter(1)
+  %w = f32[8,8]{1,0} parameter(2)
+  %started = ((f32[100,8]{1,0}), f32[5,8]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%table), \
+slice={[0:5], [0:8]}
+  %five = f32[5,8]{1,0:T(8,128)S(1)} slice-done(%started)
+  %weights = (f32[8,8]{1,0:T(8,128)S(3)}, f32[8,8]{1,0}, u32[]{:S(2)}) copy-start(%w)
+  %near = f32[8,8]{1,0:T(8,128)S(3)} copy-done(%weights)
+  ROOT %out = f32[1,8]{1,0} fusion(%table, %at, %near), kind=kOutput, calls=%product
+}
+"""
+    row = 8 * 4
+    found = [(op.kind, op.bytes, op.runs) for op in hlo.parse(text).traffic]
+    # Five rows and the weights are read into on-chip memory; the product reads and writes a row.
+    assert found == [("copy", 5 * row, 1), ("copy", 8 * row, 1), ("convolution", 2 * row, 1)]
+
+
+def test_bytes_of_a_compiled_program_are_those_of_the_compiler():
+    def step(x, w):
+        y = x @ w
+        mean = y.mean(0)
+        return jnp.tanh(y - mean), jax.lax.dynamic_update_slice(x, w[:2], (3, 0))
+
+    x, w = (jax.ShapeDtypeStruct((n, 512), jnp.float32) for n in (2048, 512))
+    compiled = jax.jit(step).lower(x, w).compile()
+    program = hlo.parse(compiled.as_text())
+    assert program.traffic_bytes == pytest.approx(
+        compiled.cost_analysis()["bytes accessed"], rel=0.15
+    )
+
+
 def compiled_text(fn, *shapes):
     return jax.jit(fn).lower(*shapes).compile().as_text()
 

@@ -111,6 +111,19 @@ def test_five_steps_in_microbatches_equal_one_pass(one_device, shape, microbatch
     assert_same_run(run(*shape, changes=changes), one_device)
 
 
+@pytest.mark.parametrize(
+    "shape, scan",
+    [
+        ((4, 2), True),
+        pytest.param((1, 1), True, marks=slow),
+        pytest.param((8, 1), False, marks=slow),
+    ],
+)
+def test_five_steps_of_blocks_in_groups_equal_one_pass(one_device, shape, scan):
+    changes = (("model.remat", "block"), ("model.scan_layers", scan))
+    assert_same_run(run(*shape, changes=changes), one_device)
+
+
 @slow
 def test_eight_microbatches_need_at_most_two_fifths_of_the_memory():
     m, size = mesh_of(1, 1), 256

@@ -7,6 +7,7 @@ per block, `stage3/block2/expand/kernel`, whether or not the blocks are scanned.
 
 import dataclasses
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -160,7 +161,10 @@ class EfficientNet(nn.Module):
       drop_path_rate: stochastic depth; block b of n drops with probability rate * b / n.
       bn_mode, bn_group_size, bn_eps: see `layers.GroupedBatchNorm`.
       dtype: of convolutions and activations; parameters, statistics and pooling are float32.
-      remat: of each block, see `layers.remat`.
+      remat: of each block, see `layers.remat`. With "block" and grouped BatchNorm, a block trains
+        on one BatchNorm group of each device after the other: same numbers, and what it computes
+        for 16 images fits into the on-chip memory of a TPU, so that it reads and writes HBM hardly
+        more than its input and output.
       scan_blocks: compile the equal blocks of a stage once. Same numbers, same parameter tree.
     """
 
@@ -362,23 +366,92 @@ class _Stage(nn.Module):
     settings: Settings
     remat: str
 
-    def block_class(self) -> type[nn.Module]:
-        return layers.remat(FusedMBConv if self.stage.fused else MBConv, self.remat)
+    def block_class(self) -> type[MBConv]:
+        return FusedMBConv if self.stage.fused else MBConv
 
     @nn.compact
     def __call__(self, x: jax.Array, keys: Keys) -> jax.Array:
-        block = self.block_class()
+        if self._in_groups(x):
+            for i, rate in enumerate(self.drop_rates):
+                x = self._run_in_groups(f"block{i}", x, jnp.float32(rate), keys[i])
+            return x
+        block = layers.remat(self.block_class(), self.remat)
         for i, rate in enumerate(self.drop_rates):
             x, _ = block(self.stage, self.symmetric, i == 0, self.settings, name=f"block{i}")(
                 x, (rate, keys[i])
             )
         return x
 
+    def _in_groups(self, x: jax.Array) -> bool:
+        """Whether a block runs on one BatchNorm group of each device after the other."""
+        settings = self.settings
+        group = settings.bn_group_size * settings.constrain.num_devices
+        return (
+            self.remat == "block"
+            and settings.bn_mode == "grouped"
+            and settings.train
+            and not self.is_initializing()
+            and x.shape[0] % group == 0
+            and x.shape[0] > group
+        )
+
+    def _run_in_groups(
+        self, name: str, x: jax.Array, rate: jax.Array, keys: jax.Array | None
+    ) -> jax.Array:
+        variables = {kind: tree[name] for kind, tree in self.variables.items()}
+        x, moments = self._groups(name == "block0", variables, x, rate, keys)
+        self.put_variable("batch_stats", name, moments)
+        return x
+
+    def _groups(
+        self,
+        is_first: bool,
+        variables: dict,
+        x: jax.Array,
+        rate: jax.Array,
+        keys: jax.Array | None,
+    ) -> tuple[jax.Array, dict]:
+        """Returns (activations, batch_stats) of a block that runs in groups."""
+        settings = dataclasses.replace(self.settings, constrain=layers.unconstrained)
+        block = self.block_class()(self.stage, self.symmetric, is_first, settings, parent=None)
+        size = settings.bn_group_size
+
+        def local(whole: tuple, rows: tuple) -> tuple[jax.Array, dict]:
+            variables, rate = whole
+
+            # prevent_cse guards against a merge of both passes, which a scan already rules out.
+            @partial(jax.checkpoint, prevent_cse=False)
+            def group(_: None, part: tuple) -> tuple[None, tuple[jax.Array, dict]]:
+                x, keys = part
+                (x, _), updated = block.apply(variables, x, (rate, keys), mutable=["batch_stats"])
+                return None, (x, updated["batch_stats"])
+
+            parts = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), rows)
+            _, (x, moments) = jax.lax.scan(group, None, parts)
+            x = x.reshape(-1, *x.shape[2:])
+            return x, jax.tree.map(lambda m: m.mean(0, keepdims=True), moments)
+
+        run = self.settings.constrain.on_each_device(local)
+        x, moments = run((variables, rate), (x, keys))
+        return x, jax.tree.map(lambda m: m.mean(0), moments)
+
 
 class _ScannedStage(_Stage):
     @nn.compact
     def __call__(self, x: jax.Array, keys: Keys) -> jax.Array:
-        block = self.block_class()
+        rates = jnp.asarray(self.drop_rates[1:], jnp.float32)
+        rest_keys = None if keys[0] is None else keys[1:]
+        if self._in_groups(x):
+            x = self._run_in_groups("block0", x, jnp.float32(0.0), keys[0])
+            stacked = {kind: tree["rest"] for kind, tree in self.variables.items()}
+
+            def body(x: jax.Array, block: tuple) -> tuple[jax.Array, dict]:
+                return self._groups(False, block[0], x, *block[1:])
+
+            x, moments = jax.lax.scan(body, x, (stacked, rates, rest_keys))
+            self.put_variable("batch_stats", "rest", moments)
+            return x
+        block = layers.remat(self.block_class(), self.remat)
         x, _ = block(self.stage, self.symmetric, True, self.settings, name="block0")(
             x, (self.drop_rates[0], keys[0])
         )
@@ -388,8 +461,6 @@ class _ScannedStage(_Stage):
             split_rngs={"params": False},
             length=len(self.drop_rates) - 1,
         )
-        rates = jnp.asarray(self.drop_rates[1:], jnp.float32)
-        rest_keys = None if keys[0] is None else keys[1:]
         x, _ = scanned(self.stage, self.symmetric, False, self.settings, name="rest")(
             x, (rates, rest_keys)
         )

@@ -7,6 +7,7 @@ number of devices, processes and microbatches. Nothing here knows about meshes.
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -24,14 +25,37 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
 }
 
-# Pins the sharding of activations [B, ...] between blocks. Without it XLA splits the work of a
-# scanned block like its parameters, and gathers activations instead.
-Constrain = Callable[[jax.Array], jax.Array]
+
+class Constrain(Protocol):
+    """Knows on which devices the rows of activations [B, ...] lie (`mesh.Rows`)."""
+
+    num_devices: int
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns x with its sharding pinned to that.
+
+        Without it XLA splits the work of a scanned block like its parameters, and gathers
+        activations instead.
+        """
+
+    def on_each_device(self, fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        """Returns `fn(whole, rows) -> rows`, run by each device on the rows that it holds.
+
+        Gradients of `whole` are summed over the devices once, whatever loops `fn` has.
+        """
 
 
-def unconstrained(x: jax.Array) -> jax.Array:
-    """Returns x: what to pass where one device holds the batch."""
-    return x
+class _OneDevice:
+    num_devices = 1
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x
+
+    def on_each_device(self, fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        return fn
+
+
+unconstrained = _OneDevice()  # what to pass where one device holds the batch
 
 
 REMAT = ("none", "dots", "block")
@@ -281,9 +305,10 @@ def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
 
     Args:
       block: class of a module.
-      policy: one of `REMAT`. "none" keeps all activations; "block" only the block's input; "dots"
-        also the results of matrix products (dense layers and 1x1 convolutions), so that only
-        cheap operations run twice.
+      policy: one of `REMAT`. "none" keeps all activations; "block" only the block's input (those of
+        the image tower then also run in parts of the batch, see `efficientnet.EfficientNet`);
+        "dots" also the results of matrix products (dense layers and 1x1 convolutions), so that
+        only cheap operations run twice.
     """
     if policy == "none":
         return block

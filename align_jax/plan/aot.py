@@ -31,6 +31,9 @@ from align_jax.storage import writing
 
 GIB = 2**30
 
+# Of the table of traffic, which the JSON has in full, people see the largest.
+_TRAFFIC_LINES = 8
+
 
 def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
     """Returns the devices of a TPU topology that need not exist.
@@ -89,10 +92,10 @@ def compile_report(config: ConfigDict, devices: list[jax.Device]) -> dict[str, A
     """Returns what the train step and the embed steps of a config need per chip; runs nothing.
 
     The result can be written as JSON. `steps` holds, per program, `memory` in bytes, whether it
-    `fits`, `collectives`, `traffic_bytes`, `batch_squares` (tensors of global batch x global
-    batch) and the seconds of compiling, by the clock and of processor time; `flops` those of the
-    train step; `fits` is false if one does not, or has such a tensor. `docs/pod_plans.md` explains
-    the numbers.
+    `fits`, `collectives`, `traffic_bytes`, the same by kind of operation and layer as `traffic`,
+    `batch_squares` (tensors of global batch x global batch) and the seconds of compiling, by the
+    clock and of processor time; `flops` those of the train step; `fits` is false if one does not,
+    or has such a tensor. `docs/pod_plans.md` explains the numbers.
 
     Args:
       config: of the run; the data source need not be there.
@@ -222,6 +225,7 @@ def _step_report(fn: Callable, arguments: tuple, *, square: int) -> dict[str, An
             "peak": stats.peak_memory_in_bytes,
         },
         "traffic_bytes": program.traffic_bytes,
+        "traffic": _traffic_table(program.traffic),
         "xla_flops": cost.get("flops"),  # counts the body of a loop once
         "xla_bytes": cost.get("bytes accessed"),
         "collectives": _grouped(program.collectives),
@@ -258,6 +262,32 @@ def _grouped(collectives: Iterable[hlo.Collective]) -> list[dict[str, Any]]:
     return sorted(entries, key=lambda entry: -entry["bytes"])
 
 
+def _traffic_table(traffic: Iterable[hlo.Traffic]) -> list[dict[str, Any]]:
+    """Bytes a run by kind of operation and part of the model, largest first."""
+    groups = defaultdict(int)
+    for op in traffic:
+        groups[op.kind, _place(op.op_name), _part(op.op_name)] += op.bytes * op.runs
+    return [
+        {"kind": kind, "place": place, "part": part, "bytes": size}
+        for (kind, place, part), size in sorted(groups.items(), key=lambda item: -item[1])
+    ]
+
+
+# Layers of the towers, in the order in which they are looked for: a scope holds several.
+_PARTS = (
+    *("squeeze", "depthwise_bn", "expand_bn", "project_bn", "stem_bn", "depthwise", "expand"),
+    *("project", "stem_conv", "attention_out", "attention_norm", "feed_forward_out"),
+    *("feed_forward_norm", "feed_forward", "query", "key", "value", "softmax", "embeddings"),
+)
+
+
+def _part(op_name: str) -> str:
+    """The layer that an operation belongs to, or what JAX calls the operation."""
+    scopes = op_name.split("/")
+    found = next((part for part in _PARTS if part in scopes), None)
+    return found or re.sub(r"[\W\d]+$", "", scopes[-1])
+
+
 def _place(op_name: str) -> str:
     """What the operation belongs to: a tower, forward or backward, the loss, or the rest."""
     if "shard_map" in op_name:
@@ -282,6 +312,9 @@ def _step_lines(step: dict[str, Any], chip: dict[str, Any]) -> list[str]:
     if "hbm_bytes_per_s" in chip:
         seconds = f", {step['traffic_bytes'] / chip['hbm_bytes_per_s']:.2f} s at full bandwidth"
     lines.append(f"memory traffic per chip: {step['traffic_bytes'] / GIB:.1f} GiB{seconds}")
+    for entry in step["traffic"][:_TRAFFIC_LINES]:
+        where = " ".join(filter(None, (entry["place"], entry["part"])))
+        lines.append(f"  {entry['bytes'] / GIB:.1f} GiB {entry['kind']}, {where}")
     for entry in step["collectives"]:
         lines.append(
             f"{entry['kind']} over {entry['devices']}, {entry['place']}, {entry['dtype']}: "

@@ -35,21 +35,45 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What one operation of a program reads from and writes to memory.
+
+    Attributes:
+      kind: "convolution" (matrix products too, with what is fused to them), "reduce" (a fusion or
+        operation that reduces), "copy" (of layout, type or place alone), "update" (writes into a
+        larger tensor, as a scan does), "elementwise", or the opcode of any other.
+      bytes: each time it runs, on one device.
+      runs: times that it runs.
+      op_name: where it comes from, as in `Collective`.
+    """
+
+    kind: str
+    bytes: int
+    runs: int
+    op_name: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
     """The parsed text of a program.
 
     Attributes:
       collectives: all of them, in no particular order.
-      traffic_bytes: read and written by the operations that run, on-chip memory (TPU: `S(1)`)
-        excepted. What a fusion slices out of a tensor or writes into it counts, not the tensor.
+      traffic: of the operations that run, on-chip memory excepted. What a fusion
+        slices out of a tensor or writes into it counts, not the tensor.
       shapes: of all tensors, as (dtype, dimensions).
       unknown_loops: number of loops whose trip count could not be read; they count once.
     """
 
     collectives: tuple[Collective, ...]
-    traffic_bytes: int
+    traffic: tuple[Traffic, ...]
     shapes: frozenset[tuple[str, tuple[int, ...]]]
     unknown_loops: int
+
+    @property
+    def traffic_bytes(self) -> int:
+        """All that is read and written in one run of the program."""
+        return sum(op.bytes * op.runs for op in self.traffic)
 
     def squares(self, size: int) -> list[str]:
         """Returns the tensors that have two dimensions of at least `size`, e.g. "f32[64,64]"."""
@@ -67,21 +91,21 @@ def parse(text: str) -> Program:
     if entry is None:
         raise ValueError("this is no HLO text: it has no ENTRY computation.")
     runs, unknown_loops, fused = _runs(computations, entry)
-    collectives, traffic = [], 0
+    collectives, traffic = [], []
     for name, count in runs.items():
         for op in computations[name].values():
             kind = op.opcode.removesuffix("-start")
             if kind in KINDS and not _continues(name, computations[name]):
                 collectives.append(_collective(op, kind, name, computations[name], count))
-            if name not in fused:
-                traffic += count * _traffic(op, computations[name], computations)
+            if name not in fused and (size := _traffic(op, computations[name], computations)):
+                traffic.append(Traffic(_kind(op, computations), size, count, _origin(op)))
     shapes = {
         (dtype, dimensions)
         for computation in computations.values()
         for op in computation.values()
         for dtype, dimensions, _ in op.results
     }
-    return Program(tuple(collectives), traffic, frozenset(shapes), unknown_loops)
+    return Program(tuple(collectives), tuple(traffic), frozenset(shapes), unknown_loops)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +135,9 @@ _Computations = dict[str, _Operations]
 _HEADER = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
 _OPERATION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (.*)$")
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\](\{[^}]*\})?")
+# Memory spaces of TPUs: 1 is the vector memory (128 MiB on v5e), 2 and 6 hold flags and scalars, 3
+# is the common memory of a v4 (128 MiB). None is HBM, 5 the host's.
+_ON_CHIP = re.compile(r"S\([1236]\)")
 _BITS = {"pred": 8, "token": 0}
 
 
@@ -130,7 +157,7 @@ def _operation(name: str, text: str, is_root: bool) -> _Operation:
     # RESULT OPCODE(OPERANDS), ATTRIBUTES, where a result may be a tuple.
     end = _closing(text, 0) + 1 if text[0] == "(" else text.index(" ")
     results = tuple(
-        (m[1], tuple(int(n) for n in m[2].split(",") if n), "S(1)" not in (m[3] or ""))
+        (m[1], tuple(int(n) for n in m[2].split(",") if n), not _ON_CHIP.search(m[3] or ""))
         for m in _SHAPE.finditer(text[:end])
     )
     opening = text.index("(", end)
@@ -215,8 +242,12 @@ def _collective(
     # TPU: an all-reduce of which each device keeps a part is fused with the slicing.
     if computation.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
-    origin = re.search(r'op_name="([^"]*)"', op.attributes)
-    return Collective(kind, devices, operands[0][0], size, count, origin[1] if origin else "")
+    return Collective(kind, devices, operands[0][0], size, count, _origin(op))
+
+
+def _origin(op: _Operation) -> str:
+    found = re.search(r'op_name="([^"]*)"', op.attributes)
+    return found[1] if found else ""
 
 
 def _group_size(attributes: str) -> int:
@@ -253,24 +284,26 @@ def _traffic(op: _Operation, operations: _Operations, computations: _Computation
     """Bytes that one run of an operation reads from and writes to memory."""
     if op.opcode in _FREE or op.opcode.endswith(("-done", "-update")):
         return 0
+    sources = [operations[name].results for name in op.operands]
     if op.opcode in ("slice", "dynamic-slice", "gather"):
-        return 2 * _in_hbm(op.results)
+        return _moved(op.results[0], sources[0])
     if op.opcode == "dynamic-update-slice":
-        return 2 * _in_hbm(operations[op.operands[1]].results)
-    results = op.results
+        return _moved(sources[1][0], op.results) + _in_hbm(sources[1])
+    if op.opcode == "copy-start":  # (target, source, context)
+        return _moved(op.results[0], sources[0])
+    if op.opcode.endswith("slice-start"):  # ((source, indices), target, context)
+        return _moved(op.results[len(op.operands)], sources[0])
     if op.opcode.endswith("-start"):  # its results repeat its operands
-        return 2 * sum(_in_hbm(operations[name].results) for name in op.operands)
+        return 2 * sum(map(_in_hbm, sources))
     if op.opcode != "fusion":
-        return _in_hbm(results) + sum(_in_hbm(operations[name].results) for name in op.operands)
-    inner = computations[op.called()[0]]
+        return _in_hbm(op.results) + sum(map(_in_hbm, sources))
     total = 0
-    for index, name in enumerate(op.operands):
-        whole = _in_hbm(operations[name].results)
-        total += min(whole, _read(_parameter(inner, index), inner, whole))
-    root = next(inner_op for inner_op in inner.values() if inner_op.is_root)
-    parts = root.operands if root.opcode == "tuple" else (root.name,)
-    for result, part in zip(results, parts, strict=False):
-        total += min(_in_hbm([result]), _written(inner[part], inner))
+    for index, source in enumerate(sources):
+        if whole := _in_hbm(source):
+            total += min(whole, _read_inside(op, index, computations, whole))
+    for index, result in enumerate(op.results):
+        if whole := _in_hbm([result]):
+            total += min(whole, _written_inside(op, index, computations))
     return total
 
 
@@ -278,20 +311,24 @@ def _in_hbm(shapes: Iterable[tuple]) -> int:
     return _bytes([shape for shape in shapes if shape[2]])
 
 
-def _parameter(operations: _Operations, index: int) -> str | None:
-    """Returns the name of a fusion's parameter of that number."""
-    return next(
-        (op.name for op in operations.values() if op.opcode == "parameter" and _index(op) == index),
-        None,
-    )
+def _moved(part: tuple, whole: Iterable[tuple]) -> int:
+    """Bytes of a part that is read from `whole` and written where the part lies (or in reverse)."""
+    return _in_hbm([part]) + (_bytes([part]) if _in_hbm(whole) else 0)
 
 
 def _index(parameter: _Operation) -> int:
     return int(parameter.attributes or 0)
 
 
-def _read(name: str | None, operations: _Operations, whole: int) -> int:
-    """Bytes that a fusion reads of its parameter: only slices of it, if all its uses slice."""
+def _read_inside(fusion: _Operation, index: int, computations: _Computations, whole: int) -> int:
+    """Bytes that a fusion reads of its operand of that number."""
+    inner = computations[fusion.called()[0]]
+    parameters = [op for op in inner.values() if op.opcode == "parameter" and _index(op) == index]
+    return _read(parameters[0].name, inner, computations, whole) if parameters else 0
+
+
+def _read(name: str, operations: _Operations, computations: _Computations, whole: int) -> int:
+    """Bytes that a fused computation reads of an array: slices of it, if all its uses slice."""
     total = 0
     for op in operations.values():
         if name not in op.operands:
@@ -299,7 +336,11 @@ def _read(name: str | None, operations: _Operations, whole: int) -> int:
         if op.opcode in ("slice", "dynamic-slice", "gather") and op.operands[0] == name:
             total += _bytes(op.results)
         elif op.opcode == "bitcast":
-            total += _read(op.name, operations, whole)
+            total += _read(op.name, operations, computations, whole)
+        elif op.opcode == "fusion":
+            for index, operand in enumerate(op.operands):
+                if operand == name:
+                    total += _read_inside(op, index, computations, whole)
         elif op.opcode == "dynamic-update-slice" and op.operands[0] == name:
             continue  # overwritten in place
         else:
@@ -307,9 +348,43 @@ def _read(name: str | None, operations: _Operations, whole: int) -> int:
     return total
 
 
-def _written(op: _Operation, operations: _Operations) -> int:
+def _written_inside(fusion: _Operation, index: int, computations: _Computations) -> int:
+    """Bytes that a fusion writes of its result of that number."""
+    inner = computations[fusion.called()[0]]
+    op = next(each for each in inner.values() if each.is_root)
+    if op.opcode == "tuple":
+        op, index = inner[op.operands[index]], 0
     while op.opcode == "bitcast":
-        op = operations[op.operands[0]]
+        op = inner[op.operands[0]]
     if op.opcode == "dynamic-update-slice":
-        return _bytes(operations[op.operands[1]].results)
+        return _bytes(inner[op.operands[1]].results)
+    if op.opcode == "fusion":
+        return _written_inside(op, index, computations)
     return _bytes(op.results)
+
+
+_KINDS_OF = {  # in the order of their weight: a fusion is of the first kind that it holds
+    "convolution": frozenset(("convolution", "dot")),
+    "reduce": frozenset(("reduce", "reduce-window")),
+    "update": frozenset(("dynamic-update-slice", "scatter")),
+}
+_MOVES = frozenset(
+    "parameter constant tuple get-tuple-element bitcast bitcast-convert broadcast convert copy "
+    "iota pad concatenate reshape reverse slice transpose dynamic-slice".split()
+)
+
+
+def _kind(op: _Operation, computations: _Computations) -> str:
+    """The kind of an operation that moves bytes, see `Traffic`."""
+    opcodes, pending = {op.opcode}, op.called() if op.opcode == "fusion" else []
+    while pending:
+        inner = computations[pending.pop()].values()
+        opcodes.update(each.opcode for each in inner)
+        pending.extend(name for each in inner for name in each.called())
+    opcodes = {opcode.removesuffix("-start") for opcode in opcodes}
+    for kind, members in _KINDS_OF.items():
+        if opcodes & members:
+            return kind
+    if op.opcode != "fusion":
+        return "copy" if opcodes <= _MOVES else opcodes.pop()
+    return "copy" if opcodes <= _MOVES | {"fusion"} else "elementwise"
