@@ -23,6 +23,8 @@ PARTS = {
     "softmax": ("loss_image_to_text", "loss_text_to_image"),
     "sigmoid": ("loss_positive", "loss_negative"),
 }
+# Largest of the logits that the loss sees, of positive pairs and of the negatives that take part
+LARGEST = ("logit_max/positive", "logit_max/negative")
 # loss.mask_duplicates -> arrays of the batch whose equality marks a false negative
 DUPLICATES = {
     "none": (),
@@ -42,9 +44,10 @@ Gather = Callable[[jax.Array], jax.Array]
 def make_loss(config: ConfigDict, mesh: Mesh) -> LossFn:
     """Returns `loss(z_image, z_text, params, batch, keys=None) -> (loss [], {part: []})`.
 
-    All forms return the numbers of `dense_loss`, which says what the embeddings must be. `params`
-    holds the scalars `temperature` and, for the sigmoid loss, `bias`; `batch` the hashes that
-    `mask_duplicates` names; `keys`, one per example [B], draw the negatives if not all take part.
+    All forms return the numbers of `dense_loss`, which says what the embeddings must be and what
+    the dict holds. `params` holds the scalars `temperature` and, for the sigmoid loss, `bias`;
+    `batch` the hashes that `mask_duplicates` names; `keys`, one per example [B], draw the negatives
+    if not all take part.
 
     Args:
       config: group `loss`.
@@ -79,6 +82,9 @@ def dense_loss(
 ) -> tuple[jax.Array, Parts]:
     """Returns (loss [], {part: []}) from the B x B logits; names of the parts in `PARTS`.
 
+    Beside the parts the dict holds `LARGEST`: without gradient, and -inf where there is no
+    negative; the bias of the sigmoid loss is in them.
+
     The sigmoid loss is the sum over pairs of -log sigmoid(l * (cosine / temperature + bias)) over
     B, where l is 1 for a positive pair and -1 for any other.
 
@@ -96,14 +102,14 @@ def dense_loss(
       ValueError: the two batches differ in size.
     """
     check_sizes(z_image, z_text)
-    losses = _row_losses(
+    losses, largest = _row_losses(
         (z_image, z_text, temperature, hashes, bias),
         kind=kind,
         label_smoothing=label_smoothing,
         first_row=0,
         gather=lambda x: x,
     )
-    return total(kind, [loss.mean() for loss in losses])
+    return total(kind, [loss.mean() for loss in losses], largest)
 
 
 def sharded_loss(
@@ -127,23 +133,24 @@ def sharded_loss(
     axes = mesh.axis_names
     rows, replicated = PartitionSpec(axes), PartitionSpec()
 
-    def local_parts(*local: Any) -> tuple[jax.Array, jax.Array]:
-        losses = _row_losses(
+    def local_parts(*local: Any) -> tuple[tuple, tuple]:
+        losses, largest = _row_losses(
             local,
             kind=kind,
             label_smoothing=label_smoothing,
             first_row=jax.lax.axis_index(axes) * len(local[0]),
             gather=partial(jax.lax.all_gather, axis_name=axes, tiled=True),
         )
-        return tuple(jax.lax.pmean(loss.mean(), axes) for loss in losses)
+        parts = tuple(jax.lax.pmean(loss.mean(), axes) for loss in losses)
+        return parts, tuple(jax.lax.pmax(logit, axes) for logit in largest)
 
-    parts = jax.shard_map(
+    parts, largest = jax.shard_map(
         local_parts,
         mesh=mesh,
         in_specs=(rows, rows, replicated, rows, replicated),
         out_specs=replicated,
     )(z_image, z_text, temperature, tuple(hashes), jnp.asarray(bias, jnp.float32))
-    return total(kind, parts)
+    return total(kind, parts, largest)
 
 
 def classify_loss(
@@ -200,9 +207,12 @@ def sigmoid_losses(logits: jax.Array, positive: jax.Array) -> jax.Array:
     return jax.nn.softplus(jnp.where(positive, -logits, logits))
 
 
-def total(kind: str, parts: Sequence[jax.Array]) -> tuple[jax.Array, Parts]:
-    """Returns (their sum, the two parts by name)."""
-    return sum(parts), dict(zip(PARTS[kind], parts, strict=True))
+def total(
+    kind: str, parts: Sequence[jax.Array], largest: Sequence[jax.Array]
+) -> tuple[jax.Array, Parts]:
+    """Returns (sum of the two parts, these and the two largest logits by name)."""
+    names = (*PARTS[kind], *LARGEST)
+    return sum(parts), dict(zip(names, (*parts, *largest), strict=True))
 
 
 def check_sizes(z_image: jax.Array, z_text: jax.Array) -> None:
@@ -227,8 +237,8 @@ def _make_form(config: ConfigDict, mesh: Mesh) -> LossFn:
 
 def _row_losses(
     inputs: tuple, *, kind: str, label_smoothing: float, first_row: jax.Array | int, gather: Gather
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the two parts of the loss of each row, [b] and [b], from its logits [b, B].
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Returns the parts of the loss of each row, [b] and [b], and the largest logits, [] and [].
 
     Args:
       inputs: the arguments of `dense_loss`: b of the B rows of all that has rows.
@@ -244,10 +254,15 @@ def _row_losses(
     allowed = None  # all
     if hashes:
         allowed = positive | ~are_duplicates(hashes, [gather(h) for h in hashes])
+    negative = ~positive if allowed is None else allowed & ~positive
+    seen = logits + bias if kind == "sigmoid" else logits
+    largest = tuple(
+        jnp.max(jax.lax.stop_gradient(seen), where=pairs, initial=-jnp.inf)
+        for pairs in (positive, negative)
+    )
     if kind == "sigmoid":
-        losses = sigmoid_losses(logits + bias, positive)
-        negative = ~positive if allowed is None else allowed & ~positive
-        return jnp.sum(losses, 1, where=positive), jnp.sum(losses, 1, where=negative)
+        losses = sigmoid_losses(seen, positive)
+        return (jnp.sum(losses, 1, where=positive), jnp.sum(losses, 1, where=negative)), largest
 
     target = dot("bD,bD->b", z_image, z_text) / temperature
 
@@ -257,4 +272,4 @@ def _row_losses(
         return lse - (1.0 - label_smoothing) * target - label_smoothing * spread
 
     of_texts = dot("bD,BD->bB", z_text, gather(z_image)) / temperature
-    return cross_entropy(logits), cross_entropy(of_texts)
+    return (cross_entropy(logits), cross_entropy(of_texts)), largest

@@ -43,7 +43,7 @@ def ring_loss(
     check_sizes(z_image, z_text)
     ring = _Ring(mesh, kind, label_smoothing, tile_size)
     temperature, bias = (jnp.asarray(scalar, jnp.float32) for scalar in (temperature, bias))
-    return total(kind, _parts(ring, z_image, z_text, temperature, bias, tuple(hashes)))
+    return total(kind, *_parts(ring, z_image, z_text, temperature, bias, tuple(hashes)))
 
 
 class _Ring(NamedTuple):
@@ -56,23 +56,23 @@ class _Ring(NamedTuple):
 # The custom gradient wraps shard_map, not the other way round: no collective is transposed, and
 # what a replicated scalar's gradient sums over is written out.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _parts(ring: _Ring, *args: Any) -> tuple[Array, Array]:
+def _parts(ring: _Ring, *args: Any) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     return _parts_forward(ring, *args)[0]
 
 
-def _parts_forward(ring: _Ring, *args: Any) -> tuple[tuple[Array, Array], tuple]:
+def _parts_forward(ring: _Ring, *args: Any) -> tuple[tuple[tuple, tuple], tuple]:
     row, everywhere = _specs(ring)
-    parts, saved = jax.shard_map(
+    results, saved = jax.shard_map(
         partial(_local_parts, ring),
         mesh=ring.mesh,
         in_specs=(row, row, everywhere, everywhere, row),
         out_specs=(everywhere, row),
     )(*args)
-    return parts, (args, saved)
+    return results, (args, saved)
 
 
-def _parts_backward(ring: _Ring, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
-    args, saved = residuals
+def _parts_backward(ring: _Ring, residuals: tuple, cotangents: tuple[tuple, tuple]) -> tuple:
+    (args, saved), (cotangents, _) = residuals, cotangents  # the largest logits have no gradient
     row, everywhere = _specs(ring)
     gradients = jax.shard_map(
         partial(_local_gradients, ring),
@@ -88,8 +88,8 @@ _parts.defvjp(_parts_forward, _parts_backward)
 
 def _local_parts(
     ring: _Ring, z_image: Array, z_text: Array, temperature: Array, bias: Array, hashes: tuple
-) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    """Returns both parts, and what their gradient needs of rows and columns: arrays [b].
+) -> tuple[tuple[tuple, tuple], tuple[Array, ...]]:
+    """Returns (both parts, both largest logits), and what the gradient needs: arrays [b].
 
     Embeddings are [b, D], hashes uint32 [b, 2].
     """
@@ -106,21 +106,24 @@ def _local_parts(
         rows, columns = jnp.stack([zeros, zeros]), ()  # [2, n, t]
 
     def meet(step: Array, state: tuple) -> tuple:
-        rows, columns, texts, hashes = state
+        rows, columns, negative, texts, hashes = state
         ahead = block.pass_on((texts, hashes))  # needs no tile, so it may run beside them
 
         def tile(k: Array, state: tuple) -> tuple:
             i, j = divmod(k, block.num_tiles)
             logits = dot("rD,cD->rc", images[i], texts[j]) / temperature  # [t, t]
-            masks = block.masks(step, i, j, row_hashes, hashes)
-            found = update(logits, *masks, _take(state[0], i), _take(state[1], j))
-            return _put(state[0], i, found[0]), _put(state[1], j, found[1])
+            is_positive, allowed = block.masks(step, i, j, row_hashes, hashes)
+            found = update(logits, is_positive, allowed, _take(state[0], i), _take(state[1], j))
+            largest = jnp.max(logits, where=allowed & ~is_positive, initial=-jnp.inf)
+            rows, columns = _put(state[0], i, found[0]), _put(state[1], j, found[1])
+            return rows, columns, jnp.maximum(state[2], largest)
 
-        rows, columns = jax.lax.fori_loop(0, block.num_tiles**2, tile, (rows, columns))
-        return rows, block.pass_on(columns), *ahead
+        state = rows, columns, negative
+        rows, columns, negative = jax.lax.fori_loop(0, block.num_tiles**2, tile, state)
+        return rows, block.pass_on(columns), negative, *ahead
 
-    state = rows, columns, texts, row_hashes
-    rows, columns, *_ = jax.lax.fori_loop(0, ring.mesh.size, meet, state)
+    state = rows, columns, block.zeros(()) - jnp.inf, texts, row_hashes
+    rows, columns, negative, *_ = jax.lax.fori_loop(0, ring.mesh.size, meet, state)
 
     if ring.kind == "softmax":
         losses, saved = [], []
@@ -134,7 +137,9 @@ def _local_parts(
     else:
         losses, saved = map(block.untile, rows), []
     parts = tuple(block.psum(loss.sum()) / block.batch_size for loss in losses)
-    return parts, tuple(saved)
+    largest = jnp.stack([block.untile(positive).max(), negative])
+    largest = jax.lax.pmax(largest, block.axes) + (bias if ring.kind == "sigmoid" else 0.0)
+    return (parts, tuple(largest)), tuple(saved)
 
 
 def _local_gradients(

@@ -34,8 +34,10 @@ def make_train_step(
     """Returns `train_step(state, batch) -> (state, metrics)`, pure and not yet jitted.
 
     Randomness depends on (seed, step, example index) alone. Metrics are float32 scalars; loss,
-    temperature, gradient and parameter norms are those *before* the update. Norms are over what
-    learns; those of a tower, over it and its projection, are called `grad_norm/image` and so on.
+    temperature, logits and norms but `update_norm` are those *before* the update. Norms are over
+    what learns; those of a tower, over it and its projection, are called `grad_norm/image` and so
+    on. `embedding_norm/image` is the mean over the batch, before it is made unit norm, and
+    `embedding_norm_max/image` the largest.
 
     Args:
       model: from `dual_encoder.make_model`.
@@ -54,18 +56,21 @@ def make_train_step(
 
     def encode_part(variables: dual_encoder.Variables, part: dict) -> tuple:
         part = pin(part)
-        z_image, z_text, _, moments = dual_encoder.apply_towers(
+        z_image, z_text, _, norms, moments = dual_encoder.apply_towers(
             model, variables, part, train=True, keys=part["keys"], constrain=pin
         )
-        return *pin((z_image, z_text)), moments
+        return *pin((z_image, z_text, norms)), moments
 
     encode = _in_parts(encode_part, model, mesh, config.microbatches)
 
     def objective(
         variables: dual_encoder.Variables, batch: dict, keys: jax.Array
     ) -> tuple[jax.Array, losses.Parts, dict]:
-        z_image, z_text, moments = encode(variables, batch | {"keys": keys})
-        return *loss_fn(z_image, z_text, variables["params"], batch, keys), moments
+        z_image, z_text, norms, moments = encode(variables, batch | {"keys": keys})
+        loss, parts = loss_fn(z_image, z_text, variables["params"], batch, keys)
+        parts |= {f"embedding_norm/{tower}": of.mean() for tower, of in norms.items()}
+        parts |= {f"embedding_norm_max/{tower}": of.max() for tower, of in norms.items()}
+        return loss, parts, moments
 
     return _make_step(model, optimizer, schedule, objective, config)
 
@@ -182,7 +187,8 @@ def _in_parts(
     """Returns a function of (variables, batch) that gives what `apply_part` gives of the batch.
 
     Args:
-      apply_part: (variables, batch) -> (arrays of a row for each example, BatchNorm moments).
+      apply_part: (variables, batch) -> (trees of arrays with a row for each example, and last
+        BatchNorm moments).
       model: whose BatchNorm groups no part may cut.
       mesh: over which the batch is split.
       microbatches: parts.
@@ -215,7 +221,7 @@ def _in_parts(
         names = ("image", "z_image", "ids", "mask", "keys")
         inputs = {name: split(batch[name]) for name in names if name in batch}
         _, (*arrays, moments) = jax.lax.scan(body, None, inputs)
-        return *map(merge, arrays), jax.tree.map(lambda m: m.mean(0), moments)
+        return *jax.tree.map(merge, arrays), jax.tree.map(lambda m: m.mean(0), moments)
 
     return encode
 

@@ -42,7 +42,7 @@ def run(config, variables, batches):
     for step, batch in enumerate(batches):
         leaves = {n: torch.tensor(v, requires_grad=True) for n, v in params.items()}
         towers = Towers(config, leaves, stats, step, batch)
-        parts = loss_parts(config, towers, step, batch)
+        parts, largest = loss_parts(config, towers, step, batch)
         loss = sum(parts.values())
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         gradients = {
@@ -55,6 +55,9 @@ def run(config, variables, batches):
             {
                 "loss": loss.item(),
                 **{name: part.item() for name, part in parts.items()},
+                **{f"logit_max/{kind}": logit.item() for kind, logit in largest.items()},
+                **{f"embedding_norm/{t}": n.mean().item() for t, n in towers.norms.items()},
+                **{f"embedding_norm_max/{t}": n.max().item() for t, n in towers.norms.items()},
                 "temperature": float(params["temperature"]),
                 **({"bias": float(params["bias"])} if "bias" in params else {}),
                 "learning_rate": rate,
@@ -102,6 +105,7 @@ class Towers:
     """Embeddings [B, D] of unit norm in train mode, as `z_image` and `z_text`; BatchNorm moments.
 
     Attributes:
+      norms: of the embeddings [B] before that, by tower.
       moments: name of a running statistic -> what this batch has; empty with frozen BatchNorm.
     """
 
@@ -109,8 +113,10 @@ class Towers:
         self.config, self.params, self.stats, self.moments = config, params, stats, {}
         keys = example_keys(config.train.seed, step, batch["index"])
         image_keys, text_keys = split(keys, 2)
-        self.z_image = F.normalize(self._image(batch["image"], image_keys), dim=1)
-        self.z_text = F.normalize(self._text(batch["ids"], batch["mask"], text_keys), dim=1)
+        z_image = self._image(batch["image"], image_keys)
+        z_text = self._text(batch["ids"], batch["mask"], text_keys)
+        self.z_image, self.z_text = F.normalize(z_image, dim=1), F.normalize(z_text, dim=1)
+        self.norms = {"image": z_image.norm(dim=1), "text": z_text.norm(dim=1)}
 
     def _image(self, image, keys):
         x = torch.tensor(image, dtype=torch.float64).permute(0, 3, 1, 2) / 127.5 - 1
@@ -232,12 +238,15 @@ def loss_parts(config, towers, step, batch):
     allowed = torch.tensor(~excluded | np.eye(size, dtype=bool))
     eye = torch.eye(size, dtype=torch.float64)
     logits = towers.z_image @ towers.z_text.T / towers.params["temperature"]
+    logits = logits + (towers.params["bias"] if loss.kind == "sigmoid" else 0.0)
+    largest = {"positive": logits.diag().max(), "negative": logits[allowed & (eye == 0)].max()}
     if loss.kind == "sigmoid":
-        pairwise = F.softplus(-(2 * eye - 1) * (logits + towers.params["bias"]))
-        return {
+        pairwise = F.softplus(-(2 * eye - 1) * logits)
+        parts = {
             "loss_positive": (pairwise * eye).sum() / size,
             "loss_negative": (pairwise * (1 - eye) * allowed).sum() / size,
         }
+        return parts, largest
 
     def cross_entropy(logits, allowed):
         log_p = logits.masked_fill(~allowed, -torch.inf).log_softmax(1)
@@ -245,10 +254,11 @@ def loss_parts(config, towers, step, batch):
         target = (1 - loss.label_smoothing) * eye + loss.label_smoothing * uniform
         return -(target * log_p.masked_fill(~allowed, 0.0)).sum(1).mean()
 
-    return {
+    parts = {
         "loss_image_to_text": cross_entropy(logits, allowed),
         "loss_text_to_image": cross_entropy(logits.T, allowed.T),
     }
+    return parts, largest
 
 
 def learning_rate(config, step):

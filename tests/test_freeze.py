@@ -88,7 +88,7 @@ def test_gradient_norm_is_that_of_what_learns(locked):
     def loss(text_side):
         v = variables | {"params": variables["params"] | text_side}
         z_image = dual_encoder.embed_image(model, v, batch["image"])
-        _, z_text, t, _ = dual_encoder.apply_towers(model, v, batch, train=True, keys=keys)
+        _, z_text, t, *_ = dual_encoder.apply_towers(model, v, batch, train=True, keys=keys)
         return losses.dense_loss(z_image, z_text, t, label_smoothing=0.1)[0]
 
     text_side = {n: tree for n, tree in variables["params"].items() if not n.startswith("image")}

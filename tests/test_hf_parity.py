@@ -131,7 +131,7 @@ def test_gradient_of_every_parameter_equals_transformers(name, train):
     keys = dual_encoder.example_keys(0, 0, batch["index"]) if train else None
 
     def loss(params):
-        z_image, z_text, temperature, _ = dual_encoder.apply_towers(
+        z_image, z_text, temperature, *_ = dual_encoder.apply_towers(
             ours, variables | {"params": params}, batch, train=train, keys=keys
         )
         return losses.dense_loss(z_image, z_text, temperature, label_smoothing=0.1)[0] / 2

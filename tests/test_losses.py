@@ -20,7 +20,7 @@ NEEDED = (("softmax", 0.0), ("softmax", 0.1), ("sigmoid", 0.0))
 
 
 def oracle(kind, z_image, z_text, temperature, hashes=(), smoothing=0.0, weights=(1.0, 1.0)):
-    """(parts, gradients of the weighted sum of parts), by the definition, in float64."""
+    """(parts, gradients of the weighted sum of parts, `LARGEST`), by the definition, in float64."""
     x, y = z_image.astype(np.float64), z_text.astype(np.float64)
     t = float(temperature)
     allowed = np.ones((len(x), len(x)), bool)
@@ -32,7 +32,10 @@ def oracle(kind, z_image, z_text, temperature, hashes=(), smoothing=0.0, weights
     parts, d_logits, d_bias = of_kind(cosine / t, allowed, smoothing, weights)
     d_cosine = d_logits / t
     d_t = -(d_cosine * np.where(allowed, cosine, 0)).sum() / t
-    return parts, (d_cosine @ y, d_cosine.T @ x, d_t, d_bias)
+    logits = cosine / t + (BIAS if kind == "sigmoid" else 0)
+    negatives = logits[allowed & ~np.eye(len(x), dtype=bool)]
+    largest = [logits.diagonal().max(), negatives.max(initial=-np.inf)]
+    return parts, (d_cosine @ y, d_cosine.T @ x, d_t, d_bias), largest
 
 
 def softmax_oracle(all_logits, allowed, smoothing, weights):
@@ -102,7 +105,7 @@ def compiled(form, tile_size, shape, kind, smoothing, num_hashes=0):
         batch = dict(zip(names, hashes, strict=True))
         loss, parts = loss_fn(z_image, z_text, params, batch)
         values = [parts[name] for name in losses.PARTS[kind]]
-        return weights @ jnp.stack(values), (loss, values)
+        return weights @ jnp.stack(values), (loss, values, [parts[n] for n in losses.LARGEST])
 
     step = jax.value_and_grad(weighted, argnums=(0, 1, 2, 3), has_aux=True)
     out = ((everywhere, everywhere), (rows, rows, everywhere, everywhere))
@@ -110,18 +113,20 @@ def compiled(form, tile_size, shape, kind, smoothing, num_hashes=0):
 
 
 def evaluate(form, tile_size, shape, kind, pair, temperature, hashes=(), **options):
-    """(loss, parts, gradients) of a loss form, as NumPy; `options` as of `oracle`."""
+    """(loss, parts, gradients, largest) of a form, as NumPy; `options` as of `oracle`."""
     smoothing, weights = options.get("smoothing", 0.0), options.get("weights", (1.0, 1.0))
     step, rows = compiled(form, tile_size, shape, kind, smoothing, len(hashes))
     pair, hashes = jax.device_put((tuple(pair), tuple(hashes)), rows)
     scalars = (np.float32(temperature), np.float32(BIAS))
-    (_, (loss, parts)), gradients = step(*pair, *scalars, hashes, np.float32(weights))
-    return float(loss), [float(part) for part in parts], jax.device_get(gradients)
+    (_, found), gradients = step(*pair, *scalars, hashes, np.float32(weights))
+    loss, parts, largest = jax.tree.map(float, found)
+    return loss, parts, jax.device_get(gradients), largest
 
 
 def assert_close_to_oracle(found, expected):
-    loss, parts, gradients = found
-    expected_parts, expected_gradients = expected
+    loss, parts, gradients, largest = found
+    expected_parts, expected_gradients, expected_largest = expected
+    np.testing.assert_allclose(largest, expected_largest, rtol=1e-5)
     assert abs(loss - sum(expected_parts)) <= 1e-6 * abs(sum(expected_parts))
     for part, want in zip(parts, expected_parts, strict=True):
         assert abs(part - want) <= 1e-6 * abs(sum(expected_parts))
@@ -189,9 +194,10 @@ def test_loss_of_positives_at_minus_64_and_negatives_up_to_64_equals_oracle(
 def test_loss_of_a_batch_of_duplicates_is_that_of_the_positives_alone(form, tile_size):
     hashes = (np.ones((BATCH, 2), np.uint32), make_hashes()[1])
     pair = make_batch()
-    loss, parts, gradients = evaluate(
+    loss, parts, gradients, largest = evaluate(
         form, tile_size, (8, 1), "softmax", pair, 1 / 64, hashes, smoothing=0.1
     )
+    assert largest[0] > 0 and largest[1] == -np.inf  # there is no negative
     # One column is left: cross-entropy 0, but for the rounding of logits of size 64.
     assert max(map(abs, [loss, *parts])) <= 2e-5
     assert max(np.abs(g).max() for g in gradients) <= 2e-5
@@ -208,10 +214,10 @@ def test_bfloat16_gradients_point_where_float32_ones_do(
 ):
     pair = make_batch(BATCH, 640)
     rounded = [z.astype(jnp.bfloat16) for z in pair]
-    *_, gradients = evaluate(
+    _, _, gradients, _ = evaluate(
         form, tile_size, (8, 1), kind, rounded, temperature, smoothing=smoothing
     )
-    _, expected = oracle(kind, *pair, temperature, (), smoothing)
+    _, expected, _ = oracle(kind, *pair, temperature, (), smoothing)
     for gradient, want in zip(gradients[:2], expected, strict=False):
         assert gradient.dtype == jnp.bfloat16
         gradient = gradient.astype(np.float64)

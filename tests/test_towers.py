@@ -130,7 +130,7 @@ def test_scanned_and_rematerialised_blocks_give_equal_values_and_gradients(train
 
     def run(model):
         def loss(params):
-            z_image, z_text, temperature, stats = dual_encoder.apply_towers(
+            z_image, z_text, temperature, _, stats = dual_encoder.apply_towers(
                 model,
                 {**variables, "params": params},
                 batch,
@@ -172,7 +172,7 @@ def test_train_mode_changes_batch_stats_and_eval_mode_does_not():
 def test_frozen_batch_norm_in_train_mode_equals_eval_mode():
     frozen = small_model(**{"bn_mode": "frozen", "image.drop_path_rate": 0.0})
     batch, variables = make_batch(), random_variables(small_model())
-    z_train, _, _, stats = dual_encoder.apply_towers(
+    z_train, *_, stats = dual_encoder.apply_towers(
         frozen, variables, batch, train=True, keys=keys_of(batch)
     )
     z_eval, *_ = dual_encoder.apply_towers(frozen, variables, batch, train=False)

@@ -12,6 +12,13 @@ from align_jax import config, mesh, train, train_step, trees
 
 BATCH, SIZE, LENGTH, VOCAB, STEPS = 64, 64, 10, 60, 5
 
+# As the loss, to be the same numbers everywhere.
+WATCHED = (
+    "loss",
+    *(f"logit_max/{kind}" for kind in ("positive", "negative")),
+    *(f"embedding_norm{of}/{tower}" for of in ("", "_max") for tower in ("image", "text")),
+)
+
 # Their gradient is zero in exact arithmetic, so they only collect rounding noise. A key bias shifts
 # all scores of a softmax row alike. The last BatchNorm bias of a stage's first block (no stochastic
 # depth there) reaches nothing but the next block's 1x1 convolution and its BatchNorm, which removes
@@ -58,7 +65,10 @@ def mesh_of(data, fsdp):
 
 @functools.cache
 def run(data, fsdp, *, changes=(), steps=STEPS):
-    """(losses, final state, abstract state) of a run; kept, since compiling takes longest."""
+    """(what is watched of each step, final state, abstract state) of a run; kept.
+
+    Compiling takes longest.
+    """
     m = mesh_of(data, fsdp)
     with mock.patch.object(mesh, "FSDP_MIN_ELEMENTS", 256):  # so that small tensors are split too
         model, optimizer, abstract, step_fn = make_program(m, changes)
@@ -66,7 +76,7 @@ def run(data, fsdp, *, changes=(), steps=STEPS):
     history = []
     for batch in make_batches()[:steps]:
         s, metrics = step_fn(s, mesh.put_batch(batch, mesh.batch_sharding(m)))
-        history.append(float(metrics["loss"]))
+        history.append([float(metrics[name]) for name in WATCHED])
     assert step_fn._cache_size() == min(1, steps)  # compiled once
     return history, s, abstract
 
@@ -158,7 +168,7 @@ def test_fused_blocks_on_a_mesh_equal_one_device():
 
 
 def assert_same_run(found, expected):
-    """Losses to 1e-5, parameters and BatchNorm statistics to 1e-4 of each tensor's norm."""
+    """What is watched to 1e-5, parameters and BatchNorm statistics to 1e-4 of a tensor's norm."""
     (losses_found, state_found, _), (losses_expected, state_expected, _) = found, expected
     np.testing.assert_allclose(losses_found, losses_expected, rtol=1e-5)
     found, expected = (jax.device_get(s) for s in (state_found, state_expected))

@@ -207,12 +207,13 @@ def apply_towers(
     train: bool,
     keys: jax.Array | None = None,
     constrain: layers.Constrain = layers.unconstrained,
-) -> tuple[jax.Array, jax.Array, jax.Array, dict]:
-    """Returns (z_image [B, D], z_text [B, D], temperature [], batch_stats).
+) -> tuple[jax.Array, jax.Array, jax.Array, dict[str, jax.Array], dict]:
+    """Returns (z_image [B, D], z_text [B, D], temperature [], norms, batch_stats).
 
-    Embeddings are float32 and unit norm. In train mode `batch_stats` holds the *moments of this
-    batch*, to be blended by `update_batch_stats`; in eval mode the running statistics unchanged.
-    A tower that is locked is in eval mode always.
+    Embeddings are float32 and unit norm; `norms` holds their L2 norms [B] before that, of each
+    tower that is computed ("image", "text"), without gradient. In train mode `batch_stats` holds
+    the *moments of this batch*, to be blended by `update_batch_stats`; in eval mode the running
+    statistics unchanged. A tower that is locked is in eval mode always.
 
     Args:
       model: from `make_model`.
@@ -244,7 +245,8 @@ def apply_towers(
             method=DualEncoder.encode_text,
         )
         temperature = variables["params"]["temperature"]
-        return batch["z_image"], unit_norm(z_text), temperature, variables["batch_stats"]
+        norms = {"text": _norms(z_text)}
+        return batch["z_image"], unit_norm(z_text), temperature, norms, variables["batch_stats"]
     (z_image, z_text, temperature), updated = model.apply(
         merge_lora(model, variables),
         batch["image"],
@@ -256,7 +258,8 @@ def apply_towers(
         constrain,
         mutable=["batch_stats"],
     )
-    return unit_norm(z_image), unit_norm(z_text), temperature, updated["batch_stats"]
+    norms = {"image": _norms(z_image), "text": _norms(z_text)}
+    return unit_norm(z_image), unit_norm(z_text), temperature, norms, updated["batch_stats"]
 
 
 def embed_image(model: Model, variables: Variables, images: jax.Array) -> jax.Array:
@@ -314,3 +317,7 @@ def example_keys(seed: int, step: jax.Array, index: jax.Array) -> jax.Array:
     """Returns one key per example [B], a function of (seed, step, global example index) only."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+
+
+def _norms(z: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.sum(jnp.square(jax.lax.stop_gradient(z)), axis=-1))
