@@ -171,6 +171,11 @@ def default_config() -> ConfigDict:
 
     c.log = ConfigDict()
     c.log.every_steps = 100
+
+    c.debug = ConfigDict()
+    # Name the operation that gives the first NaN, and end the run, whatever on_divergence is; costs
+    # memory for the state before the step. See run/nans.py.
+    c.debug.nans = False
     return c
 
 

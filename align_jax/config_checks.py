@@ -55,6 +55,11 @@ def validate(config: ConfigDict, *, num_devices: int, num_processes: int = 1) ->
     if not math.isfinite(config.loss.bias_init):
         raise ValueError(f"config.loss.bias_init={config.loss.bias_init} must be finite.")
     _check_batch(config, num_devices, num_processes)
+    if config.debug.nans and num_processes > 1:
+        raise ValueError(
+            f"config.debug.nans=True looks into one process, not {num_processes}; take the run up "
+            "again with one, from the checkpoint before the NaN."
+        )
     if config.lora.rank:
         _check_lora(config)
     _check_rates(config.optim, config.train.steps)

@@ -36,6 +36,7 @@ from align_jax.run import (
     history,
     init_from,
     multihost,
+    nans,
     report,
     signals,
     welcome,
@@ -128,7 +129,8 @@ def make_program(
             model, optimizer, schedule, loss_fn, mesh, config.train
         )
     abstract = state_lib.abstract_state(model, optimizer, mesh, average=config.train.ema_decay > 0)
-    return model, optimizer, abstract, train_step.compile_train_step(step_fn, abstract, mesh)
+    step_fn = train_step.compile_train_step(step_fn, abstract, mesh, donate=not config.debug.nans)
+    return model, optimizer, abstract, step_fn
 
 
 class _Feed:
@@ -265,6 +267,8 @@ class _Run:
         except signals.Interrupted:
             return None
         multihost.log(welcome.memory_plan(compiled, state))
+        if self.config.debug.nans:
+            return nans.naming_first(compiled, self.step_fn, self.timeline)
         return compiled
 
     def _evaluate(self, step: int, state: state_lib.TrainState) -> bool:

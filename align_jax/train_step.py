@@ -226,20 +226,23 @@ def _in_parts(
     return encode
 
 
-def compile_train_step(train_step: TrainStep, abstract: state.TrainState, mesh: Mesh) -> TrainStep:
-    """Returns the jitted train step: state donated and kept in its shardings, batch over the mesh.
+def compile_train_step(
+    train_step: TrainStep, abstract: state.TrainState, mesh: Mesh, *, donate: bool = True
+) -> TrainStep:
+    """Returns the jitted train step: state kept in its shardings, batch over the mesh.
 
     Args:
       train_step: from `make_train_step`.
       abstract: from `state.abstract_state`.
       mesh: from `mesh.make_mesh`.
+      donate: whether the new state takes the memory of the old one.
     """
     shardings = state.shardings_of(abstract)
     return jax.jit(
         train_step,
         in_shardings=(shardings, mesh_lib.batch_sharding(mesh)),
         out_shardings=(shardings, mesh_lib.replicated(mesh)),
-        donate_argnums=(0,),
+        donate_argnums=(0,) if donate else (),
     )
 
 

@@ -256,7 +256,7 @@ class StubStep:
         # With a copy on each of eight devices, Orbax compiles slices of every tensor.
         mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
         monkeypatch.setattr(train.mesh_lib, "make_mesh", lambda **kwargs: mesh)
-        monkeypatch.setattr(train.train_step, "compile_train_step", lambda *args: self)
+        monkeypatch.setattr(train.train_step, "compile_train_step", lambda *args, **_: self)
         return self
 
 

@@ -42,8 +42,8 @@ def changed_config(change):
     [
         (
             "--config.trian.steps=3",
-            "Unknown key config.trian. Did you mean 'train'? Known: checkpoint, data, eval, "
-            "init_from, init_towers, log, lora, loss, mesh, model, optim, task, train.",
+            "Unknown key config.trian. Did you mean 'train'? Known: checkpoint, data, debug, "
+            "eval, init_from, init_towers, log, lora, loss, mesh, model, optim, task, train.",
         ),
         (
             "--config.train.stepz=3",

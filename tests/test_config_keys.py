@@ -257,6 +257,7 @@ TABLE = {
     "eval.batch_size": [(64, evaluations)],
     "eval.evaluators": [({"own": EVALUATOR}, evaluations)],
     "log.every_steps": [(2, lines)],
+    "debug.nans": [(True, program)],
 }
 
 
@@ -480,7 +481,7 @@ FREE = {
     *("data.num_threads", "data.num_workers", "loss.form", "loss.tile_size", "mesh.fsdp"),
     *("model.remat", "model.scan_layers", "train.microbatches", "train.steps"),
     *("train.on_divergence", "train.max_rollbacks", "train.spike", "train.hang_s"),
-    *(key for key in TABLE if key.split(".")[0] in ("checkpoint", "eval", "log")),
+    *(key for key in TABLE if key.split(".")[0] in ("checkpoint", "debug", "eval", "log")),
 }
 NEEDED = {
     "task": CLASSES,

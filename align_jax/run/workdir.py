@@ -36,6 +36,7 @@ FREE_KEYS = (
     "data.num_workers",
     "data.source",  # compared by stamp instead, as are those of a mixture
     "data.tokenizer",  # compared by fingerprint instead
+    "debug.",
     "eval.",
     "log.",
     "loss.form",
