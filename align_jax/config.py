@@ -8,14 +8,28 @@ import ast
 import difflib
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from align_jax.storage.text import read_text
+
+# Keys that count steps. Instead of an integer they may hold a text with a unit: "2 epochs",
+# "1e6 examples", "100 steps"; see `config_checks.in_steps`.
+DURATIONS = (
+    "train.steps",
+    "optim.warmup_steps",
+    "optim.cooldown_steps",
+    "checkpoint.every_steps",
+    "checkpoint.keep_every",
+    "eval.every_steps",
+    "log.every_steps",
+)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?) *(step|epoch|example)s?")
 
 
 def default_config() -> ConfigDict:
@@ -24,6 +38,9 @@ def default_config() -> ConfigDict:
     Source of the values: Jia et al. 2021; where the paper is silent, kakaobrain/coyo-align.
     """
     c = ConfigDict()
+
+    def duration(steps: int) -> FieldReference:
+        return FieldReference(steps, field_type=object)  # may become a text, see DURATIONS
 
     # "contrastive", or "classify": a linear head on the image tower learns the classes of
     # data.source, labelled images; see docs/finetuning.md.
@@ -91,12 +108,12 @@ def default_config() -> ConfigDict:
     # "lamb", "adamw", "lion", "sgd" (momentum b1), "adafactor" or "muon"
     optim.name = "lamb"
     optim.learning_rate = 1e-3  # peak
-    optim.warmup_steps = 10_000  # linear from 0; the first update has rate 0
+    optim.warmup_steps = duration(10_000)  # linear from 0; the first update has rate 0
     # After the warm-up: "linear" or "cosine" to min_learning_rate; "constant" or "rsqrt", which
     # cooldown_steps before the end begin to go there linearly (warm-up, stable, decay); or "steps":
     # times decay_factor after each decay_every.
     optim.schedule = "linear"
-    optim.cooldown_steps = 0
+    optim.cooldown_steps = duration(0)
     optim.min_learning_rate = 0.0  # at the end
     optim.decay_every = 0.3  # of "steps", share of the run after warm-up
     optim.decay_factor = 0.2  # of "steps"
@@ -137,7 +154,7 @@ def default_config() -> ConfigDict:
 
     c.train = ConfigDict()
     c.train.batch_size = 16_384  # global, in pairs
-    c.train.steps = 1_200_000
+    c.train.steps = duration(1_200_000)
     c.train.microbatches = 1  # parts in which the towers see the batch; same numbers, less memory
     c.train.seed = 0
     # Weight of the old moving average of weights and BatchNorm statistics, which is then what is
@@ -155,22 +172,23 @@ def default_config() -> ConfigDict:
     c.train.hang_s = 600.0
 
     c.checkpoint = ConfigDict()
-    c.checkpoint.every_steps = 5_000
+    c.checkpoint.every_steps = duration(5_000)
     c.checkpoint.keep = 3  # newest
-    c.checkpoint.keep_every = 0  # those of steps that it divides stay for ever; 0 for none
+    # Those of steps that it divides stay for ever; 0 for none.
+    c.checkpoint.keep_every = duration(0)
     # The one of the highest EVALUATOR/METRIC stays, of the lowest with a "-" before it, and every
     # evaluation is saved; "" for none.
     c.checkpoint.best = ""
 
     c.eval = ConfigDict()
-    c.eval.every_steps = 10_000
+    c.eval.every_steps = duration(10_000)
     c.eval.batch_size = 256
     # name -> {"type": "retrieval" | "classify", "source": ..., ...}; see evals.make_evaluators.
     # With "every_steps" of its own it runs at those instead; all run at the end.
     c.eval.evaluators = ConfigDict()
 
     c.log = ConfigDict()
-    c.log.every_steps = 100
+    c.log.every_steps = duration(100)
 
     c.debug = ConfigDict()
     # Name the operation that gives the first NaN, and end the run, whatever on_divergence is; costs
@@ -196,6 +214,7 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
         sys.path.append(folder)
     config = _run_file(path, [argument] if argument else [])
     _complete_mixture(config)
+    config = config.copy_and_resolve_references()
     for override in overrides:
         name, equals, text = override.partition("=")
         if not name.startswith("--config.") or not equals:
@@ -255,11 +274,34 @@ def check_keys(config: ConfigDict, known: ConfigDict, path: str) -> None:
                     _check_entry(entry, f"{path}.{key}.{name}")
         elif isinstance(default, ConfigDict):
             check_keys(value, default, f"{path}.{key}")
+        elif _is_duration(f"{path}.{key}"):
+            parse_duration(value, f"{path}.{key}")
         elif type(value) is not type(default):
             raise ValueError(_wrong_type(f"{path}.{key}", value, default))
     missing = [key for key in known if key not in config]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; start from default_config().")
+
+
+def parse_duration(value: Any, path: str) -> tuple[float, str]:
+    """Returns (number, "step", "epoch" or "example") of a value that counts steps.
+
+    Raises:
+      ValueError: it is neither an integer nor a text of a number and a unit.
+    """
+    if type(value) is int:
+        return value, "step"
+    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
+    if not match:
+        raise ValueError(
+            f"{path}={value!r} must be an integer, or a text such as '2 epochs' or '1e6 examples'."
+        )
+    return float(match[1]), match[2]
+
+
+def _is_duration(path: str) -> bool:
+    path = path.removeprefix("config.")
+    return path in DURATIONS or re.fullmatch(r"eval\.evaluators\.[^.]+\.every_steps", path)
 
 
 def _complete(config: ConfigDict, defaults: ConfigDict) -> None:
@@ -328,11 +370,16 @@ def _override(config: ConfigDict, keys: Sequence[str], text: str) -> None:
     path, default = f"{path}.{keys[-1]}", config[keys[-1]]
     if isinstance(default, ConfigDict):
         raise ValueError(f"{path}={text} is a group of keys; set one, e.g. --{path}.KEY=...")
-    config[keys[-1]] = _parse(path, text, default)
+    with config.ignore_type():  # _parse has looked at it
+        config[keys[-1]] = _parse(path, text, default)
 
 
 def _parse(path: str, text: str, default: Any) -> Any:
     """Returns the text as a value of the type that the default has."""
+    if _is_duration(path):
+        value = int(text) if re.fullmatch(r"[+-]?\d+(_\d+)*", text) else text
+        parse_duration(value, path)
+        return value
     if isinstance(default, str):
         return text
     try:

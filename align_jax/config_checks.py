@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from align_jax import losses
-from align_jax.config import check_keys, default_config
+from align_jax.config import DURATIONS, check_keys, default_config, parse_duration
 from align_jax.data import images
 from align_jax.models import bert, classifier, dual_encoder, efficientnet, freeze, layers
 
@@ -26,13 +26,13 @@ def validate(config: ConfigDict, *, num_devices: int, num_processes: int = 1) ->
     for path, allowed in _choices().items():
         _check_choice(config, path, allowed)
     for path in _POSITIVE:
-        if not 0.0 < _get(config, path) < math.inf:
+        if not 0.0 < _number(config, path) < math.inf:
             raise ValueError(f"config.{path}={_get(config, path)} must be positive and finite.")
     for path in _RATES:
         if not 0.0 <= _get(config, path) < 1.0:
             raise ValueError(f"config.{path}={_get(config, path)} must lie in [0, 1).")
     for path in _NOT_NEGATIVE:
-        if not 0.0 <= _get(config, path) < math.inf:
+        if not 0.0 <= _number(config, path) < math.inf:
             raise ValueError(f"config.{path}={_get(config, path)} must be finite and not negative.")
     for path in ("optim.no_decay", "optim.no_trust_ratio", "optim.freeze", "lora.kernels"):
         _check_patterns(_get(config, path), path)
@@ -62,14 +62,15 @@ def validate(config: ConfigDict, *, num_devices: int, num_processes: int = 1) ->
         )
     if config.lora.rank:
         _check_lora(config)
-    _check_rates(config.optim, config.train.steps)
+    _check_rates(config.optim)
+    if all(type(_get(config, path)) is int for path in DURATIONS):
+        _check_lengths(config)
     _check_learned(config)
     for name, entry in config.eval.evaluators.items():
+        path = f"config.eval.evaluators.{name}.every_steps"
         every = entry.get("every_steps", 1)
-        if type(every) is not int or every < 1:
-            raise ValueError(
-                f"config.eval.evaluators.{name}.every_steps={every!r} must be a positive integer."
-            )
+        if parse_duration(every, path)[0] <= 0:
+            raise ValueError(f"{path}={every!r} must be positive.")
     best = config.checkpoint.best
     evaluator, slash, metric = best.removeprefix("-").rpartition("/")
     if best and not (slash and metric and evaluator in config.eval.evaluators):
@@ -83,6 +84,44 @@ def validate(config: ConfigDict, *, num_devices: int, num_processes: int = 1) ->
             "config.checkpoint.keep=1 with config.train.on_divergence='rollback': the newest "
             "checkpoint may be what made the loss diverge; keep 2 at least."
         )
+
+
+def in_steps(config: ConfigDict, num_pairs: int | None) -> tuple[ConfigDict, list[str]]:
+    """Returns the config with all durations in steps, and a line on each that had another unit.
+
+    To the nearest step, but at least one where more than none is asked for.
+
+    Args:
+      config: validated.
+      num_pairs: of its source, an epoch; None where that is not known.
+
+    Raises:
+      ValueError: epochs of a mixture or of an unknown source; durations that do not go together.
+    """
+    config, lines = config.copy_and_resolve_references(), []
+    groups = {path: path.rpartition(".") for path in DURATIONS}
+    groups |= {
+        f"eval.evaluators.{name}.every_steps": (f"eval.evaluators.{name}", ".", "every_steps")
+        for name, entry in config.eval.evaluators.items()
+        if "every_steps" in entry
+    }
+    for path, (group, _, key) in groups.items():
+        value = _get(config, path)
+        if type(value) is int:
+            continue
+        number, unit = parse_duration(value, f"config.{path}")
+        if unit == "epoch" and (config.data.mixture or num_pairs is None):
+            why = "a mixture has epochs of each source" if num_pairs else "the data is not opened"
+            raise ValueError(
+                f"config.{path}={value!r}: {why}; give steps, or examples of the whole stream."
+            )
+        rows = {"step": config.train.batch_size, "example": 1, "epoch": num_pairs}[unit]
+        steps = max(1, round(number * rows / config.train.batch_size)) if number else 0
+        with _get(config, group).ignore_type():
+            _get(config, group)[key] = steps
+        lines.append(f"config.{path}: {value} are {steps} steps")
+    _check_lengths(config)
+    return config, lines
 
 
 _POSITIVE = (
@@ -268,13 +307,18 @@ def _check_batch(config: ConfigDict, num_devices: int, num_processes: int) -> No
         )
 
 
-def _check_rates(optim: ConfigDict, steps: int) -> None:
+def _check_lengths(config: ConfigDict) -> None:
+    """Raises ValueError if durations, all in steps, do not go together."""
+    optim, steps = config.optim, config.train.steps
     if optim.warmup_steps + optim.cooldown_steps >= steps:
         cooldown = f" and cooldown_steps={optim.cooldown_steps}" if optim.cooldown_steps else ""
         raise ValueError(
             f"config.optim.warmup_steps={optim.warmup_steps}{cooldown} leaves nothing of "
             f"config.train.steps={steps}."
         )
+
+
+def _check_rates(optim: ConfigDict) -> None:
     if optim.cooldown_steps and optim.schedule not in ("constant", "rsqrt"):
         raise ValueError(
             f"config.optim.cooldown_steps={optim.cooldown_steps} is of the schedules 'constant' "
@@ -380,6 +424,12 @@ def _check_choice(config: ConfigDict, path: str, allowed: Iterable[Any]) -> None
     close = difflib.get_close_matches(str(value), names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValueError(f"config.{path}={value!r} is unknown.{hint} Known: {', '.join(names)}.")
+
+
+def _number(config: ConfigDict, path: str) -> float:
+    """Returns the value of a number, of a duration in whatever unit it has."""
+    value = _get(config, path)
+    return parse_duration(value, f"config.{path}")[0] if path in DURATIONS else value
 
 
 def _get(config: ConfigDict, path: str) -> Any:

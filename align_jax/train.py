@@ -84,8 +84,7 @@ def train_and_evaluate(
         if multihost.is_lead():
             stack.enter_context(writing.locked(path, "align train"))
         stack.enter_context(writing.explaining_full_disk(path))
-        profiler = stack.enter_context(Profiler(path, profile, config.train.steps))
-        run, state = _open_run(config, Path(path), stack, resume_from, profiler)
+        run, state = _open_run(config, Path(path), stack, resume_from, profile)
         try:
             return run.train(state)
         except OSError as error:  # while a run is under way no path of its user is wrong
@@ -363,7 +362,7 @@ def _open_run(
     path: Path,
     stack: contextlib.ExitStack,
     resume_from: int | None,
-    profiler: Profiler,
+    profile: str,
 ) -> tuple[_Run, state_lib.TrainState]:
     """Returns the run and the state that it starts or goes on with; the stack closes its files."""
     timeline = Timeline()
@@ -373,6 +372,8 @@ def _open_run(
     mesh = mesh_lib.make_mesh(**config.mesh)
     is_classifier = config.task == "classify"
     source = open_classes(config.data) if is_classifier else mixture.open_sources(config.data)
+    config, lengths = config_checks.in_steps(config, len(source))
+    profiler = stack.enter_context(Profiler(path, profile, config.train.steps))
     embeddings = None
     if config.data.image_embeddings:
         embeddings = image_embeddings.ImageEmbeddings(config.data.image_embeddings, source)
@@ -413,6 +414,8 @@ def _open_run(
     data["skipped"] = history.with_unsaved(path, resume_step or 0, data["skipped"])
     log_every = max(config.log.every_steps, workdir.logged_every(path))
     multihost.lead_first(lambda: workdir.write_config(path, config))
+    for line in lengths:
+        multihost.log(line)
     welcome.welcome(config, path, mesh, source, model, abstract, resume_step)
 
     reporter = report.Reporter(

@@ -50,8 +50,15 @@ def changed_config(change):
             "Unknown key config.train.stepz. Did you mean 'steps'? Known: batch_size, ema_decay, "
             "hang_s, max_rollbacks, microbatches, on_divergence, seed, spike, steps.",
         ),
-        ("--config.train.steps=ten", "config.train.steps='ten' must be an integer."),
-        ("--config.train.steps=1.5", "config.train.steps=1.5 must be an integer."),
+        (
+            "--config.train.steps=ten",
+            "config.train.steps='ten' must be an integer, or a text such ",
+        ),
+        (
+            "--config.train.steps=1.5",
+            "config.train.steps='1.5' must be an integer, or a text such ",
+        ),
+        ("--config.data.max_tokens=1.5", "config.data.max_tokens=1.5 must be an integer."),
         ("--config.optim.eps=tiny", "config.optim.eps='tiny' must be a number."),
         ("--config.data.flip=maybe", "config.data.flip='maybe' must be true or false."),
         (
@@ -120,10 +127,11 @@ def test_wrong_override_is_one_line_and_makes_no_workdir(inside, capfd, override
     [
         ("c.trian = 3", "Unknown key config.trian. Did you mean 'train'? Known: "),
         ("c.train.stepz = 3", "Unknown key config.train.stepz. Did you mean 'steps'? Known: "),
-        ("c.train.steps = None", "config.train.steps=None must be an integer."),
+        ("c.train.steps = None", "config.train.steps=None must be an integer, or a text such as "),
+        ("c.train.seed = None", "config.train.seed=None must be an integer."),
         ("c.eval.evaluators.x = 'a'", "config.eval.evaluators.x='a' must be a group of keys."),
         ("c.trian.steps = 3", "--config changed.py:{line}: AttributeError: 'trian' Did you mean "),
-        ("c.train.steps = 'ten'", "--config changed.py:{line}: TypeError: Could not override "),
+        ("c.train.seed = 'ten'", "--config changed.py:{line}: TypeError: Could not override "),
         ("c.train.steps = stepz", "--config changed.py:{line}: NameError: name 'stepz' is not "),
         ("c.train.steps = = 3", "--config changed.py:{line}: SyntaxError: invalid syntax"),
         ("return None", "--config changed.py must define get_config() that returns a ConfigDict"),

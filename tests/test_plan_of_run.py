@@ -15,6 +15,7 @@ from align_jax.run import chips, rates
 def test_dry_run_says_what_the_run_needs_and_writes_nothing(project):
     before = snapshot(project)
     command = ("train", "--config", "config.py", "--workdir", "never", "--dry-run")
+    command += ("--config.train.steps=20 epochs",)  # of 12 pairs, in batches of 8
     env = environment(os.environ["JAX_COMPILATION_CACHE_DIR"], JAX_NUM_CPU_DEVICES="2")
     done = run_align(*command, cwd=project, env=env)
     assert done.returncode == 0, done.stderr
@@ -22,6 +23,8 @@ def test_dry_run_says_what_the_run_needs_and_writes_nothing(project):
     said = done.stdout + done.stderr
     for part in (
         '"batch_size": 8',
+        '"steps": 30',
+        "config.train.steps: 20 epochs are 30 steps",
         " pairs",
         "evaluators: own, shapes",
         "starts a run in never",

@@ -104,11 +104,12 @@ def compile_report(config: ConfigDict, devices: list[jax.Device]) -> dict[str, A
     Raises:
       ValueError: a config that cannot work on so many devices.
     """
-    config = ConfigDict(config)
+    config = config.copy_and_resolve_references()
     if not config.data.mixture:
         config.data.source = config.data.source or "none"  # not needed here
     hosts = len({device.process_index for device in devices})
     config_checks.validate(config, num_devices=len(devices), num_processes=hosts)
+    config, _ = config_checks.in_steps(config, num_pairs=None)
     if config.task != "contrastive":
         raise ValueError(
             f"config.task={config.task!r} cannot be planned: only contrastive training can."

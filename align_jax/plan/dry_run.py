@@ -41,12 +41,15 @@ def dry_run(
     if os.path.isfile(path):
         raise ValueError(f"--workdir {path} is a file; name a folder.")
     source = mixture.open_sources(config.data)
+    config, lengths = config_checks.in_steps(config, len(source))
     try:
         evaluators = evals_lib.make_evaluators(config.eval.evaluators.to_dict())
         evals_lib.check_classes(evaluators, None)
     except ValueError as error:
         raise ValueError(f"config.eval.evaluators: {error}") from error
     log(config_lib.to_json(config).rstrip())
+    for line in lengths:
+        log(line)
     log(source.describe())
     log(f"evaluators: {', '.join(e.name for e in evaluators) or 'none'}")
     goes_on = "goes on with the run in" if workdir.is_run(Path(path)) else "starts a run in"
