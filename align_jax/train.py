@@ -236,6 +236,8 @@ class _Run:
         if is_new:
             self.reporter.time(step)
             multihost.log(self.timeline.summary())
+            if bound := self.reporter.rates.summary(self.reporter.step_time_s):
+                multihost.log(bound)
         if stopping:
             saved = f"saved step {step}" if step else "no step was done"
             multihost.log(f"{stopping}: {saved}; run the same command to continue.")
@@ -263,6 +265,7 @@ class _Run:
         try:
             with self.timeline.inside("compilation", int(state.step)):
                 compiled = self.stop.run(lambda: self.step_fn.lower(state, arrays).compile())
+                self.reporter.rates.take_program(compiled)
         except signals.Interrupted:
             return None
         multihost.log(welcome.memory_plan(compiled, state))

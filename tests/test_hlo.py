@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from align_jax import mesh
-from align_jax.plan import hlo
+from align_jax.run import hlo
 
 # Loops of 4 and, inside, of 3; groups written in all three ways; one gather that runs beside other
 # work and therefore appears three times; an all-reduce fused with its slicing.

@@ -162,6 +162,13 @@ def test_format_duration_gives_two_largest_units(seconds, text):
     assert format_duration(seconds) == text
 
 
+def test_format_progress_has_the_note_before_the_time_left():
+    line = format_progress(
+        1, 2, 9.7, pairs_per_s=None, data_wait_share=0.0, time_left_s=5.0, note="half (memory)"
+    )
+    assert line == "step 1/2  loss 9.7000  data wait 0 %  half (memory)  time left 5 s"
+
+
 def test_format_progress_leaves_out_what_is_not_known():
     first = format_progress(1, 500, 9.7, pairs_per_s=None, data_wait_share=None, time_left_s=None)
     assert first == "step   1/500  loss 9.7000"

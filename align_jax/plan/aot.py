@@ -1,7 +1,8 @@
 """Compiles the real train and embed steps for chips that are not here, and reports what they need.
 
 `align compile` plans a pod run on a laptop: libtpu (extra `tpu`) compiles for a topology without a
-TPU. Nothing runs. What a program's text says is read in hlo.py, chips are listed in chips.py.
+TPU. Nothing runs. What a program's text says is read in run/hlo.py, chips are listed in
+run/chips.py.
 """
 
 import dataclasses
@@ -25,8 +26,7 @@ from align_jax import mesh as mesh_lib
 from align_jax.data import tokenizer as tokenizer_lib
 from align_jax.models import flops
 from align_jax.models.dual_encoder import DualEncoder
-from align_jax.plan import hlo
-from align_jax.run import chips
+from align_jax.run import chips, hlo
 from align_jax.storage import writing
 
 GIB = 2**30

@@ -1,4 +1,4 @@
-"""Accelerators that a plan or an MFU refers to: memory, bandwidth and peak rate of one chip.
+"""Accelerators that a plan, an MFU or a roofline refers to: memory, bandwidth and peak of one chip.
 
 Source: Google Cloud's "System architecture" pages of TPU v4, v5e, v5p and v6e
 (docs.cloud.google.com/tpu/docs/v4 and so on). The compiler keeps some 0.25 GiB of it to itself.
@@ -22,6 +22,35 @@ class Chip:
     hbm_gib: float
     hbm_bytes_per_s: float
     peak_flops: float
+
+    def roofline(self, flops: float, traffic_bytes: float) -> "Roofline":
+        """Returns what a program takes at least that computes and moves so much on one chip."""
+        return Roofline(flops / self.peak_flops, traffic_bytes / self.hbm_bytes_per_s)
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """The least time of a program on a chip, as if computing and memory traffic overlapped wholly.
+
+    Collectives are not in it. Source: Williams et al. 2009.
+
+    Attributes:
+      compute_s: of computing at the chip's peak.
+      memory_s: of its memory traffic at full bandwidth.
+    """
+
+    compute_s: float
+    memory_s: float
+
+    @property
+    def least_s(self) -> float:
+        """The longer of the two."""
+        return max(self.compute_s, self.memory_s)
+
+    @property
+    def bound(self) -> str:
+        """What the longer one is: "compute" or "memory"."""
+        return "compute" if self.compute_s >= self.memory_s else "memory"
 
 
 CHIPS: dict[str, Chip] = {

@@ -156,6 +156,7 @@ class Progress:
       period_s: seconds between lines where `stream` is no terminal.
       clock: monotonic seconds.
       silent: whether to print nothing at all, as all processes but one do.
+      note: seconds of a step -> what else the line says; "" for nothing.
     """
 
     def __init__(
@@ -167,8 +168,9 @@ class Progress:
         stream: TextIO | None = None,
         period_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
+        note: Callable[[float], str] = lambda step_time_s: "",
     ):
-        self._total_steps = total_steps
+        self._total_steps, self._note = total_steps, note
         self._batch_size = batch_size
         self._stream = sys.stderr if stream is None else stream
         if silent:
@@ -244,6 +246,7 @@ class Progress:
             pairs_per_s=timing.get("perf/pairs_per_s"),
             data_wait_share=timing.get("perf/data_wait_share"),
             time_left_s=None if step_time_s is None else (self._total_steps - step) * step_time_s,
+            note="" if step_time_s is None else self._note(step_time_s),
         )
         if self._is_terminal:
             width = shutil.get_terminal_size().columns - 1  # a full line would wrap
@@ -262,11 +265,13 @@ def format_progress(
     pairs_per_s: float | None,
     data_wait_share: float | None,
     time_left_s: float | None,
+    note: str = "",
 ) -> str:
     """Returns the progress line; figures that are None (not known yet) are left out.
 
     Args:
       data_wait_share: part of the time spent waiting for input, 0 to 1.
+      note: goes before the time left.
     """
     width = len(str(total_steps))
     parts = [f"step {step:>{width}}/{total_steps}", f"loss {loss:.4f}"]
@@ -274,6 +279,8 @@ def format_progress(
         parts.append(f"{pairs_per_s:,.{0 if pairs_per_s >= 100 else 1}f} pairs/s")
     if data_wait_share is not None:
         parts.append(f"data wait {100 * data_wait_share:.0f} %")
+    if note:
+        parts.append(note)
     if time_left_s is not None:
         parts.append(f"time left {format_duration(time_left_s)}")
     return "  ".join(parts)

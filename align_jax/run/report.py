@@ -39,6 +39,8 @@ class Reporter:
     """Writes and prints what the steps of a run give; a context, for its files.
 
     Attributes:
+      rates: of the chips.
+      step_time_s: of a recent step; 0 before the first metric line that knows it.
       writer: of metric lines; writes nothing in all processes but one.
       progress: likewise.
       skipped: batches left out after rollbacks, see history.py.
@@ -70,11 +72,14 @@ class Reporter:
         """
         self._config = config
         self._source = source
-        self._timeline, self._rates = timeline, rates
+        self._timeline, self.rates, self.step_time_s = timeline, rates, 0.0
         self._watch = divergence.LossWatch(config)
         self._restore(data)
         self.progress = metrics.Progress(
-            config.train.steps, config.train.batch_size, silent=not multihost.is_lead()
+            config.train.steps,
+            config.train.batch_size,
+            silent=not multihost.is_lead(),
+            note=rates.note,
         )
         self.writer = metrics.NoWriter()
         if multihost.is_lead():
@@ -124,7 +129,8 @@ class Reporter:
             self.writer.write(step, {f"train/{k}": v for k, v in values.items()} | data)
             timing = self.progress.timing()
             if timing:
-                timing |= self._rates.of(timing["perf/step_time_s"])
+                self.step_time_s = timing["perf/step_time_s"]
+                timing |= self.rates.of(self.step_time_s)
             self.writer.write_timing(step, timing | self._timeline.sums())
 
     def time(self, step: int) -> None:
