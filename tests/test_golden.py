@@ -389,7 +389,6 @@ ELSEWHERE = {
     *("train.on_divergence", "train.max_rollbacks", "train.spike"),  # test_divergence
     "train.hang_s",  # test_watchdog
     "train.ema_decay",  # test_average
-    "debug.nans",  # test_nans
 }
 
 
