@@ -141,7 +141,8 @@ def test_what_trains_is_jitted_in_one_place_and_only_rankings_and_embeddings_els
         if isinstance(node, ast.Attribute) and node.attr in ("jit", "pjit", "pmap")
     }
     exports = {"export/package.py", "export/stablehlo.py"}
-    assert sites - exports == {"train_step.py", "encode.py", "evals/ranking.py", "evals/top_k.py"}
+    sites -= exports | {"run/nans.py"}  # which runs a step of train_step.py once more
+    assert sites == {"train_step.py", "encode.py", "evals/ranking.py", "evals/top_k.py"}
 
 
 def test_mesh_axis_names_are_written_in_mesh_only():
