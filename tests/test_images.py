@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from align_jax.data import images
+from align_jax.data import images, jpeg
 from align_jax.data.images import BadImage, decode_image, eval_view, resize, train_view
 
 
@@ -324,6 +324,81 @@ def test_decode_with_simplejpeg_equals_pillow_on_sound_and_damaged_files(monkeyp
     found = list(outcomes())
     monkeypatch.setattr(images, "simplejpeg", None)
     assert found == list(outcomes())
+
+
+def test_decode_of_altered_jpeg_headers_is_pillows(monkeypatch):
+    pytest.importorskip("simplejpeg")
+    rng = np.random.default_rng(0)
+    noisy = rng.integers(0, 256, (24, 32, 3), np.uint8)
+    files = [
+        encode(noisy, "JPEG"),
+        encode(noisy, "JPEG", subsampling=0, comment=b"text", restart_marker_rows=1),
+        encode(noisy, "JPEG", progressive=True, dpi=(72, 72)),
+        encode(noisy[:, :, 0], "JPEG"),
+        encode(noisy, "JPEG", exif=Image.Exif()),
+    ]
+    options = {"resize_px": 32, "crop_px": 20, "method": "pil", "flip": True}
+
+    def outcomes(data):
+        for read in (
+            decode_image,
+            lambda d: train_view(d, rng=np.random.default_rng(1), **options),
+        ):
+            try:
+                yield read(data).tobytes()
+            except BadImage as error:
+                yield error.reason
+
+    plain = 0
+    for number in range(300):
+        data = bytearray(files[number % len(files)])
+        scan = data.index(b"\xff\xda")
+        for place in rng.integers(2, scan + 14, number % 3):
+            data[place] = rng.integers(256)
+        data = bytes(data[: rng.integers(scan) if number % 10 == 9 else len(data)])
+        found = list(outcomes(data))
+        if size := jpeg.plain_size(data, images.MAX_PIXELS):
+            plain += 1
+            with images._open(data) as opened:
+                assert (opened.mode, opened.size[::-1]) == ("RGB", size)
+                assert images._orientation(opened) is None
+        with monkeypatch.context() as without:
+            without.setattr(images, "simplejpeg", None)
+            assert found == list(outcomes(data))
+    assert 60 < plain < 240
+
+
+@pytest.mark.parametrize("size", [(30, 30), (33, 33)])
+def test_windows_cut_out_of_a_jpeg_are_those_of_its_pixels(size):
+    pytest.importorskip("simplejpeg")
+    data = encode(photo(*size), "JPEG")
+    pixels, side = decode_image(data), size[0]
+    batch = np.full((3, 20, 20, 3), 7, np.uint8)
+    for top, left in ((0, 0), (side - 20, side - 20), (3, 8), (0, side - 20), (side - 20, 0)):
+        for mirrored in (False, True):
+            assert jpeg.plain_size(data, side * side) == size
+            assert jpeg.cut_out(data, size, top, left, mirrored, batch[1])
+            expected = pixels[top : top + 20, left : left + 20]
+            np.testing.assert_array_equal(batch[1], expected[:, :: -1 if mirrored else 1])
+    assert (batch[::2] == 7).all()
+    assert jpeg.plain_size(data, side * side - 1) is None
+    assert not jpeg.cut_out(data[:-40], size, 0, 0, False, batch[0])
+    assert (batch[0] == 7).all()
+
+
+def test_train_view_into_given_memory_writes_there_and_only_there():
+    files = [encode(photo(40, 40), "JPEG"), encode(photo(31, 57), "PNG"), photo(40, 40)]
+    for given in files:
+        for method in images.RESIZE_METHODS:
+            for seed in range(4):  # mirrored or not
+                options = {"resize_px": 40, "crop_px": 25, "method": method, "flip": True}
+                batch = np.full((3, 25, 25, 3), 7, np.uint8)
+                row = batch[1]
+                rng = np.random.default_rng(seed)
+                assert train_view(given, rng=rng, out=row, **options) is row
+                expected = train_view(given, rng=np.random.default_rng(seed), **options)
+                np.testing.assert_array_equal(row, expected)
+                assert (batch[::2] == 7).all()
 
 
 def test_bad_image_survives_pickling():

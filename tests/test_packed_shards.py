@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from helpers import environment, error_of
 from PIL import Image
 
@@ -17,6 +18,9 @@ from align_jax.curate.pack.pack import pack
 from align_jax.data.sources import packed
 from align_jax.data.sources.open_source import InMemory, open_source
 from align_jax.data.sources.record import Record
+
+TEXT = tfds.features.Text()
+IMAGES = tfds.features.Sequence(tfds.features.Image(shape=(8, 8, 3)))
 
 
 def make_records(count):
@@ -55,6 +59,32 @@ def test_readers_are_bounded_whatever_the_number_of_shards_and_threads(shards, m
         with ThreadPoolExecutor(8) as pool:
             assert list(pool.map(copy.__getitem__, order)) == [records[index] for index in order]
     assert len(packed._readers) == 3
+
+
+def test_plain_records_are_read_as_by_tfds(tmp_path, monkeypatch):
+    records = [
+        Record("é", make_records(1)[0].image, ("a", "二"), metadata={"s": 0.1, "n": -5, "u": "x"}),
+        Record("", make_records(1)[0].image, ("b",)),
+    ]
+    pack(InMemory(records), tmp_path / "data", columns=("s", "n", "u"))
+    found, odd = open_source(str(tmp_path / "data")), open_source(str(tmp_path / "data"))
+    assert set(found._plain) == {"image", "captions", "key", "s", "n", "u"}
+    odd._plain = {}
+    assert read(found) == read(odd) and found[0].metadata == {
+        "s": np.float32(0.1),
+        "n": -5,
+        "u": "x",
+    }
+    # What is stored otherwise than the features say is left to TFDS and its errors.
+    features = tfds.features.FeaturesDict({"n": np.int64, "t": tfds.features.Sequence(TEXT)})
+    plain = packed._plain_fields(features)
+    data = features.serialize_example(features.encode_example({"n": 3, "t": []}))
+    assert packed._read_plain(data, plain) == {"n": 3, "t": []}
+    other = tfds.features.FeaturesDict({"n": np.float32, "t": tfds.features.Sequence(TEXT)})
+    data = other.serialize_example(other.encode_example({"n": 3, "t": []}))
+    assert packed._read_plain(data, plain) is None
+    for kind in (np.bool_, {"b": TEXT}, tfds.features.Sequence({"b": TEXT}), IMAGES):
+        assert packed._plain_fields(tfds.features.FeaturesDict({"n": np.int64, "x": kind})) == {}
 
 
 def test_slices_and_places_are_those_of_the_shards(shards):

@@ -4,11 +4,12 @@ import subprocess
 import sys
 import textwrap
 
+import grain
 import numpy as np
 import pytest
 
 from align_jax import config
-from align_jax.data import images, mixture, pipeline
+from align_jax.data import images, pipeline
 from align_jax.data.sources.open_source import InMemory
 from align_jax.data.sources.record import Record
 
@@ -79,7 +80,7 @@ def assert_same_batches(left, right):
 
 def reference_row(source, position):
     """Returns (index, image, caption, dropped keys) by following the documented rule by hand."""
-    order, dropped = mixture.epoch_order(len(source), SEED), []
+    order, dropped = grain.MapDataset.range(len(source)).seed(SEED).shuffle().repeat(), []
     for attempt in range(100):
         rng = np.random.Generator(np.random.Philox([SEED, position, attempt]))
         index = int(order[position] if attempt == 0 else rng.integers(len(source)))

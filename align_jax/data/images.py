@@ -8,12 +8,15 @@ whole process: they come once per crawled file, and no narrower filter is safe b
 also lets Pillow keep a few buffers: fresh memory for each picture costs as much as its decoding.
 """
 
+import contextlib
 import io
 import os
 import warnings
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+
+from align_jax.data import jpeg
 
 try:
     import simplejpeg  # extra "fast": the same pixels in four fifths of the time
@@ -132,6 +135,9 @@ def load_rgb(
             "An image is bytes, a path, a Pillow image or a uint8 array, not "
             f"{type(image).__name__}.",
         )
+    if simplejpeg and not shrink_to_px and jpeg.plain_size(image, max_pixels):
+        with contextlib.suppress(ValueError):  # damaged, however little
+            return simplejpeg.decode_jpeg(image)
     with _open(image) as opened:
         _check_size(opened.size, max_pixels)
         if shrink_to_px:
@@ -166,7 +172,8 @@ def resize(image: np.ndarray, size_px: int, method: str) -> np.ndarray:
         return image
     every = np.arange(size_px)
     if method == "tf":
-        return _resize_tf(image, size_px, every, every)
+        out = np.empty((size_px, size_px, 3), np.uint8)
+        return _resize_tf(image, size_px, every, every, out)
     return np.asarray(_resize_pil(image, size_px))
 
 
@@ -179,10 +186,11 @@ def train_view(
     rng: np.random.Generator,
     flip: bool,
     decode: str = "full",
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Returns uint8 [crop_px, crop_px, 3]: resized, cropped at random, mirrored half of the time.
 
-    The same as `decode_image`, `resize` and cutting out, bit for bit, but sooner. May be read-only.
+    The same as `decode_image`, `resize` and cutting out, bit for bit, but sooner.
 
     Args:
       image: what `decode_image` takes, or what `load_rgb` made of it.
@@ -194,6 +202,7 @@ def train_view(
       decode: "full", or "reduced": a JPEG file is decoded at 1/2, 1/4 or 1/8 of its size where
         that leaves at least twice `resize_px`. Twice as fast on photos of 6 megapixels, and within
         a few grey levels (docs/input.md), but only with "pil": "tf" looks at single pixels.
+      out: contiguous; receives the view and is returned. Default: a new array.
 
     Raises:
       BadImage: see `decode_image`.
@@ -203,12 +212,19 @@ def train_view(
     """
     _check_view(resize_px, crop_px, method)
     check_decode(decode, method)
-    top, left = rng.integers(resize_px - crop_px + 1, size=2)
-    mirrored = rng.random() < 0.5
+    # One by one they are what size=2 gives, in half of the time.
+    top, left = (int(rng.integers(resize_px - crop_px + 1)) for _ in range(2))
+    mirrored = rng.random() < 0.5 and flip
+    out = np.empty((crop_px, crop_px, 3), np.uint8) if out is None else out
+    size = resize_px, resize_px
+    if simplejpeg and decode == "full" and isinstance(image, bytes):
+        if jpeg.plain_size(image, MAX_PIXELS) == size:
+            if jpeg.cut_out(image, size, top, left, mirrored, out):
+                return out
     image = load_rgb(
         image, shrink_to_px=REDUCED_MARGIN * resize_px if decode == "reduced" else None
     )
-    return _view(image, resize_px, top, left, crop_px, method, flip and mirrored)
+    return _view(image, resize_px, top, left, method, mirrored, out)
 
 
 def eval_view(
@@ -224,7 +240,8 @@ def eval_view(
     """
     _check_view(resize_px, crop_px, method)
     start = (resize_px - crop_px) // 2
-    return _view(load_rgb(image), resize_px, start, start, crop_px, method, False)
+    out = np.empty((crop_px, crop_px, 3), np.uint8)
+    return _view(load_rgb(image), resize_px, start, start, method, False, out)
 
 
 def check_decode(decode: str, method: str) -> None:
@@ -375,28 +392,32 @@ def _view(
     size_px: int,
     top: int,
     left: int,
-    crop_px: int,
     method: str,
     mirrored: bool,
+    out: np.ndarray,
 ) -> np.ndarray:
-    """Returns the crop, uint8 [crop_px, crop_px, 3], of the image resized to a square."""
+    """Returns `out`, uint8 [S, S, 3], after a window of the image resized to a square."""
+    crop_px = len(out)
     height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
     if (height, width) != (size_px, size_px):
         if method == "tf":
             rows, columns = (start + np.arange(crop_px) for start in (top, left))
             columns = columns[::-1] if mirrored else columns
-            return _resize_tf(np.asarray(image), size_px, rows, columns)
+            return _resize_tf(np.asarray(image), size_px, rows, columns, out)
         image = _resize_pil(image, size_px)
     bottom, right = top + crop_px, left + crop_px
     if isinstance(image, np.ndarray):
         image = image[top:bottom, left:right]
-        if mirrored:  # by channels: three times as fast as copying image[:, ::-1]
-            return np.stack([image[:, ::-1, channel] for channel in range(3)], axis=-1)
-        return np.ascontiguousarray(image)
-    image = image.crop((left, top, right, bottom))
-    if mirrored:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(image)
+        if mirrored:
+            for channel in range(3):  # three times as fast as copying image[:, ::-1]
+                out[:, :, channel] = image[:, ::-1, channel]
+            return out
+    else:
+        image = image.crop((left, top, right, bottom))
+        if mirrored:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    out[...] = image
+    return out
 
 
 def _resize_pil(image: np.ndarray | Image.Image, size_px: int) -> Image.Image:
@@ -407,16 +428,16 @@ def _resize_pil(image: np.ndarray | Image.Image, size_px: int) -> Image.Image:
 
 
 def _resize_tf(
-    image: np.ndarray, size_px: int, rows: np.ndarray, columns: np.ndarray
+    image: np.ndarray, size_px: int, rows: np.ndarray, columns: np.ndarray, out: np.ndarray
 ) -> np.ndarray:
-    """Those rows and columns, in their order, of the image resized to a square."""
+    """Returns `out` after those rows and columns, in their order, of the resized image."""
     above, below, row_weights = _neighbours(image.shape[0], size_px, rows)
     left, right, column_weights = _neighbours(image.shape[1], size_px, columns)
     channels = np.arange(3)
     left, right = ((3 * x[:, None] + channels).ravel() for x in (left, right))
     column_weights, row_weights = np.repeat(column_weights, 3), row_weights[:, None]
     image = image.reshape(len(image), -1)  # [H, W * 3]
-    resized = np.empty((len(rows), 3 * len(columns)), np.uint8)
+    resized = out.reshape(len(rows), 3 * len(columns))
     # In place and a few rows at a time: touching fresh memory is slower than the arithmetic.
     for start in range(0, len(rows), _ROWS_AT_A_TIME):
         block = slice(start, start + _ROWS_AT_A_TIME)
@@ -433,7 +454,7 @@ def _resize_tf(
         blended *= row_weights[block]
         blended += first
         resized[block] = np.rint(blended, out=blended)
-    return resized.reshape(len(rows), len(columns), 3)
+    return out
 
 
 def _neighbours(

@@ -1,9 +1,9 @@
 """Several sources in one training set: which record every position of the stream holds.
 
 A position's record follows from (sizes, weights, seed, position) alone, without iterator state.
-Grain shuffles each source; its own `MapDataset.mix` rounds the weights (to hundredths of the
-smallest) and does not tell how many passes over a source are done, so the few lines that share out
-the positions are here. Reading and decoding are not.
+Each source is shuffled as by Grain (epoch_order.py); its own `MapDataset.mix` rounds the weights
+(to hundredths of the smallest) and does not tell how many passes over a source are done, so the few
+lines that share out the positions are here. Reading and decoding are not.
 """
 
 import bisect
@@ -13,10 +13,10 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 
-import grain
 import numpy as np
 from ml_collections import ConfigDict
 
+from align_jax.data.epoch_order import EpochOrder
 from align_jax.data.sources.open_source import PairSource, open_source
 from align_jax.data.sources.record import Record
 from align_jax.storage import identity
@@ -137,28 +137,33 @@ class Order:
             self._weights = _exact(source.weights.values())
         else:
             sizes, seeds, self._weights = [len(source)], [seed], [1]
-        self._orders = [epoch_order(*pair) for pair in zip(sizes, seeds, strict=True)]
+        self._orders = [EpochOrder(*pair) for pair in zip(sizes, seeds, strict=True)]
         ends = list(itertools.accumulate(sizes))
         self._ranges = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
     def __getitem__(self, position: int) -> int:
+        return int(self.take(np.array([position]))[0])
+
+    def take(self, positions: np.ndarray) -> np.ndarray:
+        """Returns the indices, int64 [K], at positions, int64 [K]: much sooner than one by one."""
         if len(self._orders) == 1:
-            return self._orders[0][position]
-        before, after = share(self._weights, position), share(self._weights, position + 1)
-        number = next(i for i, count in enumerate(before) if count != after[i])
-        return self._ranges[number].start + self._orders[number][before[number]]
+            return self._orders[0].take(positions)
+        numbers, places = np.array([self._turn(position) for position in positions.tolist()]).T
+        indices = np.empty_like(positions)
+        for number, (order, own) in enumerate(zip(self._orders, self._ranges, strict=True)):
+            rows = numbers == number
+            indices[rows] = own.start + order.take(places[rows])
+        return indices
 
     def peers(self, index: int) -> range:
         """Returns the indices of all records of the source that holds this one."""
         return next(indices for indices in self._ranges if index in indices)
 
-
-def epoch_order(num_records: int, seed: int) -> grain.MapDataset:
-    """Returns an endless random-access sequence: position -> record index.
-
-    Positions e*N to (e+1)*N - 1 are a permutation of 0 to N - 1, another one for each epoch e.
-    """
-    return grain.MapDataset.range(num_records).seed(seed).shuffle().repeat()
+    def _turn(self, position: int) -> tuple[int, int]:
+        """Returns (number of a source, place in its order)."""
+        before, after = share(self._weights, position), share(self._weights, position + 1)
+        number = next(i for i, count in enumerate(before) if count != after[i])
+        return number, before[number]
 
 
 def epochs(source: PairSource, num_rows: int) -> dict[str, float]:

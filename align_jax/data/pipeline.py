@@ -23,8 +23,9 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from align_jax.data import color, images, inception, mixture, read_ahead
+from align_jax.data import color, images, inception, mixture, read_ahead, row_generators
 from align_jax.data.image_embeddings import ImageEmbeddings
+from align_jax.data.loans import Loans
 from align_jax.data.sources.classes import Classes
 from align_jax.data.sources.open_source import PairSource
 from align_jax.data.sources.record import UNUSABLE_REASONS, LabelledImage, Record, is_usable
@@ -157,7 +158,13 @@ def train_batches(
     num_threads, num_workers = config.num_threads, config.num_workers
     # More than can be in the making or waiting: Grain buffers 2 in a worker and 2 of each here.
     board = read_ahead.Board(max(1, num_workers) * (num_threads + 16), num_workers)
-    build = _BatchBuilder(source, tokenizer, mixture.Order(source, seed), board, spec, embeddings)
+    if embeddings is None:
+        shape, dtype = (spec.image_size, spec.image_size, 3), np.uint8
+    else:
+        shape, dtype = (embeddings.dim,), np.float32
+    memory = Loans((len(spec.rows), *shape), dtype, most_idle=num_threads + 2)
+    order = mixture.Order(source, seed)
+    build = _BatchBuilder(source, tokenizer, order, board, spec, embeddings, memory)
     # One element is one batch, so threads and workers can only change who builds it.
     dataset = grain.MapDataset.range(start_step, _MAX_STEPS).map(build)
     dataset = dataset.to_iter_dataset(
@@ -192,15 +199,16 @@ class _BatchBuilder:
     board: read_ahead.Board
     spec: BatchSpec
     embeddings: ImageEmbeddings | None
+    memory: Loans
 
     def __call__(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, str]]:
         spec, num_rows = self.spec, len(self.spec.rows)
-        if self.embeddings is None:
-            views = np.empty((num_rows, spec.image_size, spec.image_size, 3), np.uint8)
-            arrays = {"image": views}
-        else:
-            views = np.empty((num_rows, self.embeddings.dim), np.float32)
-            arrays = {"z_image": views}
+        views = self.memory.empty()
+        arrays = {"image" if self.embeddings is None else "z_image": views}
+        positions = step * spec.batch_size + np.array(spec.rows)
+        indices = self.order.take(positions).tolist()
+        keys = row_generators.philox_keys(spec.seed, positions)
+        generator = row_generators.RowGenerator()
         arrays["index"] = np.empty(num_rows, np.int32)
         if self.tokenizer is None:
             arrays["label"] = np.empty(num_rows, np.int32)
@@ -208,16 +216,18 @@ class _BatchBuilder:
             arrays["caption_hash"] = np.empty((num_rows, 2), np.uint32)
             arrays["image_hash"] = np.empty((num_rows, 2), np.uint32)
         captions, drops = [], []
-        for row, row_of_batch in enumerate(spec.rows):
-            position = step * spec.batch_size + row_of_batch
-            index, record, views[row], caption = self._draw(step, row, position, drops)
-            arrays["index"][row] = index
+        for row, position in enumerate(positions.tolist()):
+            rng = generator.at(keys[row])
+            indices[row], record, caption = self._fill(
+                views[row], step, row, position, indices[row], rng, drops
+            )
             captions.append(caption)
             if self.tokenizer is None:
                 arrays["label"][row] = record.label
             if spec.hash_pairs:
                 arrays["caption_hash"][row] = _hash(caption.strip().lower().encode())
                 arrays["image_hash"][row] = _hash(_image_bytes(record.image))
+        arrays["index"][:] = indices
         if self.tokenizer is not None:
             arrays["ids"], arrays["mask"] = self.tokenizer.encode(captions, spec.max_tokens)
         dropped, dropped_keys = {}, {}
@@ -227,20 +237,26 @@ class _BatchBuilder:
         self.board.delivered(step, num_rows)
         return arrays, dropped, dropped_keys
 
-    def _draw(
-        self, step: int, row: int, position: int, drops: list[tuple[str, str]]
-    ) -> tuple[int, Record | LabelledImage, np.ndarray, str]:
-        """Returns (index, record, image uint8 [S, S, 3] or embedding [D], caption) of a row.
+    def _fill(
+        self,
+        view: np.ndarray,
+        step: int,
+        row: int,
+        position: int,
+        index: int,
+        rng: np.random.Generator,
+        drops: list[tuple[str, str]],
+    ) -> tuple[int, Record | LabelledImage, str]:
+        """Returns (index, record, caption) of a row, after its `view`, see Batch, is written.
 
-        Appends (reason, key) of each record that could not be used to `drops`.
+        `index` and `rng` are those that its position begins with. Appends (reason, key) of each
+        record that could not be used to `drops`.
         """
         reasons = Counter()
         for attempt in range(_MAX_DRAWS):
-            rng = np.random.Generator(np.random.Philox([self.spec.seed, position, attempt]))
-            if attempt == 0:
-                index = self.order[position]
+            if attempt:  # of the same source: bad records do not change the weights of a mixture
+                rng = np.random.Generator(np.random.Philox([self.spec.seed, position, attempt]))
                 peers = self.order.peers(index)
-            else:  # of the same source: bad records do not change the weights of a mixture
                 index = peers.start + int(rng.integers(len(peers)))
             self.board.note(step, row, index)
             key = f"record {index}"
@@ -249,9 +265,8 @@ class _BatchBuilder:
                 key = record.key
                 caption = "" if self.tokenizer is None else _choose_caption(record, rng)
                 if caption is not None:
-                    if self.embeddings is not None:
-                        return index, record, self.embeddings[index], caption
-                    return index, record, self._view(record.image, rng), caption
+                    self._write_view(view, index, record.image, rng)
+                    return index, record, caption
                 reason = "caption_empty"
             except (images.BadImage, OSError) as error:
                 reason = reason_of(error)
@@ -263,15 +278,22 @@ class _BatchBuilder:
             f"({counts}), the last is {key!r}, {self.source.where(index)}; check config.data."
         )
 
-    def _view(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        view, spec = self._crop(image, rng), self.spec
-        if not spec.color_jitter and not spec.grayscale:
-            return view
-        return color.change_color(view, jitter=spec.color_jitter, grayscale=spec.grayscale, rng=rng)
+    def _write_view(
+        self, view: np.ndarray, index: int, image: bytes | np.ndarray, rng: np.random.Generator
+    ) -> None:
+        if self.embeddings is not None:
+            view[...] = self.embeddings[index]
+            return
+        self._write_crop(view, image, rng)
+        jitter, grayscale = self.spec.color_jitter, self.spec.grayscale
+        if jitter or grayscale:
+            view[...] = color.change_color(view, jitter=jitter, grayscale=grayscale, rng=rng)
 
-    def _crop(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _write_crop(
+        self, view: np.ndarray, image: bytes | np.ndarray, rng: np.random.Generator
+    ) -> None:
         if self.spec.crop == "inception":
-            return inception.inception_view(
+            view[...] = inception.inception_view(
                 image,
                 crop_px=self.spec.image_size,
                 min_area=self.spec.crop_min_area,
@@ -279,15 +301,17 @@ class _BatchBuilder:
                 rng=rng,
                 flip=self.spec.flip,
             )
-        return images.train_view(
-            image,
-            resize_px=self.spec.resize_size,
-            crop_px=self.spec.image_size,
-            method=self.spec.resize,
-            decode=self.spec.decode,
-            rng=rng,
-            flip=self.spec.flip,
-        )
+        else:
+            images.train_view(
+                image,
+                resize_px=self.spec.resize_size,
+                crop_px=self.spec.image_size,
+                method=self.spec.resize,
+                decode=self.spec.decode,
+                rng=rng,
+                flip=self.spec.flip,
+                out=view,
+            )
 
 
 def _choose_caption(record: Record, rng: np.random.Generator) -> str | None:
