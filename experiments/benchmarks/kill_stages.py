@@ -89,7 +89,7 @@ def main() -> int:
         renames = int((folder / "renames").read_text())
         kills, ended = [0, 0], 0
         for number in range(2 * args.kills):
-            by_rename = number % 2
+            by_rename = 1 - number % 2  # the first one in a new folder
             at = draw.randint(1, renames) if by_rename else 0
             process = start(folder, command_of(name, killed), at)
             if not by_rename:
