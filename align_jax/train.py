@@ -55,6 +55,7 @@ def train_and_evaluate(
     *,
     resume_from: int | None = None,
     profile: str = "",
+    began_s: float | None = None,
 ) -> dict[str, float]:
     """Trains to `config.train.steps`, continuing from the workdir's checkpoint where there is one.
 
@@ -67,6 +68,7 @@ def train_and_evaluate(
       resume_from: step of the checkpoint to go back to; later ones are set aside. The settings of
         the optimizer may be others from there on. None goes on from the newest.
       profile: "A:B" traces the steps after A, up to B, for TensorBoard.
+      began_s: of `time.monotonic`, from when on time is accounted for; None is now.
 
     Returns:
       The results of the last evaluation, `<evaluator>/<metric>`; empty if a signal ended the run.
@@ -84,7 +86,8 @@ def train_and_evaluate(
         if multihost.is_lead():
             stack.enter_context(writing.locked(path, "align train"))
         stack.enter_context(writing.explaining_full_disk(path))
-        run, state = _open_run(config, Path(path), stack, resume_from, profile)
+        timeline = Timeline(began_s=began_s)
+        run, state = _open_run(config, Path(path), stack, resume_from, profile, timeline)
         try:
             return run.train(state)
         except OSError as error:  # while a run is under way no path of its user is wrong
@@ -342,6 +345,7 @@ class _Run:
         # The checkpoint may be of before an earlier rollback, which led to the same step.
         data["skipped"] = np.array([*before.tolist(), [to, first, end]], np.int64)
         self.reporter.rewind(to, data)
+        self.reporter.time(to)
         self.evaluations.rewind(to)
         self.feed.seek(to + self.reporter.num_skipped)
         return state
@@ -366,9 +370,9 @@ def _open_run(
     stack: contextlib.ExitStack,
     resume_from: int | None,
     profile: str,
+    timeline: Timeline,
 ) -> tuple[_Run, state_lib.TrainState]:
     """Returns the run and the state that it starts or goes on with; the stack closes its files."""
-    timeline = Timeline()
     config_checks.validate(
         config, num_devices=jax.device_count(), num_processes=jax.process_count()
     )

@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from align_jax.storage import writing
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code of `align <argv>`; None takes the command line of this process."""
+    began_s = time.monotonic()
     if argv is None:
         _use_huge_pages()
         _keep_compilations()
@@ -35,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     if rest and not (args.takes_config and args.config):
         parser.error(f"unrecognised argument {rest[0]!r} of {args.verb}")
+    args.began_s = began_s
     with output.kept_safe() as printed:
         code = _run(args, rest)
     if argv is None and any(t.name == "align_jax.left" for t in threading.enumerate()):
@@ -217,7 +220,11 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
             dry_run.dry_run(config, args.workdir, multihost.log)
             return
         train.train_and_evaluate(
-            config, args.workdir, resume_from=args.resume_from, profile=args.profile
+            config,
+            args.workdir,
+            resume_from=args.resume_from,
+            profile=args.profile,
+            began_s=args.began_s,
         )
 
 

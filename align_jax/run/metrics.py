@@ -76,7 +76,10 @@ class MetricWriter:
         self._append(self._metrics, step, values)
 
     def write_timing(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one line to perf.jsonl: values that a clock measured (rates, seconds, shares)."""
+        """Appends one line to perf.jsonl: values that a clock measured (rates, seconds, shares).
+
+        `unix_s`, seconds since 1970, is in the line alone.
+        """
         self._append(self._perf, step, values)
 
     def sync(self) -> None:
@@ -112,6 +115,7 @@ class MetricWriter:
         # One write call a line: a kill can tear the last line but not mix two.
         file.write(json.dumps(line, allow_nan=False) + "\n")
         file.flush()
+        scalars.pop("unix_s", None)  # TensorBoard has the time of each value
         self._tensorboard.write(int(step), scalars)
 
 

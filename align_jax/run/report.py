@@ -84,10 +84,13 @@ class Reporter:
         self.writer = metrics.NoWriter()
         if multihost.is_lead():
             before = Path(path) / "perf.jsonl"
-            timeline.take_up(metrics.read_metrics(before) if before.exists() else [], resume_step)
+            lines = metrics.read_metrics(before) if before.exists() else []
+            continues = timeline.take_up(lines, resume_step or 0)
             self.writer = metrics.MetricWriter(
                 path, resume_step=resume_step, every=every, log=multihost.log
             )
+            if continues and (resume_step or 0) < config.train.steps:
+                self.time(resume_step or 0)  # the writer has cut off the lines of what is lost
 
     def __enter__(self) -> "Reporter":
         return self
