@@ -12,6 +12,7 @@ from align_jax import losses
 from align_jax.config import DURATIONS, check_keys, default_config, parse_duration
 from align_jax.data import images
 from align_jax.models import bert, classifier, dual_encoder, efficientnet, freeze, layers
+from align_jax.storage import writing
 
 
 def validate(config: ConfigDict, *, num_devices: int, num_processes: int = 1) -> None:
@@ -23,6 +24,7 @@ def validate(config: ConfigDict, *, num_devices: int, num_processes: int = 1) ->
       num_processes: that feed them.
     """
     check_keys(config, default_config(), "config")
+    writing.check_local_values(config.to_dict(), "config")
     for path, allowed in _choices().items():
         _check_choice(config, path, allowed)
     for path in _POSITIVE:

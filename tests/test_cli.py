@@ -19,7 +19,8 @@ from helpers import (
     saved_steps,
 )
 
-from align_jax import config
+import align_jax
+from align_jax import config, config_checks, evals
 from align_jax.cli import main as cli
 from align_jax.data import tokenizer
 from align_jax.run import workdir
@@ -388,6 +389,65 @@ def test_module_runs_as_a_program(project):
 def test_a_bucket_is_refused_in_one_line_and_no_folder_appears(inside, capfd, arguments):
     assert re.search(r"(gs|s3):// is not a file system here; name", error_of(capfd, *arguments))
     assert not os.path.exists("gs:") and not os.path.exists("s3:")
+
+
+def test_every_argument_of_every_verb_that_may_be_a_path_refuses_a_bucket(inside, capfd):
+    seen = set()
+    for verb, parser in verbs(cli._parser()):
+        for action in parser._actions:
+            takes_text = action.type in (None, str) and action.nargs != 0 and not action.choices
+            if takes_text and action.dest not in cli._NO_PATHS:
+                command = [*verb, *filled(parser, action)]
+                line = error_of(capfd, *command)
+                assert "s3://b/x: s3:// is not a file system here; name a local" in line, command
+                seen.add((verb[0], action.dest))
+    assert {("embed", "images"), ("train", "workdir"), ("classify", "templates")} <= seen
+    assert len({verb for verb, _ in seen}) >= 17 and len(seen) > 60
+
+
+def verbs(parser):
+    """((verb, or verb and action), its parser) of all."""
+    for action in parser._actions:
+        for name, inner in action.choices.items() if isinstance(action.choices, dict) else ():
+            nested = [((name, *deeper), leaf) for deeper, leaf in verbs(inner)]
+            yield from nested or [((name,), inner)]
+
+
+def filled(parser, target):
+    """Arguments of which one is a bucket, and all that must be there are."""
+    arguments, groups = [], [g for g in parser._mutually_exclusive_groups if g.required]
+    first = {g._group_actions[0] for g in groups if target not in g._group_actions}
+    for action in parser._actions:
+        if action is target or action.required or action in first:
+            value = next(iter(action.choices)) if action.choices else "1"
+            value = "s3://b/x" if action is target else value
+            arguments += [*action.option_strings[-1:], value]
+    return arguments
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("init_from", "data.source", "data.tokenizer", "data.image_embeddings"),
+        *("eval.evaluators.own.source", "eval.evaluators.shapes.source"),
+    ],
+)
+def test_every_path_of_a_config_refuses_a_bucket(inside, capfd, key):
+    command = ("train", "--config", "config.py", "--workdir", "new", f"--config.{key}=gs://b/x")
+    assert error_of(capfd, *command).startswith(f"config.{key} gs://b/x: gs:// is not a file sys")
+
+
+def test_paths_of_mixtures_models_and_evaluators_refuse_a_bucket(inside):
+    c = config.load_config("config.py")
+    c.data.source = ""
+    with c.unlocked():
+        c.data.mixture.web = {"source": "s3://b/x", "weight": 1.0}
+    with pytest.raises(ValueError, match="^config.data.mixture.web.source s3://b/x: s3:// is not"):
+        config_checks.validate(c, num_devices=1)
+    with pytest.raises(ValueError, match="^model gs://b/x: gs:// is not a file system here"):
+        align_jax.load("gs://b/x")
+    with pytest.raises(ValueError, match="^Evaluator 'a'.source gs://b: gs:// is not a file"):
+        evals.make_evaluators({"a": {"type": "retrieval", "source": "gs://b"}})
 
 
 def test_last_step_is_saved_whatever_the_period(project):

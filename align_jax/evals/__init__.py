@@ -81,6 +81,7 @@ def make_evaluator(name: str, entry: Mapping[str, Any]) -> Evaluator:
         raise ValueError(f"Evaluator '{name}' needs 'type', one of: {', '.join(sorted(TYPES))}.")
     evaluator_type = arguments.pop("type")
     arguments.pop("every_steps", None)
+    writing.check_local_values(arguments, f"Evaluator '{name}'")
     make = _find_class(evaluator_type)
     parameters = dict(inspect.signature(make).parameters)
     del parameters["name"]

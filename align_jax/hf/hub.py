@@ -14,6 +14,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from align_jax.storage import writing
+
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _SMALL_FILES = ("*.json", "vocab.txt", "merges.txt", "*.model")
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first kind that is there
@@ -30,6 +32,7 @@ def find_folder(name_or_path: str | os.PathLike) -> Path:
     Raises:
       ValueError: neither exists, or the hub cannot be reached.
     """
+    writing.check_local(name_or_path, "model")
     path = Path(name_or_path)
     if path.is_dir():
         return path

@@ -14,7 +14,7 @@ import re
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,20 @@ def check_local(path: _Path, what: str) -> None:
             f"{what} {os.fspath(path)}: {remote[1]}:// is not a file system here; name a "
             "local path, or mount the bucket (gcsfuse, s3fs) and name the mounted path."
         )
+
+
+def check_local_values(values: Mapping[str, Any], path: str) -> None:
+    """Refuses each text of a group of settings, and of groups in it, that `check_local` refuses.
+
+    Args:
+      values: name -> text, group or anything else.
+      path: of the group, for the message.
+    """
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            check_local_values(value, f"{path}.{name}")
+        elif isinstance(value, str):
+            check_local(value, f"{path}.{name}")
 
 
 @contextlib.contextmanager
