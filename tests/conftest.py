@@ -18,6 +18,24 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+# The files that take longest, in this order, before all others: so no worker of pytest-xdist is
+# left with one of them when the others are done.
+LONGEST = (
+    *("multihost", "launch", "train", "train_step", "towers", "divergence", "golden", "run_faults"),
+    *("config_keys", "average", "align_tokenizers", "init_from", "serve_clients", "hf_parity"),
+    *("export", "classify", "curate_workers", "lora", "freeze", "run_keeping", "plan_of_run"),
+)
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # else files of many tests would come first
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory):

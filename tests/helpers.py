@@ -215,6 +215,8 @@ def saved_steps(workdir):
 
 def snapshot(folder):
     """Returns {relative path: content} of all files below a folder."""
+    # The project's own folder holds an environment of gigabytes.
+    assert not (Path(folder) / "pyproject.toml").exists(), "change to a folder of the test's own"
     files = (path for path in Path(folder).rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 

@@ -188,5 +188,8 @@ def test_recall_of_a_search_that_misses_half_is_half(monkeypatch):
         (("input", "--rows", "9"), "--rows is of align bench search."),
     ],
 )
-def test_options_of_the_other_measurement_and_wrong_numbers_are_one_line(capfd, arguments, message):
+def test_options_of_the_other_measurement_and_wrong_numbers_are_one_line(
+    tmp_path, monkeypatch, capfd, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
     assert error_of(capfd, "bench", *arguments) == message
