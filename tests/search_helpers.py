@@ -4,6 +4,8 @@ import types
 
 import numpy as np
 
+from align_jax.search.index import Index
+
 DIM = 16
 
 
@@ -38,3 +40,13 @@ class FakeModel:
 def exact(z_query, z_index, k):
     """Oracle: rows of the k highest cosines in float64, best first."""
     return np.argsort(-(z_query.astype(np.float64) @ z_index.T), axis=1, kind="stable")[:, :k]
+
+
+def rows_of(folder):
+    """Returns {key: (row, vector)} of an index."""
+    with Index(str(folder)) as index:
+        return {
+            row.key: (row, z)
+            for rows, vectors in index.scan()
+            for row, z in zip(rows, vectors, strict=True)
+        }

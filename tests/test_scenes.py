@@ -4,7 +4,9 @@ import re
 import numpy as np
 import pytest
 
+from align_jax.data import images
 from align_jax.data.sources import scene_captions, scenes
+from align_jax.data.sources.open_source import open_labelled, open_source
 from align_jax.data.sources.scenes import COLOURS, SHAPES, SIZES, TONES, LabelledScenes, Scenes
 
 
@@ -255,3 +257,18 @@ def test_scene_sources_pickle_and_describe_themselves():
 def test_scenes_argument_out_of_range_names_it(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_scenes_spec_reaches_the_generator():
+    source = open_source("scenes?size=5&seed=3&image_size_px=48")
+    assert len(source) == 5 and images.decode_image(source[4].image).shape == (48, 48, 3)
+    other = open_source("scenes?size=5&seed=4&image_size_px=48")
+    assert not np.array_equal(
+        images.decode_image(source[0].image), images.decode_image(other[0].image)
+    )
+
+
+def test_labelled_scenes_spec_reaches_the_generator():
+    source = open_labelled("scenes?size=20&label=shape")
+    assert len(source) == 20 and len(source.classes) > 1
+    assert {source[index].label for index in range(20)} <= set(range(len(source.classes)))

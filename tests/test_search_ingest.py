@@ -2,17 +2,14 @@
 
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
-from helpers import environment, error_of, run_align, start_align, write_table
+from helpers import environment, error_of, run_align, write_table
 from PIL import Image
-from search_helpers import DIM, FakeModel, exact, unit
+from search_helpers import DIM, FakeModel, exact, rows_of, unit
 
 import align_jax
 from align_jax import align
@@ -21,16 +18,6 @@ from align_jax.data.sources.open_source import InMemory, open_source
 from align_jax.data.sources.record import Record
 from align_jax.search import ingest
 from align_jax.search.index import Index
-
-
-def rows_of(folder):
-    """Returns {key: (row, vector)} of an index."""
-    with Index(str(folder)) as index:
-        return {
-            row.key: (row, z)
-            for rows, vectors in index.scan()
-            for row, z in zip(rows, vectors, strict=True)
-        }
 
 
 def run(capsys, *arguments):
@@ -501,34 +488,3 @@ def test_second_process_is_refused_and_works_afterwards(photos, tmp_path):
         assert f"in use by align index add, process {os.getpid()} on" in line
     found = run_align("index", "info", "--index", photos, cwd=tmp_path, env=env)
     assert found.returncode == 0 and found.stderr == "" and "is_exact       True" in found.stdout
-
-
-@pytest.mark.slow
-def test_killed_runs_end_with_the_rows_of_an_undisturbed_one(project, model, tmp_path):
-    spec = "scenes?size=1500&seed=4"
-    with align_jax.open_index(tmp_path / "whole", model) as index:
-        ingest.add(index, model, spec, kind="both")
-    add = ("index", "add", spec, "--model", project / "run", "--index", "killed", "--kind", "both")
-    env = environment(cache=tmp_path / "cache")
-    random.seed(0)
-    kills = 0
-    for _ in range(30):
-        process = start_align(*add, cwd=tmp_path, env=env)
-        data = tmp_path / "killed" / "milvus.db" / "collections"
-        deadline = time.monotonic() + 120
-        while not data.is_dir() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(random.uniform(0, 4))
-        if process.poll() is not None or kills == 5:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-    assert process.wait(timeout=300) == 0, process.stderr.read()
-    assert kills
-    whole, killed = rows_of(tmp_path / "whole"), rows_of(tmp_path / "killed")
-    with Index(str(tmp_path / "killed")) as index:
-        assert index.count() == len(whole)
-    assert {key: row for key, (row, _) in killed.items()} == {
-        key: row for key, (row, _) in whole.items()
-    }

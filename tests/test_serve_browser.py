@@ -21,8 +21,7 @@ from align_jax.search import filters
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("page")
-    make_world(folder)
+    make_world(folder := tmp_path_factory.mktemp("page"))
     return folder
 
 
@@ -58,16 +57,13 @@ def server(world, expected):
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
-    driver = start_browser(tmp_path_factory.mktemp("profile"))
-    yield driver
+    yield (driver := start_browser(tmp_path_factory.mktemp("profile")))
     driver.quit()
 
 
 @pytest.fixture
 def page(driver, server):
-    page = Page(driver, server)
-    page.open()
-    yield page
+    return Page(driver, server).open()
 
 
 def assert_hits(page, hits):

@@ -13,7 +13,6 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from align_jax.data import images
 from align_jax.data.sources.open_source import InMemory, open_labelled, open_source
 from align_jax.data.sources.record import Record
 
@@ -409,21 +408,6 @@ def test_max_keeps_the_first_pairs_and_a_large_max_all(tmp_path):
         whole = all_records(open_source(spec))
         assert all_records(open_source(f"{spec}{joint}max=2")) == whole[:2]
         assert all_records(open_source(f"{spec}{joint}max=99")) == whole
-
-
-def test_scenes_spec_reaches_the_generator():
-    source = open_source("scenes?size=5&seed=3&image_size_px=48")
-    assert len(source) == 5 and images.decode_image(source[4].image).shape == (48, 48, 3)
-    other = open_source("scenes?size=5&seed=4&image_size_px=48")
-    assert not np.array_equal(
-        images.decode_image(source[0].image), images.decode_image(other[0].image)
-    )
-
-
-def test_labelled_scenes_spec_reaches_the_generator():
-    source = open_labelled("scenes?size=20&label=shape")
-    assert len(source) == 20 and len(source.classes) > 1
-    assert {source[index].label for index in range(20)} <= set(range(len(source.classes)))
 
 
 @pytest.mark.parametrize("store", STORES)

@@ -96,16 +96,9 @@ def test_one_stray_quote_in_many_rows_loses_none(tmp_path):
 
 
 NASTY = [
-    "plain",
-    "two\nlines",
-    'a "quoted" word, and\nanother',
-    "\n\nstarts blank",
-    'ends with quote"',
-    '"all of it"',
-    "comma, in it",
-    "and, more\nlines, with, commas",
-    " spaces ",
-    "lone \r return",
+    *("plain", "two\nlines", 'a "quoted" word, and\nanother', "\n\nstarts blank"),
+    *('ends with quote"', '"all of it"', "comma, in it", "and, more\nlines, with, commas"),
+    *(" spaces ", "lone \r return"),
     "猫\u2028\x85\x0b naïve",
     "x" * 100_000,
     "\n".join(["sixty lines, each with a comma"] * 60),
