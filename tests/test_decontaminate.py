@@ -302,6 +302,10 @@ def test_finished_call_given_again_returns_its_report_another_is_refused(inside,
         assert decontaminate("train.parquet", ["eval.parquet"], "out") == made
         assert snapshot("out") == snapshot("whole")
     write_hashes("eval.parquet", {"a": 1})
+    (inside / "cut").mkdir()
+    (inside / "cut" / "report.json").write_text('{"call": ')
+    with pytest.raises(ValueError, match=r"^cut/report.json is not valid JSON"):
+        decontaminate("train.parquet", ["eval.parquet"], "cut")
     with pytest.raises(ValueError, match="holds the report of another call"):
         decontaminate("train.parquet", ["eval.parquet"], "out")
 

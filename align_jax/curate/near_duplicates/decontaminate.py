@@ -23,6 +23,7 @@ from align_jax.curate.near_duplicates.matches import SHEET_PAIRS, Output
 from align_jax.curate.scan import import_parquet
 from align_jax.data.perceptual_hash import check_distance
 from align_jax.storage import identity, writing
+from align_jax.storage.text import read_json
 
 MAX_DISTANCE, MAX_DISTANCE_INSIDE = 8, 4
 REPORT_FILE = "report.json"
@@ -214,10 +215,11 @@ def _find_report(out: Path, names: list[str], call: dict | None = None) -> dict 
     path = out / REPORT_FILE
     if not path.exists():
         return None
-    report = json.loads(path.read_text("utf-8"))
-    written = [one["name"] for one in (report.get("train"), *report.get("against", ())) if one]
-    other = call and report.get("call") != identity.digest([json.dumps(call)])
-    if written != names or other:
+    report = read_json(path)
+    known = isinstance(report, dict) and "call" in report
+    sets = (report["train"], *report.get("against", ())) if known else ()
+    other = not known or (call and report["call"] != identity.digest([json.dumps(call)]))
+    if other or [one["name"] for one in sets] != names:
         raise ValueError(f"{out} holds the report of another call; name a new folder.")
     return report
 
