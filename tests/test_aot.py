@@ -15,7 +15,8 @@ from align_jax import config, train
 from align_jax.cli import main as cli
 from align_jax.data import pipeline, tokenizer
 from align_jax.data.sources import open_source as sources
-from align_jax.plan import aot
+from align_jax.models import efficientnet
+from align_jax.plan import aot, hlo
 
 
 @pytest.fixture
@@ -222,12 +223,44 @@ def test_quick_report_on_cpu_names_the_collectives(experiment, tmp_path):
 
 
 @pytest.mark.slow
+def test_block_in_groups_moves_few_bytes_of_tpu_memory():
+    pytest.importorskip("libtpu")
+    stage = efficientnet.StageSpec(3, 1, 32, 32, 6, 1)
+    trunk = efficientnet.EfficientNet(1, 1, (stage,), remat="block", dtype=jnp.bfloat16)
+    size, batch = 33, 2048  # 217 MiB of expanded activations; a chip holds 128
+    one = jax.sharding.SingleDeviceSharding(aot.topology_devices("v4:2x2x1")[0])
+    images = jnp.zeros((1, size, size, 3))
+    variables = jax.eval_shape(lambda: trunk.init(jax.random.key(0), images, False))
+
+    def step(params, batch_stats, images):
+        def loss(params):
+            variables = {"params": params, "batch_stats": batch_stats}
+            pooled, moments = trunk.apply(variables, images, True, mutable=["batch_stats"])
+            return jnp.square(pooled).sum(), moments
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    def on_chip(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one)
+
+    images = on_chip(jax.ShapeDtypeStruct((batch, size, size, 3), jnp.bfloat16))
+    names = ("params", "batch_stats")
+    arguments = (*(jax.tree.map(on_chip, variables[name]) for name in names), images)
+    program = hlo.parse(jax.jit(step).lower(*arguments).compile().as_text())
+    expanded = 17 * 17 * 6 * 32 * 2  # bytes of an image
+    block = sum(op.bytes * op.runs for op in program.traffic if "/stage1/" in op.op_name) / batch
+    # The whole batch at once reads or writes the expanded activations some 30 times.
+    assert 0.3 * expanded < block < 3 * expanded, block / expanded
+
+
+@pytest.mark.slow
 def test_train_step_compiles_for_a_tpu_topology(experiment, tmp_path):
     pytest.importorskip("libtpu")
     out = tmp_path / "plan.json"
-    command = compile_command(
-        experiment, "--topology", "v5e:2x4", "--config.mesh.fsdp=2", "--out", out
-    )
+    arguments = ["--topology", "v5e:2x4", "--config.mesh.fsdp=2", "--out", out]
+    # Of the two images of a chip, blocks run on one after the other.
+    arguments += ["--config.model.remat=block", "--config.model.bn_group_size=1"]
+    command = compile_command(experiment, *arguments)
     cache = tmp_path / "cache"
     done = run_align(*command, cwd=tmp_path, env=environment(cache), timeout_s=900)
     assert done.returncode == 0, done.stderr
