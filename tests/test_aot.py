@@ -16,7 +16,8 @@ from align_jax.cli import main as cli
 from align_jax.data import pipeline, tokenizer
 from align_jax.data.sources import open_source as sources
 from align_jax.models import efficientnet
-from align_jax.plan import aot, hlo
+from align_jax.plan import aot
+from align_jax.run import hlo
 
 
 @pytest.fixture

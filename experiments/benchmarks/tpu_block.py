@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from align_jax.models import efficientnet, layers
-from align_jax.plan import aot, hlo
+from align_jax.plan import aot
+from align_jax.run import hlo
 
 SIDES = (145, 73, 37, 19, 19, 10, 10)  # of the maps in each stage, for images of 289 px
 GROUP = 16
