@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from helpers import StubStep, environment, read_lines, run_align, saved_steps, start_align
 
@@ -239,7 +240,12 @@ def test_trace_of_some_steps_is_where_tensorboard_looks(here, monkeypatch, capfd
         assert not os.path.exists("traced")
     assert cli.main([*command, "--profile", "4:6"]) == 0
     assert "trace of 2 steps in traced/tensorboard/plugins/profile" in capfd.readouterr().err
-    assert list(Path("traced/tensorboard/plugins/profile").glob("*/*.xplane.pb"))
+    (trace,) = Path("traced/tensorboard/plugins/profile").glob("*/*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    events = [event for plane in planes for line in plane.lines for event in line.events]
+    steps = [dict(event.stats)["step_num"] for event in events if event.name == "train"]
+    assert steps == [5, 6]
+    assert not any(event.name.startswith("$") for event in events)  # calls of Python
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """`align train --profile A:B`: a trace of some steps, for TensorBoard's profile page."""
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -25,6 +26,7 @@ class Profiler:
           ValueError: no two numbers 0 <= A < B, or A lies behind the end.
         """
         self._folder, self._is_open = Path(workdir) / "tensorboard", False
+        self._step = contextlib.ExitStack()
         numbers = re.fullmatch(r"(\d+):(\d+)", span)
         if span and not (numbers and int(numbers[1]) < min(int(numbers[2]), last)):
             raise ValueError(
@@ -41,9 +43,16 @@ class Profiler:
 
     def before(self, step: int) -> None:
         """Is told how many updates are done before the next one begins."""
-        if step in self._span and not self._is_open and multihost.is_lead():
-            jax.profiler.start_trace(str(self._folder))
+        self._step.close()
+        if step not in self._span or not multihost.is_lead():
+            return
+        if not self._is_open:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # it slows the loader down and fills the trace
+            jax.profiler.start_trace(str(self._folder), profiler_options=options)
             self._is_open = True
+        # From one step to the next: the call itself only hands it to the devices.
+        self._step.enter_context(jax.profiler.StepTraceAnnotation("train", step_num=step + 1))
 
     def after(self, step: int, result: Any) -> None:
         """Is told how many updates are done or on their way, and what the last of them gives."""
@@ -54,6 +63,7 @@ class Profiler:
     def _stop(self) -> None:
         if self._is_open:
             self._is_open = False
+            self._step.close()
             jax.profiler.stop_trace()
             multihost.log(
                 f"trace of {len(self._span)} steps in {self._folder}/plugins/profile; "
