@@ -175,6 +175,34 @@ def test_abstract_batch_is_what_the_pipeline_delivers(tmp_path):
     assert described == {name: (a.shape, np.dtype(a.dtype)) for name, a in arrays.items()}
 
 
+@pytest.mark.parametrize(
+    ("op_name", "place", "part"),
+    [
+        (
+            "jit(train_step)/transpose(jvp(DualEncoder))/DualEncoder.encode_image/image/stage6/"
+            "while/body/closed_call/stage6._groups/shard_map/while/body/MBConv/depthwise_bn/mul",
+            "image backward",
+            "depthwise_bn",
+        ),
+        (
+            "jit(train_step)/jvp(DualEncoder)/DualEncoder.encode_image/image/stem_conv/conv",
+            "image forward",
+            "stem_conv",
+        ),
+        (
+            "jit(train_step)/jvp(DualEncoder)/DualEncoder.encode_text/text/encoder/while/body/query/dot_general",
+            "text forward",
+            "query",
+        ),
+        ("jit(train_step)/jvp()/shard_map/reduce_sum", "loss forward", "reduce_sum"),
+        ("jit(train_step)/mul", "update", "mul"),
+        ("", "update", ""),
+    ],
+)
+def test_operations_are_named_by_tower_and_layer(op_name, place, part):
+    assert (aot._place(op_name), aot._part(op_name)) == (place, part)
+
+
 def test_depthwise_kernels_are_never_split_over_chips(monkeypatch):
     # A TPU program with a split one gathers the global batch: 60 GiB a chip for EfficientNet-L2.
     monkeypatch.setattr(aot.mesh_lib, "FSDP_MIN_ELEMENTS", 64)

@@ -291,12 +291,12 @@ def _part(op_name: str) -> str:
 
 def _place(op_name: str) -> str:
     """What the operation belongs to: a tower, forward or backward, the loss, or the rest."""
-    if "shard_map" in op_name:
-        place = "loss"
-    elif "encode_image" in op_name:
+    if "encode_image" in op_name:  # its blocks may run in a shard_map, too
         place = "image"
     elif "encode_text" in op_name:
         place = "text"
+    elif "shard_map" in op_name:
+        place = "loss"
     else:
         return "update"
     return f"{place} backward" if "transpose(" in op_name else f"{place} forward"
