@@ -12,10 +12,11 @@ from helpers import StubStep, read_lines
 from jax.sharding import PartitionSpec
 
 from align_jax import config as config_lib
-from align_jax import config_checks, mesh, train, train_step, trees
+from align_jax import config_checks, mesh, state, train, train_step, trees
 from align_jax.cli import main as cli
 from align_jax.models import layers
-from align_jax.run import nans
+from align_jax.run import divergence, nans
+from align_jax.run.timeline import Timeline
 
 ROWS = 16
 
@@ -100,6 +101,26 @@ def make_step():
     return jax.jit(step)
 
 
+@pytest.mark.parametrize("where", ["loss", "grad_norm", "params"])
+def test_nan_is_found_in_whatever_a_step_gives(where):
+    def step(s, batch):
+        bad = jnp.log(s.params["w"] - 1.0)
+        good = jnp.sqrt(s.params["w"])
+        values = {name: bad if name == where else jnp.exp(0.0) for name in ("loss", "grad_norm")}
+        params = {"w": bad if where == "params" else good}
+        return dataclasses.replace(s, step=s.step + 1, params=params), values
+
+    first = state.TrainState(jnp.int32(4), {"w": jnp.float32(0.5)}, {}, {})
+    named = nans.naming_first(jax.jit(step), jax.jit(step), Timeline())
+    with pytest.raises(
+        divergence.TrainingDiverged, match=r"step 5: the first NaN .* `log` \("
+    ) as e:
+        named(first, {})
+    assert (e.value.step, e.value.span) == (5, 1)
+    fine = dataclasses.replace(first, params={"w": jnp.float32(2.0)})
+    assert int(named(fine, {})[0].step) == 5
+
+
 @pytest.fixture
 def command(project, monkeypatch):
     monkeypatch.chdir(project)
@@ -169,5 +190,6 @@ def test_block_of_a_tower_is_named_with_microbatches_and_the_ring_on_two_devices
         "mask": np.ones((8, 6), np.int32),
         "index": np.arange(8, dtype=np.int32),
     }
-    found = nans.first_nan(step_fn, s, mesh.put_batch(batch, mesh.batch_sharding(m)))
+    batch = mesh.put_batch(batch, mesh.batch_sharding(m))
+    found = nans.first_nan(lambda *args: step_fn(*args)[1]["loss"], s, batch)
     assert "stage2/block0/expand_conv" in found and "align_jax/models/" in found, found

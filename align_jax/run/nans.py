@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import PartitionSpec
 
 from align_jax.run import divergence
@@ -39,7 +40,7 @@ def naming_first(compiled: Callable, step_fn: Callable, timeline: Timeline) -> C
         if any_nan(after):
             number = int(state.step) + 1
             with timeline.inside("compilation", number):
-                first = first_nan(step_fn, state, batch)
+                first = first_nan(_shortest(step_fn, after[1]), state, batch)
             raise divergence.TrainingDiverged(
                 number,
                 1,
@@ -68,14 +69,23 @@ def first_nan(fn: Callable, *args: Any) -> str:
     if any_nan(args):
         return "none: there are NaNs in what the step starts from"
     program, run = jax.make_jaxpr(fn)(*args), _FlaggedRun()
+    needed, _ = dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars), instantiate=True)
 
     def flagged(*leaves: jax.Array) -> jax.Array:
-        return jnp.stack(run.program(program.jaxpr, program.consts, leaves, "")[1])
+        return jnp.stack(run.program(needed, program.consts, leaves, "")[1])
 
     flags = np.asarray(jax.jit(flagged)(*jax.tree.leaves(args)))
     if not flags.any():
         return "none that a second run shows: rounding decides whether it is there"
     return run.operations[int(flags.argmax())]
+
+
+def _shortest(step_fn: Callable, metrics: dict[str, jax.Array]) -> Callable:
+    """Returns the step for as much of its results as shows the NaN: flags make compiling slow."""
+    for name in ("loss", "grad_norm"):
+        if any_nan(metrics[name]):
+            return lambda *args: step_fn(*args)[1][name]
+    return step_fn
 
 
 class _FlaggedRun:
