@@ -28,6 +28,7 @@ def make_config(batch_size=32, **durations):
         ("7 steps", 32, 1000, 7),
         ("1 epoch", 32, 1000, 31),  # 31.25
         ("2 epochs", 32, 1000, 62),  # 62.5: to the even one, as Python rounds
+        ("3 epochs", 32, 1000, 94),  # 93.75
         ("2.5 epochs", 32, 1000, 78),  # 78.125
         ("0.001 epochs", 32, 1000, 1),  # never none
         ("0 epochs", 32, 1000, 0),
