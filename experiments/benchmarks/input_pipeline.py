@@ -1,13 +1,16 @@
-"""Training input of align_jax, tf.data, torch's DataLoader with Pillow, and webdataset, in turns.
+"""Training input of align_jax and of six other loaders, by turns: CPU time an image.
 
-    python experiments/benchmarks/input_pipeline.py --photos photos.zip [--size 400x300]
+    python experiments/benchmarks/input_pipeline.py --photos photos.zip
 
-All read the same JPEGs, decode, resize to 346 px where they are not, cut out 289 px at random,
-mirror half of them and deliver shuffled uint8 batches of 256 on 2 cores; align_jax also tokenises
-the captions. Each loader lives in a process of its own and is measured for some batches in each
-round, the others idle. Peers whose packages are missing are left out:
+Photos of --size are packed as `align pack --resize 346x346` does. All loaders read the same JPEGs,
+decode, cut out 289 px at random, mirror half of them and deliver shuffled uint8 batches of 256 on 2
+cores; align_jax also chooses and tokenises a caption. With --as-is the photos are packed as they
+are, and each loader resizes them to 346 px. Each loader lives in a process of its own, all with the
+same settings of the C library's allocator, and is measured for some batches in each round, the
+others idle. CPU time is that of the process and of its workers. Peers whose packages are missing
+are left out:
 
-    pip install tensorflow-cpu torch webdataset simplejpeg
+    pip install tensorflow-cpu torch webdataset datasets simplejpeg
 """
 
 import argparse
@@ -31,48 +34,67 @@ from PIL import Image
 
 RESIZE_PX, CROP_PX, BATCH, CORES = 346, 289, 256, 2
 SHARDS = 4
+DCT = "INTEGER_ACCURATE"  # as Pillow and simplejpeg decode; TensorFlow's own choice is the fast one
+WARM_UP = 6  # batches that a loader may have read ahead when it begins
+# As `align` sets it for itself, see huge_pages.py.
+ALLOCATOR = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 PACKAGES = {
-    "align_jax, pil": "PIL",
-    "align_jax, tf": "PIL",
-    "align_jax, pil, simplejpeg, processes": "simplejpeg",
-    "align_jax, pil, simplejpeg": "simplejpeg",
-    "align_jax, tf, simplejpeg": "simplejpeg",
+    "align_jax, simplejpeg": "simplejpeg",
+    "align_jax, simplejpeg, processes": "simplejpeg",
+    "align_jax": "PIL",
     "tf.data": "tensorflow",
     "torch DataLoader": "torch",
+    "torch DataLoader, simplejpeg": "torch",
     "webdataset": "webdataset",
+    "webdataset, simplejpeg": "webdataset",
+    "Grain": "grain",
+    "Grain, simplejpeg": "grain",
+    "datasets, DataLoader": "datasets",
 }
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--photos", help=".zip of photos, of which four make an image; else scenes")
-    parser.add_argument("--size", default="346x346", help="of the JPEGs (default: 346x346)")
+    parser.add_argument("--size", default="461x346", help="of the photos (default: 461x346)")
+    parser.add_argument("--as-is", action="store_true", help="pack them without resizing")
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=8, help="timed in each round (default: 8)")
+    parser.add_argument("--loaders", help="some of them, with ; between them (default: all)")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         return serve(args.serve[0], Path(args.serve[1]), args.batches)
+    names = args.loaders.split(";") if args.loaders else list(PACKAGES)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     with tempfile.TemporaryDirectory() as folder:
         size = tuple(map(int, args.size.split("x")))
-        mean_bytes = write_data(Path(folder), args.photos, size, args.images)
-        print(f"{args.images} JPEGs of {args.size}, {mean_bytes / 1000:.1f} kB each; {CORES} cores")
-        rows = compare(folder, args.rounds, args.batches)
-    best = max((rate for name, (rate, _) in rows.items() if "align_jax" not in name), default=None)
-    print("| loader | images/s | of the best peer | CPU ms an image |\n|---|---|---|---|")
-    for name, (rate, cpu_ms) in rows.items():
-        ratio = f"{rate / best:.2f}" if best else "-"
-        print(f"| {name} | {rate:.0f} | {ratio} | {cpu_ms:.2f} |")
+        mean_bytes = write_data(Path(folder), args.photos, size, args.images, args.as_is)
+        print(f"{args.images} JPEGs, {mean_bytes / 1000:.1f} kB each; {CORES} cores")
+        results = compare(names, folder, args.rounds, args.batches)
+    base = next(iter(results))
+    print(f"| loader | CPU ms an image | of {base} | images/s |\n|---|---:|---:|---:|")
+    for name, rows in results.items():
+        # By turns: each round has its own ratio, whatever else the machine did then.
+        ratios = [own[1] / first[1] for own, first in zip(rows, results[base], strict=True)]
+        cpu_ms, rate = (statistics.median(row[i] for row in rows) for i in (1, 0))
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"| {name} | {cpu_ms:.3f} | {spread} | {rate:.0f} |")
 
 
-def compare(folder, rounds, batches):
-    """Returns loader -> (median images/s, median CPU ms an image)."""
+def compare(names, folder, rounds, batches):
+    """Returns loader -> (images/s, CPU ms an image) of each round."""
     loaders = {}
-    for name in PACKAGES:
+    for name in names:
         command = [sys.executable, __file__, "--serve", name, folder, "--batches", str(batches)]
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | ALLOCATOR,
+        )
         answer = child.stdout.readline().strip()
         if answer.startswith("ready"):
             loaders[name] = child
@@ -87,10 +109,7 @@ def compare(folder, rounds, batches):
     for child in loaders.values():
         child.stdin.close()
         child.wait()
-    return {
-        name: tuple(statistics.median(column) for column in zip(*found, strict=True))
-        for name, found in results.items()
-    }
+    return results
 
 
 def serve(name, folder, batches):
@@ -100,13 +119,15 @@ def serve(name, folder, batches):
     except ImportError as error:
         print(f"left out ({error})", flush=True)
         return
-    if "align_jax" in name and "simplejpeg" not in name:
+    if "simplejpeg" not in name:
         sys.modules["simplejpeg"] = None  # as if it were not installed
+    else:
+        importlib.import_module("simplejpeg")
     make = LOADERS[name](folder)
     print(f"ready, {package.__name__} {getattr(package, '__version__', '')}", flush=True)
     for _ in sys.stdin:
         loader = make()
-        for _ in range(8):  # whatever a loader reads ahead at its start
+        for _ in range(WARM_UP):
             check(next(loader))
         cpu_s, start_s = tree_cpu_s(os.getpid()), time.perf_counter()
         for _ in range(batches):
@@ -129,28 +150,30 @@ def tree_cpu_s(pid):
     return own + sum(map(tree_cpu_s, itertools.chain(*children)))
 
 
-def write_data(folder, photos, size, count):
-    """Writes the same images as files, tars and ArrayRecord; returns their mean size in bytes."""
+def write_data(folder, photos, size, count, as_is):
+    """Writes the same images as files, tars, Parquet and ArrayRecord; returns their mean bytes."""
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    from align_jax.curate.pack import pack
+    from align_jax.curate.pack.pack import pack
     from align_jax.data.sources import open_source as sources
     from align_jax.data.sources.record import Record
 
-    (folder / "files").mkdir()
     records = []
     for i, image in enumerate(itertools.islice(mosaics(photos), count)):
         buffer = io.BytesIO()
         image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
-        key = f"{i:06d}"
-        (folder / "files" / f"{key}.jpg").write_bytes(buffer.getvalue())
         caption = f"a dog number {i} runs over the grass towards a man with a red hat"
-        records.append(Record(key, buffer.getvalue(), (caption,)))
+        records.append(Record(f"{i:06d}", buffer.getvalue(), (caption,)))
+    square = None if as_is else (RESIZE_PX, RESIZE_PX)
+    pack(sources.InMemory(records), folder / "pairs", resize_px=square)
+    packed = sources.open_source(str(folder / "pairs"))
+    (folder / "files").mkdir()
+    for i in range(count):
+        (folder / "files" / f"{packed[i].key}.jpg").write_bytes(packed[i].image)
     for shard in range(SHARDS):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
             for path in sorted((folder / "files").iterdir())[shard::SHARDS]:
                 tar.add(path, path.name)
-    pack.pack(sources.InMemory(records), folder / "pairs")
-    return statistics.mean(len(record.image) for record in records)
+    return statistics.mean(path.stat().st_size for path in (folder / "files").iterdir())
 
 
 def mosaics(photos):
@@ -172,7 +195,7 @@ def mosaics(photos):
         yield mosaic
 
 
-def ours(method, num_threads, num_workers, folder):
+def ours(num_threads, num_workers, folder):
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from align_jax import config
     from align_jax.data import pipeline, tokenizer
@@ -185,7 +208,7 @@ def ours(method, num_threads, num_workers, folder):
 
     def batches():
         data = config.default_config().data
-        data.image_size, data.resize_size, data.resize = CROP_PX, RESIZE_PX, method
+        data.image_size, data.resize_size = CROP_PX, RESIZE_PX
         data.num_threads, data.num_workers = num_threads, num_workers
         found = pipeline.train_batches(source, wordpieces, data, batch_size=BATCH, seed=0)
         try:
@@ -216,9 +239,10 @@ def tf_data(folder):
         start = tf.random.uniform([2], 0, RESIZE_PX - CROP_PX + 1, tf.int32)
         if size == (RESIZE_PX, RESIZE_PX):
             window = tf.concat([start, [CROP_PX, CROP_PX]], 0)
-            image = tf.io.decode_and_crop_jpeg(jpeg, window, channels=3)
+            image = tf.io.decode_and_crop_jpeg(jpeg, window, channels=3, dct_method=DCT)
         else:
-            image = tf.image.resize(tf.io.decode_jpeg(jpeg, channels=3), [RESIZE_PX, RESIZE_PX])
+            image = tf.io.decode_jpeg(jpeg, channels=3, dct_method=DCT)
+            image = tf.image.resize(image, [RESIZE_PX, RESIZE_PX])
             image = tf.slice(image, tf.concat([start, [0]], 0), [CROP_PX, CROP_PX, 3])
             image = tf.cast(tf.round(image), tf.uint8)
         return tf.ensure_shape(tf.image.random_flip_left_right(image), [CROP_PX, CROP_PX, 3])
@@ -235,8 +259,11 @@ def tf_data(folder):
     return batches
 
 
-def view_pil(image, rng):
-    image = image.convert("RGB")
+def view_pil(jpeg, rng):
+    """Returns the view of a file's content, by simplejpeg where it is there and by Pillow."""
+    simplejpeg = sys.modules["simplejpeg"]
+    image = Image.fromarray(simplejpeg.decode_jpeg(jpeg)) if simplejpeg else None
+    image = image or Image.open(io.BytesIO(jpeg)).convert("RGB")
     if image.size != (RESIZE_PX, RESIZE_PX):
         image = image.resize((RESIZE_PX, RESIZE_PX), Image.Resampling.BILINEAR)
     top, left = rng.integers(RESIZE_PX - CROP_PX + 1, size=2)
@@ -259,7 +286,7 @@ class Photos:
     def __getitem__(self, index):
         import torch
 
-        return torch.from_numpy(view_pil(Image.open(self.paths[index]), self.rng))
+        return torch.from_numpy(view_pil(self.paths[index].read_bytes(), self.rng))
 
 
 def torch_loader(folder):
@@ -283,7 +310,7 @@ def web_dataset(folder):
     rng = np.random.default_rng()
 
     def view(sample):
-        return (view_pil(Image.open(io.BytesIO(sample["jpg"])), rng),)
+        return (view_pil(sample["jpg"], rng),)
 
     def batches():
         urls = [str(folder / f"{shard}.tar") for shard in range(SHARDS)]
@@ -295,15 +322,65 @@ def web_dataset(folder):
     return batches
 
 
+def grain_loader(folder):
+    import grain
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    shards = sorted(map(str, (folder / "pairs").glob("*.array_record*")))
+    source = grain.sources.ArrayRecordDataSource(shards)
+
+    def view(record, rng):
+        features = tf_example_pb2.Example.FromString(record).features.feature
+        return view_pil(features["image"].bytes_list.value[0], rng)
+
+    def batches():
+        dataset = grain.MapDataset.source(source).seed(0).shuffle().repeat().random_map(view)
+        options = grain.ReadOptions(num_threads=CORES, prefetch_buffer_size=2 * BATCH)
+        yield from dataset.to_iter_dataset(options).batch(BATCH)
+
+    return batches
+
+
+def hugging_face(folder):
+    import datasets
+    import torch
+
+    torch.set_num_threads(1)
+    rng = np.random.default_rng()
+    paths = sorted(map(str, (folder / "files").iterdir()))
+    images = [{"bytes": Path(path).read_bytes(), "path": None} for path in paths]
+    written = datasets.Dataset.from_dict({"image": images}).cast_column("image", datasets.Image())
+    written.to_parquet(str(folder / "photos.parquet"))
+    found = datasets.load_dataset(
+        "parquet", data_files=str(folder / "photos.parquet"), cache_dir=str(folder / "cache")
+    )["train"].cast_column("image", datasets.Image(decode=False))
+
+    def views(rows):
+        return {"image": [torch.from_numpy(view_pil(i["bytes"], rng)) for i in rows["image"]]}
+
+    def batches():
+        sampler = torch.utils.data.RandomSampler(found, num_samples=10**6)
+        loader = torch.utils.data.DataLoader(
+            found.with_transform(views), BATCH, sampler=sampler, num_workers=CORES
+        )
+        for batch in loader:
+            yield batch["image"]
+
+    return batches
+
+
 LOADERS = {
-    "align_jax, pil": partial(ours, "pil", CORES, 0),
-    "align_jax, tf": partial(ours, "tf", CORES, 0),
-    "align_jax, pil, simplejpeg, processes": partial(ours, "pil", 1, CORES),
-    "align_jax, pil, simplejpeg": partial(ours, "pil", CORES, 0),
-    "align_jax, tf, simplejpeg": partial(ours, "tf", CORES, 0),
+    "align_jax, simplejpeg": partial(ours, CORES, 0),
+    "align_jax, simplejpeg, processes": partial(ours, 1, CORES),
+    "align_jax": partial(ours, CORES, 0),
     "tf.data": tf_data,
     "torch DataLoader": torch_loader,
+    "torch DataLoader, simplejpeg": torch_loader,
     "webdataset": web_dataset,
+    "webdataset, simplejpeg": web_dataset,
+    "Grain": grain_loader,
+    "Grain, simplejpeg": grain_loader,
+    "datasets, DataLoader": hugging_face,
 }
 
 if __name__ == "__main__":
