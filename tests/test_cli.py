@@ -82,8 +82,9 @@ def changed_config(change):
         ),
         (
             "--config.model.image.variant=nanno",
-            "config.model.image.variant='nanno' is unknown. Did you mean 'nano'? Known: pico, "
-            "nano, b0, b1, b2, b3, b4, b5, b6, b7, b8, l2, fused-nano, v2-b0, v2-b1, v2-b2.",
+            "config.model.image.variant='nanno' is unknown. Did you mean 'nano'? Known: "
+            "femto, pico, nano, b0, b1, b2, b3, b4, b5, b6, b7, b8, l2, fused-nano, v2-b0, v2-b1, "
+            "v2-b2.",
         ),
         (
             "--config.train.batch_size=12",

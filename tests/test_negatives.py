@@ -69,7 +69,7 @@ def test_loss_with_a_quarter_of_the_negatives_equals_the_masked_oracle(form):
 
 def test_train_step_hands_the_config_s_share_to_the_loss(monkeypatch):
     c = config.default_config()
-    c.model.image.variant, c.model.text.variant = "pico", "tiny"
+    c.model.image.variant, c.model.text.variant = "femto", "tiny"
     c.data.image_size, c.data.max_tokens = 32, 8
     c.train.batch_size, c.loss.mask_duplicates = 16, "caption"
     c.loss.form = "dense"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers import (
+    FAST_COMPILE,
     StubStep,
     environment,
     make_project,
@@ -218,7 +219,7 @@ def test_full_disk_is_one_line_that_names_folder_and_space(small_disk, inside):
     done = run_align(
         *("train", "--config", "config.py:plain", "--workdir", "disk/run"),
         cwd=inside,
-        env=environment(XLA_FLAGS="--xla_backend_optimization_level=0"),
+        env=environment(**FAST_COMPILE),
     )
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if not line.startswith("step ")]

@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 from helpers import (
+    FAST_COMPILE,
     StubStep,
     assert_same_bytes,
     environment,
@@ -32,8 +33,6 @@ from align_jax import train
 from align_jax.cli import main as cli
 
 TRAIN = ("train", "--config", "config.py")
-# Half the compile time; for runs whose numbers need not be those of the default.
-FAST_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
 @pytest.fixture(scope="module")

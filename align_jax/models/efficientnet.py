@@ -62,8 +62,16 @@ STAGES_FUSED = (
     StageSpec(3, 1, 128, 256, 4, 2, fused=True),
 )
 
-# (width, depth, stage table); pico and nanos are ours, for tests and laptops.
+# Ours, the least with every kind of MBConv: unexpanded, strided, with a residual, 3 and 5 wide.
+STAGES_FEMTO = (
+    StageSpec(3, 1, 32, 16, 1, 1),
+    StageSpec(5, 2, 16, 40, 6, 2),
+    StageSpec(3, 1, 40, 80, 6, 2),
+)
+
+# (width, depth, stage table); femto, pico and nanos are ours, for tests and laptops.
 VARIANTS: dict[str, tuple[float, float, tuple[StageSpec, ...]]] = {
+    "femto": (0.25, 1.0, STAGES_FEMTO),
     "pico": (0.25, 0.3, STAGES),
     "nano": (0.5, 0.5, STAGES),
     "b0": (1.0, 1.0, STAGES),
