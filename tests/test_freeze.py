@@ -16,7 +16,7 @@ BATCH, SIZE, LENGTH, VOCAB = 16, 32, 8, 60
 
 def make_config(**changes):
     c = config.default_config()
-    c.model.image.variant, c.model.text.variant, c.model.embed_dim = "pico", "tiny", 32
+    c.model.image.variant, c.model.text.variant, c.model.embed_dim = "femto", "tiny", 32
     c.model.dtype, c.model.bn_group_size = "float32", 4
     c.optim.name, c.optim.temperature, c.optim.warmup_steps = "adamw", "log", 1
     c.optim.clip_norm, c.loss.temperature_init, c.train.steps = 1e-3, 0.1, 10

@@ -5,7 +5,7 @@ import os
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import environment, error_of, run_align, snapshot
+from helpers import FAST_COMPILE, environment, error_of, run_align, snapshot
 
 from align_jax import config as config_lib
 from align_jax import mesh
@@ -17,7 +17,8 @@ def test_dry_run_says_what_the_run_needs_and_writes_nothing(project):
     before = snapshot(project)
     command = ("train", "--config", "config.py", "--workdir", "never", "--dry-run")
     command += ("--config.train.steps=20 epochs",)  # of 12 pairs, in batches of 8
-    env = environment(os.environ["JAX_COMPILATION_CACHE_DIR"], JAX_NUM_CPU_DEVICES="2")
+    cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    env = environment(cache, JAX_NUM_CPU_DEVICES="2", **FAST_COMPILE)
     done = run_align(*command, cwd=project, env=env)
     assert done.returncode == 0, done.stderr
     assert snapshot(project) == before
