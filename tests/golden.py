@@ -21,7 +21,8 @@ STAGES = (
     (5, 4, 112, 192, 6, 2),
     (3, 1, 192, 320, 6, 1),
 )
-DEPTH = {"pico": 0.3, "nano": 0.5}
+FEMTO = ((3, 1, 32, 16, 1, 1), (5, 2, 16, 40, 6, 2), (3, 1, 40, 80, 6, 2))
+TOWERS = {"femto": (FEMTO, 1.0), "pico": (STAGES, 0.3), "nano": (STAGES, 0.5)}  # stages, depth
 TEXT_LAYERS = {"tiny": 2, "mini": 4}
 HEAD_DIM = 64
 
@@ -123,10 +124,10 @@ class Towers:
         x = self._pad(x, 3, 2)
         x = F.conv2d(x, self.params["image/stem_conv/kernel"].permute(3, 2, 0, 1), stride=2)
         x = F.silu(self._norm(x, "image/stem_bn"))
-        depth = DEPTH[self.config.model.image.variant]
-        counts = [int(np.ceil(depth * stage[1])) for stage in STAGES]
+        stages, depth = TOWERS[self.config.model.image.variant]
+        counts = [int(np.ceil(depth * stage[1])) for stage in stages]
         keys, number = split(keys, sum(counts)), 0
-        for s, (stage, count) in enumerate(zip(STAGES, counts, strict=True), 1):
+        for s, (stage, count) in enumerate(zip(stages, counts, strict=True), 1):
             for b in range(count):
                 y = self._block(x, f"image/stage{s}/block{b}", stage, 1 if b else stage[5])
                 if b:

@@ -84,6 +84,7 @@ RUNS = {
         "train.seed": 7,
     },
     "adamw": {
+        "model.image.variant": "femto",
         "model.bn_mode": "global",
         "data.source": "two.jsonl?images=images",
         "data.max_tokens": 12,
@@ -106,6 +107,7 @@ RUNS = {
         "train.seed": 3,
     },
     "lion": {
+        "model.image.variant": "femto",
         "model.bn_mode": "frozen",
         "model.remat": "dots",
         "model.scan_layers": True,
