@@ -78,8 +78,9 @@ def main() -> None:
 
     def report_or_wait(self, step, values, batch, wait_s):
         if values.keys() == {"loss"}:
-            return float(values["loss"])
-        return REPORT(self, step, values, batch, wait_s)
+            float(values["loss"])  # waits for the step
+        else:
+            REPORT(self, step, values, batch, wait_s)
 
     def save_or_not(self, state):
         if not blocks.is_bare(int(state.step) - 1):
