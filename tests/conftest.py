@@ -37,6 +37,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
+@pytest.fixture(scope="module")
+def quick_compile():
+    """For programs that take longer to compile than to run: LLVM does not optimise them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def project(tmp_path_factory):
     """A folder with packed pairs, two vocabularies, a config and a workdir of 10 (stub) steps."""
