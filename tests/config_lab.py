@@ -14,7 +14,7 @@ from align_jax import config as config_lib
 from align_jax.run import plots
 
 BASE = {
-    "model.image.variant": "pico",
+    "model.image.variant": "femto",
     "model.text.variant": "tiny",
     "model.embed_dim": 32,
     "model.dtype": "float32",

@@ -32,7 +32,7 @@ from align_jax.config import default_config
 
 def get_config(kind=""):
     c = default_config()
-    c.model.image.variant = "pico"
+    c.model.image.variant = "femto"
     c.model.text.variant = "tiny"
     c.model.embed_dim = 32
     c.model.dtype = "float32"

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import (
+    FAST_COMPILE,
     StubStep,
     assert_same_bytes,
     environment,
@@ -23,7 +24,7 @@ from align_jax import train
 from align_jax.models import init
 from align_jax.run import trained
 
-STEPS, DECAY = 5, 0.2
+STEPS, DECAY = 4, 0.2
 WARM = "optim.warmup_steps=0"
 
 
@@ -35,7 +36,7 @@ def test_averages_equal_the_recurrence_and_a_resumed_run_goes_on_with_them(proje
         *("--config.optim.learning_rate=0.01", "--config.optim.warmup_steps=1"),
         *("--config.checkpoint.every_steps=1", f"--config.checkpoint.keep={STEPS}"),
     )
-    env = environment(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    env = environment(os.environ["JAX_COMPILATION_CACHE_DIR"], **FAST_COMPILE)
     done = run_align(*command, cwd=project, env=env)
     assert done.returncode == 0, done.stderr
     assert re.search(r"memory per device: .*averages \d", done.stderr)

@@ -166,7 +166,7 @@ def test_workdir_that_is_a_file_is_one_line(inside, capfd):
     [
         (
             "--config.model.image.variant=nano",
-            "config.model.image.variant='nano', but the run in run was started with 'pico'; ",
+            "config.model.image.variant='nano', but the run in run was started with 'femto'; ",
         ),
         ("--config.train.seed=1", "config.train.seed=1, but the run in run was started with 0; "),
         ("--config.train.steps=9", "config.train.steps=9, but the run in run was started with 10"),

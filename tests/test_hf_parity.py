@@ -12,6 +12,7 @@ from align_jax.models import bert, dual_encoder, efficientnet, layers
 
 torch = hf.torch
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 SIZES = (65, 96, 224, 240, 289, 300)  # odd and even inputs of the strided convolutions
 
 

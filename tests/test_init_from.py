@@ -28,8 +28,8 @@ TRAIN = (
 
 def tiny_model(**changes):
     c = config.default_config()
-    c.model.image.variant, c.model.text.variant = "pico", "tiny"
-    c.model.embed_dim, c.model.dtype = 80, "float32"  # pico's own width: no image projection
+    c.model.image.variant, c.model.text.variant = "femto", "tiny"
+    c.model.embed_dim, c.model.dtype = 24, "float32"  # femto's own width: no image projection
     c.model.update(changes)
     return dual_encoder.make_model(c.model, c.loss, vocab_size=len(TOKENS.tokens))
 
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
     """Pairs, a config, and `hf`, a Hugging Face ALIGN folder with the weights of seed 7."""
     folder = tmp_path_factory.mktemp("start")
     make_pairs(folder, count=16)
-    text = CONFIG.replace("embed_dim = 32", "embed_dim = 80").replace(
+    text = CONFIG.replace("embed_dim = 32", "embed_dim = 24").replace(
         'c.data.tokenizer = "tokenizer"', "pass"
     )
     (folder / "config.py").write_text(text)

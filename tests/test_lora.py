@@ -249,7 +249,8 @@ def finished(tmp_path_factory):
     """A folder with `hf`, a base, and `run`, four steps of an adapter to it."""
     folder = tmp_path_factory.mktemp("lora")
     make_pairs(folder, count=16)
-    (folder / "config.py").write_text(CONFIG.replace("embed_dim = 32", "embed_dim = 8"))
+    config = CONFIG.replace("embed_dim = 32", "embed_dim = 8").replace("femto", "pico")
+    (folder / "config.py").write_text(config)
     tokens = tokenizer.train_wordpiece(["a red square and a green one", "thing in blue"] * 4, 200)
     c = lora_config(**{"model.embed_dim": 8, "model.text.max_positions": 512})
     model = dual_encoder.make_model(c.model, c.loss, vocab_size=tokens.vocab_size)

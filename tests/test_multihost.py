@@ -13,7 +13,15 @@ import types
 
 import numpy as np
 import pytest
-from helpers import CONFIG, environment, make_pairs, read_lines, start_align, wait_for_line
+from helpers import (
+    CONFIG,
+    FAST_COMPILE,
+    environment,
+    make_pairs,
+    read_lines,
+    start_align,
+    wait_for_line,
+)
 
 from align_jax.cli import main as cli
 from align_jax.run import multihost
@@ -75,7 +83,7 @@ def start(project, workdir, *overrides, processes=1, devices=8, record="", **var
     env = environment(
         cache=project / f"cache{processes}",
         JAX_NUM_CPU_DEVICES=str(devices // processes),
-        XLA_FLAGS="--xla_backend_optimization_level=0",
+        **FAST_COMPILE,
         **variables,
     )
     if record:
@@ -330,7 +338,7 @@ def test_processes_of_a_launcher_train_one_run(project, straight, launcher):
         env = environment(
             cache=project / "cache2",
             JAX_NUM_CPU_DEVICES="4",
-            XLA_FLAGS="--xla_backend_optimization_level=0",
+            **FAST_COMPILE,
         )
         if launcher == "slurm":
             env |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}

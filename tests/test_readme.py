@@ -20,7 +20,7 @@ from align_jax.data.sources.scenes import Scenes
 ROOT = Path(__file__).parents[1]
 SMALLER = (
     "--config.train.batch_size=16 --config.model.bn_group_size=16 --config.train.steps=2 "
-    "--config.optim.warmup_steps=1 --config.model.image.variant=pico --config.data.image_size=32"
+    "--config.optim.warmup_steps=1 --config.model.image.variant=femto --config.data.image_size=32"
 )
 
 

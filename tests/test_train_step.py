@@ -22,10 +22,11 @@ WATCHED = (
 # Their gradient is zero in exact arithmetic, so they only collect rounding noise. A key bias shifts
 # all scores of a softmax row alike. The last BatchNorm bias of a stage's first block (no stochastic
 # depth there) reaches nothing but the next block's 1x1 convolution and its BatchNorm, which removes
-# it; stage 7 feeds the pooling instead.
-ZERO_GRADIENT = (r"/key/bias$", r"stage[1-6]/block0/project_bn/bias$")
+# it; the last stage feeds the pooling instead.
+ZERO_GRADIENT = (r"/key/bias$", r"stage[12]/block0/project_bn/bias$")
 
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 slow = pytest.mark.slow
 
 
@@ -48,7 +49,7 @@ def make_batches():
 def make_program(mesh_, changes=()):
     """What `train.make_program` gives for the smallest model with everything random switched on."""
     c = config.default_config()
-    c.model.image.variant, c.model.text.variant, c.model.embed_dim = "pico", "tiny", 64
+    c.model.image.variant, c.model.text.variant, c.model.embed_dim = "femto", "tiny", 64
     c.model.dtype, c.model.bn_group_size, c.model.bn_decay = "float32", 4, 0.9
     c.optim.learning_rate, c.optim.warmup_steps, c.train.steps = 1e-3, 2, 10
     c.loss.temperature_init, c.loss.mask_duplicates = 0.1, "caption"
@@ -87,7 +88,7 @@ def one_device():
 
 
 @pytest.mark.parametrize(
-    "shape", [(8, 1), (2, 4), pytest.param((4, 2), marks=slow), pytest.param((1, 8), marks=slow)]
+    "shape", [(2, 4), *(pytest.param(shape, marks=slow) for shape in [(8, 1), (4, 2), (1, 8)])]
 )
 def test_five_steps_on_a_mesh_equal_one_device(one_device, shape):
     assert_same_run(run(*shape), one_device)
@@ -139,12 +140,14 @@ def test_eight_microbatches_need_at_most_two_fifths_of_the_memory():
     m, size = mesh_of(1, 1), 256
     temporaries = {}
     for parts in (1, 8):
-        _, _, abstract, step_fn = make_program(m, (("train.microbatches", parts),))
+        changes = (("train.microbatches", parts), ("model.image.variant", "pico"))
+        _, _, abstract, step_fn = make_program(m, changes)
         batch = {
             name: jax.ShapeDtypeStruct((size, *value.shape[1:]), value.dtype)
             for name, value in make_batches()[0].items()
         }
-        analysis = step_fn.lower(abstract, batch).compile().memory_analysis()
+        lowered = step_fn.lower(abstract, batch)
+        analysis = lowered.compile({"xla_backend_optimization_level": 3}).memory_analysis()
         temporaries[parts] = analysis.temp_size_in_bytes
     assert temporaries[8] <= 0.4 * temporaries[1], temporaries
 
@@ -195,7 +198,7 @@ def test_parameters_called_zero_gradient_really_are(one_device):
         if "/nu/" in name or "/nu" in name.split("params")[0]
     }
     noisy = [n for n in moments if trees.match_any(ZERO_GRADIENT, n)]
-    assert len(noisy) == 2 + 6
+    assert len(noisy) == 2 + 2
     typical = np.median([np.sqrt(v.mean()) for v in moments.values()])
     for name in noisy:
         assert np.sqrt(moments[name].mean()) < 1e-4 * typical, name
