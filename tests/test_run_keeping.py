@@ -94,7 +94,7 @@ def test_each_evaluator_has_its_period_and_all_run_at_the_end(here, monkeypatch)
     assert found == {"often": [2, 4, 6, 8, 10], "own": [5, 10]}
     for wrong in (0, "3"):
         with pytest.raises(
-            ValueError, match="evaluators.own.every_steps=.* must be (a positive|an integer)"
+            ValueError, match="evaluators.own.every_steps=.* must be (positive|an integer)"
         ):
             train.train_and_evaluate(config(own={"every_steps": wrong}), "unperiodic")
 
