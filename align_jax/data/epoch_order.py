@@ -1,7 +1,9 @@
 """The order of a source's records, epoch after epoch, for many positions at once.
 
 It is Grain's: `grain.MapDataset.range(num_records).seed(seed).shuffle().repeat()`, number for
-number, which takes 20 us a position where this takes less than one.
+number, which takes 20 us a position where this takes less than one. But for 2**k + 1 records with
+an even k of 16 or more: there Grain's cipher is a bit too narrow, so that an epoch has one record
+twice and the last one never.
 
 Source: grain/_src/python/experimental/index_shuffle of Grain 0.2: a Simon cipher of 4 rounds
 (Beaulieu et al. 2013) over the least even number of bits, from 16 on, applied until the result is
@@ -9,7 +11,6 @@ an index, its keys from C++'s std::seed_seq.
 """
 
 import functools
-import math
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class EpochOrder:
         """Args: number of records, 1 to 2**31, and a seed in [0, 2**32)."""
         self._num_records = num_records
         self._seed = int(np.random.SeedSequence([seed, _DEPTH]).generate_state(1)[0])
-        bits = math.ceil(math.log2(max(num_records - 1, 1)))
+        bits = (num_records - 1).bit_length()
         self._word_bits = max(bits + bits % 2, _FEWEST_BITS) // 2
 
     def take(self, positions: np.ndarray) -> np.ndarray:
