@@ -61,6 +61,7 @@ ONLY_IN = {
 # Who may open files itself: all else that a user wrote goes through storage/text.py.
 OPENS = {
     "curate/filter/curate.py": "reports written here",
+    "storage/user_code.py": "Python code, for Python",
     "curate/filter/stages.py": "arrays written here",
     "curate/filter/presets/__init__.py": "Python code, for Python",
     "curate/near_duplicates/decontaminate.py": "writes",

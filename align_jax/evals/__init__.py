@@ -9,7 +9,6 @@ one is in docs/evaluation.md. Writing metrics.jsonl is the training loop's task.
 import dataclasses
 import difflib
 import importlib
-import importlib.util
 import inspect
 import json
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from align_jax.evals.records import EncodeOnce
-from align_jax.storage import identity, writing
+from align_jax.storage import identity, user_code, writing
 from align_jax.storage.problems import Problems
 
 # type in a config -> module:class below align_jax.evals, imported when it is used
@@ -233,11 +232,8 @@ def _find_class(evaluator_type: str) -> Callable[..., Evaluator]:
         raise ValueError(_unknown("evaluator", evaluator_type, TYPES))
     if not os.path.isfile(module_name):
         raise ValueError(f"{module_name} of evaluator type {evaluator_type!r} does not exist.")
-    spec = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        return getattr(module, class_name)
+        return getattr(user_code.run_file(module_name, Path(module_name).stem), class_name)
     except Exception as error:
         raise ValueError(f"{module_name}: {type(error).__name__}: {error}") from error
 

@@ -8,12 +8,12 @@ same shape, `--preset align+my_rules.py` the intersection.
 import dataclasses
 import difflib
 import hashlib
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from align_jax.curate.filter.rule import Rule
+from align_jax.storage import user_code
 
 _FOLDER = Path(__file__).parent
 NAMES = tuple(
@@ -78,10 +78,8 @@ def _load_one(name: str) -> Preset:
             f"--preset {name!r} is unknown.{hint} Known: {', '.join(NAMES)}, or a .py file."
         )
     code = path.read_bytes()
-    spec = importlib.util.spec_from_file_location(f"preset_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        module = user_code.run_file(path, f"preset_{path.stem}")
     except Exception as error:
         raise ValueError(f"--preset {name}: {type(error).__name__}: {error}") from error
     rules = getattr(module, "RULES", None)
