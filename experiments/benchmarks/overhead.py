@@ -32,12 +32,12 @@ class Blocks:
         self._programs: list = []
         self.borders: list[tuple[float, float]] = []  # wall and CPU time, s
 
-    def compile_train_step(self, step_fn, abstract, mesh) -> "Blocks":
+    def compile_train_step(self, step_fn, abstract, mesh, **options) -> "Blocks":
         def bare(state, batch):
             state, values = step_fn(state, batch)
             return state, {"loss": values["loss"]}
 
-        self._programs = [COMPILE(bare, abstract, mesh), COMPILE(step_fn, abstract, mesh)]
+        self._programs = [COMPILE(fn, abstract, mesh, **options) for fn in (bare, step_fn)]
         return self
 
     def lower(self, state, batch) -> "Blocks":
