@@ -73,6 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, default=17, help="uneven")
     parser.add_argument("--steps", type=int, default=100, help="of a block, even")
+    parser.add_argument("--no-saves", action="store_true", help="all but the checkpoints")
     args, overrides = parser.parse_known_args()
     blocks = Blocks(args.steps)
 
@@ -83,7 +84,7 @@ def main() -> None:
             REPORT(self, step, values, batch, wait_s)
 
     def save_or_not(self, state):
-        if not blocks.is_bare(int(state.step) - 1):
+        if not (args.no_saves or blocks.is_bare(int(state.step) - 1)):
             SAVE(self, state)
 
     config = config_lib.load_config("configs/quickstart.py", overrides)

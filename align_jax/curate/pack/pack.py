@@ -77,8 +77,7 @@ def pack(
       beam: options of an Apache Beam pipeline that packs the units instead, see workers.py.
       resize_px: images whose short side is longer shrink to it, keeping their aspect ratio, and
         become JPEG of quality 95; smaller ones are not touched. Of (width, height) each side that
-        is longer shrinks to its number, as training does to the square that it
-        crops from.
+        is longer shrinks to its number, as training does to the square that it crops from.
       keep: Parquet table, or a folder of parts; records whose key is not in its column `key` are
         skipped. If it has a column `text`, the texts of a key replace the captions of its record.
         Or a subset file of DataComp, see data/sources/subsets.py.
