@@ -1,4 +1,4 @@
-"""perceptual_hash.py and near_duplicates/search.py: exact and bucketed search, groups."""
+"""perceptual_hash.py, clusters.py, near_duplicates/search.py: exact and bucketed search, groups."""
 
 import io
 import zipfile
@@ -9,6 +9,8 @@ import pytest
 from helpers import real_data
 from PIL import Image
 
+from align_jax.curate import clusters as clusters_module
+from align_jax.curate.clusters import Clusters, find_clusters
 from align_jax.curate.near_duplicates import search as near_duplicates
 from align_jax.data import perceptual_hash as phash_module
 from align_jax.data.perceptual_hash import hamming_pairs, parse_hashes, phash
@@ -135,7 +137,7 @@ def test_all_pairs_equal_one_matrix(monkeypatch, block):
 def test_bucket_pairs_are_true_and_nearly_all(monkeypatch):
     z = clustered_embeddings(4000, 48, seed=1)
     for most in (4096, 30):  # the second looks up 125 clusters through 11
-        monkeypatch.setattr(near_duplicates, "_MOST_COMPARED", most)
+        monkeypatch.setattr(clusters_module, "_MOST_COMPARED", most)
         exact = near_duplicates.all_pairs(z, None, 0.975)
         bucketed = near_duplicates.bucket_pairs(z, None, 0.975, num_clusters=125)
         pairs = [set(zip(*found[:2], strict=True)) for found in (exact, bucketed)]
@@ -150,7 +152,7 @@ def test_bucket_pairs_are_true_and_nearly_all(monkeypatch):
 
 def test_candidates_have_the_nearest_cluster_of_one_among_those_of_the_other():
     z = clustered_embeddings(300, 16, seed=2)
-    clusters = near_duplicates.find_clusters(z, 20, seed=0)
+    clusters = find_clusters(z, 20, seed=0)
     nearest = clusters.nearest(z, 3)
     found = near_duplicates._compare(z, nearest, z, nearest[:, 0], -1.0)
     pairs = [pair for i, j, _ in found for pair in zip(i.tolist(), j.tolist(), strict=True)]
@@ -159,11 +161,11 @@ def test_candidates_have_the_nearest_cluster_of_one_among_those_of_the_other():
 
 
 def test_candidates_of_an_image_stay_as_many_however_many_images(monkeypatch):
-    monkeypatch.setattr(near_duplicates, "_MOST_COMPARED", 100)
+    monkeypatch.setattr(clusters_module, "_MOST_COMPARED", 100)
     candidates = []
     for count in (1600, 6400):
         z = clustered_embeddings(count, 16, seed=count)
-        clusters = near_duplicates.find_clusters(z, count // 32, seed=0)
+        clusters = find_clusters(z, count // 32, seed=0)
         nearest = clusters.nearest(z, near_duplicates.NUM_NEAREST)
         sizes = np.bincount(nearest[:, 0], minlength=count // 32)
         candidates.append(sizes[nearest].sum() / count)
@@ -173,11 +175,11 @@ def test_candidates_of_an_image_stay_as_many_however_many_images(monkeypatch):
 def test_clusters_of_clusters_find_nearly_the_nearest(monkeypatch):
     z = clustered_embeddings(3000, 16, seed=9)
     centroids = clustered_embeddings(400, 16, seed=10)
-    exact = near_duplicates.Clusters(centroids, 0).nearest(z, 8)
+    exact = Clusters(centroids, 0).nearest(z, 8)
     expected = np.argsort(-(z.astype(np.float64) @ centroids.T), axis=1)[:, :8]
     np.testing.assert_array_equal(exact, expected)
-    monkeypatch.setattr(near_duplicates, "_MOST_COMPARED", 100)
-    probed = near_duplicates.Clusters(centroids, 0).nearest(z, 8)
+    monkeypatch.setattr(clusters_module, "_MOST_COMPARED", 100)
+    probed = Clusters(centroids, 0).nearest(z, 8)
     assert all(len(set(row)) == 8 for row in probed.tolist())
     assert (probed[:, 0] == exact[:, 0]).mean() > 0.95
 
@@ -197,14 +199,14 @@ def test_kmeans_finds_separate_clusters_and_is_seeded():
     centres = np.eye(6, 16, dtype=np.float32)
     z = np.repeat(centres, 50, axis=0) + 0.01
     z /= np.linalg.norm(z, axis=1, keepdims=True)
-    centroids = near_duplicates.find_clusters(z, 24, seed=1).centroids
+    centroids = find_clusters(z, 24, seed=1).centroids
     np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, rtol=1e-6)
     assert ((z @ centroids.T).max(axis=1) > 0.999).all()
-    again = near_duplicates.find_clusters(z, 24, seed=1).centroids
+    again = find_clusters(z, 24, seed=1).centroids
     np.testing.assert_array_equal(centroids, again)
-    assert not np.array_equal(centroids, near_duplicates.find_clusters(z, 24, seed=2).centroids)
+    assert not np.array_equal(centroids, find_clusters(z, 24, seed=2).centroids)
     with pytest.raises(ValueError, match="^5 embeddings cannot make 6 clusters.$"):
-        near_duplicates.find_clusters(z[:5], 6, seed=0)
+        find_clusters(z[:5], 6, seed=0)
 
 
 def test_too_many_similar_embeddings_say_what_to_change(monkeypatch):
@@ -279,9 +281,9 @@ def slow_kmeans(z, num_clusters, seed, passes):
 
 
 def test_kmeans_makes_four_passes_over_all_embeddings(monkeypatch):
-    monkeypatch.setattr(near_duplicates, "_BLOCK_COSINES", 4000)  # several blocks
+    monkeypatch.setattr(clusters_module, "_BLOCK_COSINES", 4000)  # several blocks
     z = clustered_embeddings(2000, 8, seed=6, num_topics=300)
-    made = near_duplicates.find_clusters(z, 20, seed=3).centroids
+    made = find_clusters(z, 20, seed=3).centroids
     np.testing.assert_allclose(made, slow_kmeans(z, 20, 3, passes=4), atol=1e-5)
     for passes in (3, 5):  # it has not converged, so that the number is seen
         assert np.abs(made - slow_kmeans(z, 20, 3, passes)).max() > 1e-3
@@ -289,7 +291,7 @@ def test_kmeans_makes_four_passes_over_all_embeddings(monkeypatch):
 
 def test_kmeans_leaves_an_empty_cluster_where_it_was():
     z = np.repeat(np.eye(3, dtype=np.float32), 4, axis=0)
-    made = near_duplicates.find_clusters(z, 8, seed=0).centroids
+    made = find_clusters(z, 8, seed=0).centroids
     np.testing.assert_allclose(np.linalg.norm(made, axis=1), 1, rtol=1e-6)
     assert set(map(tuple, made.tolist())) <= set(map(tuple, np.eye(3).tolist()))
 

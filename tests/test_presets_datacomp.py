@@ -6,7 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 from curate_helpers import read, write_preset
 
-from align_jax.curate.filter import curate, image_clusters, wordnet
+from align_jax.curate.clusters import find_clusters
+from align_jax.curate.filter import curate, wordnet
 from align_jax.curate.filter.presets import load_preset
 from align_jax.storage import writing
 
@@ -88,7 +89,8 @@ def test_texts_with_a_listed_synset_stay(tmp_path):
 
 def write_embeddings(folder, keys, z, model="m"):
     folder.mkdir()
-    writing.write_json(folder / "manifest.json", {"kind": "image", "model": model})
+    manifest = {"kind": "image", "model": model, "file_format": "npy"}
+    writing.write_json(folder / "manifest.json", manifest)
     half = len(keys) // 2
     for number, part in enumerate((slice(0, half), slice(half, None))):
         np.save(folder / f"{number:05d}.npy", z[part])
@@ -116,7 +118,7 @@ def test_images_in_clusters_of_targets_stay(tmp_path):
     curate.curate(str(tmp_path / "t.parquet"), tmp_path / "out", preset=preset, files=files)
     kept = [row["key"] for row in read(tmp_path / "out" / "kept.parquet")]
     # Independently: clusters as they are found, then both steps image by image.
-    centroids = image_clusters.find_clusters(z, 12, 0)
+    centroids = find_clusters(z, 12, 0, num_passes=20).centroids
     near = {int(np.argmax([t @ c for c in centroids])) for t in targets}
     wanted = [k for k, one in zip(keys, z, strict=True) if int(np.argmax(centroids @ one)) in near]
     assert kept == wanted and 0 < len(kept) <= 24
@@ -133,7 +135,7 @@ def test_clusters_are_those_that_scikit_learn_comes_to(tmp_path):
     centres = np.linalg.qr(rng.normal(size=(8, 8)))[0][:4]
     z = centres[np.arange(200) % 4] + 0.05 * rng.normal(size=(200, 8))
     z = (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32)
-    ours = image_clusters.find_clusters(z, 4, seed=3)
+    ours = find_clusters(z, 4, seed=3, num_passes=20).centroids
     start = z[np.sort(np.random.default_rng(3).choice(200, 4, replace=False))]
     theirs = sklearn.KMeans(4, init=start, n_init=1).fit(z).cluster_centers_
     theirs /= np.linalg.norm(theirs, axis=1, keepdims=True)

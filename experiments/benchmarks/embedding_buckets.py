@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 
+from align_jax.curate.clusters import find_clusters
 from align_jax.curate.near_duplicates import search
 
 DIM, TOPICS = 64, 150
@@ -21,7 +22,7 @@ def main():
     for count in parser.parse_args().counts:
         z, copies = make_embeddings(count)
         start = time.process_time()
-        clusters = search.find_clusters(z, count // 32, seed=0)
+        clusters = find_clusters(z, count // 32, seed=0)
         nearest = clusters.nearest(z, search.NUM_NEAREST)
         sizes = np.bincount(nearest[:, 0], minlength=count // 32)
         seconds = time.process_time() - start

@@ -56,10 +56,10 @@ def by_synsets(batches: Batches, options: Options) -> _Verdicts:
 
 def find_near_images(num_clusters: int, options: Options, num_parts: int) -> None:
     """Keeps which images are in a cluster of a target, see image_clusters.py."""
-    from align_jax.curate.filter import image_clusters  # imports jax, of no use to other rules
+    from align_jax.curate.filter import image_clusters  # its imports are of no use to other rules
 
     found = options.files["embeddings"], options.files["targets"]
-    near = image_clusters.near_targets(*found, num_clusters, options.seed)
+    near = image_clusters.near_targets(*found, num_clusters, options.seed, options.stage_dir)
     writing.write_array(_in(options, "near.npy"), near)
 
 

@@ -3,8 +3,6 @@
 Pairs are found exactly by comparing all, or at scale within buckets of clusters, after the paper.
 """
 
-import itertools
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -12,6 +10,7 @@ import pyarrow as pa
 import scipy.sparse
 import scipy.sparse.csgraph
 
+from align_jax.curate.clusters import find_clusters
 from align_jax.curate.near_duplicates.image_sets import ImageSet
 from align_jax.curate.near_duplicates.matches import Matches
 from align_jax.data.perceptual_hash import MAX_PAIRS
@@ -22,8 +21,7 @@ NUM_NEAREST = 8  # clusters in which an image looks for others
 
 _EXACT_COMPARISONS = 2e10  # of two embeddings; minutes on two cores
 _BLOCK_COSINES = 2**24
-_IMAGES_PER_CLUSTER, _NUM_PASSES = 32, 4
-_MOST_COMPARED, _NUM_PROBED = 4096, 8  # clusters; beyond that, of clusters of them
+_IMAGES_PER_CLUSTER = 32
 
 
 def match(sets: Sequence[ImageSet], min_cosine: float) -> tuple[Matches, dict[str, int]]:
@@ -151,94 +149,6 @@ def bucket_pairs(
     for j, i, cosine in _compare(right, nearest_right, left, nearest_left[:, 0], min_cosine):
         found.add(i, j, cosine)
     return found.in_order()
-
-
-class Clusters:
-    """Unit vectors to which embeddings are assigned; many are looked up through fewer.
-
-    Attributes:
-      centroids: float32 [K, D], unit norm.
-    """
-
-    def __init__(self, centroids: np.ndarray, seed: int):
-        """Keeps the centroids; more than 4096 are put into clusters of their own, by the seed."""
-        self.centroids = centroids
-        self._coarse = None
-        if len(centroids) > _MOST_COMPARED:
-            self._coarse = find_clusters(centroids, math.isqrt(len(centroids)), seed)
-            group = self._coarse.nearest(centroids, 1)[:, 0]
-            self._order = np.argsort(group, kind="stable")
-            self._starts = np.searchsorted(
-                group[self._order], np.arange(len(self._coarse.centroids) + 1)
-            )
-
-    def nearest(self, z: np.ndarray, count: int) -> np.ndarray:
-        """Returns the clusters of the largest cosines, the largest first, int64 [N, count]."""
-        count = min(count, len(self.centroids))
-        compared = len(self.centroids)
-        if self._coarse:
-            compared = _NUM_PROBED * count + len(self._coarse.centroids)
-        rows = max(1, _BLOCK_COSINES // compared)
-        nearest = np.empty((len(z), count), np.int64)
-        for start in range(0, len(z), rows):
-            block = np.asarray(z[start : start + rows])
-            if self._coarse:
-                nearest[start : start + rows] = self._probe(block, count)
-            else:
-                nearest[start : start + rows] = _top(block @ self.centroids.T, count)[0]
-        return nearest
-
-    def _probe(self, z: np.ndarray, count: int) -> np.ndarray:
-        """Looks in the coarse clusters that are nearest."""
-        probed = self._coarse.nearest(z, _NUM_PROBED)
-        cosines = np.full((len(z), probed.shape[1], count), -np.inf, np.float32)
-        numbers = np.zeros(cosines.shape, np.int64)
-        order = np.argsort(probed, axis=None, kind="stable")
-        edges = np.searchsorted(probed.ravel()[order], np.arange(len(self._starts)))
-        for group, (low, high) in enumerate(itertools.pairwise(edges)):
-            inside = self._order[self._starts[group] : self._starts[group + 1]]
-            if low < high and len(inside):
-                rows, slots = np.divmod(order[low:high], probed.shape[1])
-                best, cosine = _top(z[rows] @ self.centroids[inside].T, min(count, len(inside)))
-                numbers[rows, slots, : best.shape[1]] = inside[best]
-                cosines[rows, slots, : best.shape[1]] = cosine
-        best, _ = _top(cosines.reshape(len(z), -1), count)
-        return np.take_along_axis(numbers.reshape(len(z), -1), best, axis=1)
-
-
-def find_clusters(z: np.ndarray, num_clusters: int, seed: int) -> Clusters:
-    """Returns clusters by four passes of Lloyd's algorithm on cosines over all embeddings.
-
-    The seed draws the embeddings that are the first centroids; an empty cluster keeps its centroid.
-
-    Raises:
-      ValueError: fewer embeddings than clusters.
-    """
-    if len(z) < num_clusters:
-        raise ValueError(f"{len(z)} embeddings cannot make {num_clusters} clusters.")
-    chosen = np.random.default_rng(seed).choice(len(z), num_clusters, replace=False)
-    clusters = Clusters(np.array(z[np.sort(chosen)], np.float32), seed)
-    rows = max(1, _BLOCK_COSINES // z.shape[1])
-    starts = range(0, len(z), rows)
-    for number in range(_NUM_PASSES):
-        sums = np.zeros(clusters.centroids.shape, np.float32)
-        for start in show_progress(starts, len(starts), f"find clusters, pass {number}", "block"):
-            block = np.asarray(z[start : start + rows])
-            labels = clusters.nearest(block, 1)[:, 0]
-            ones = (np.ones(len(block), np.float32), (labels, np.arange(len(block))))
-            sums += scipy.sparse.csr_matrix(ones, shape=(num_clusters, len(block))) @ block
-        norms = np.linalg.norm(sums, axis=1, keepdims=True)
-        moved = sums / np.maximum(norms, 1e-12)
-        clusters = Clusters(np.where(norms > 0, moved, clusters.centroids), seed)
-    return clusters
-
-
-def _top(cosines: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns columns and values of the `count` largest of each row, the largest first."""
-    best = np.argpartition(cosines, -count, axis=1)[:, -count:]
-    values = np.take_along_axis(cosines, best, axis=1)
-    order = np.argsort(-values, axis=1, kind="stable")
-    return np.take_along_axis(best, order, axis=1), np.take_along_axis(values, order, axis=1)
 
 
 def _compare(
