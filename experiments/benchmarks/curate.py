@@ -7,6 +7,7 @@
     python experiments/benchmarks/curate.py --rows 1000000 --preset align --preset coyo \\
         --preset metaclip --partitioned --engine duckdb --engine spark://HOST:PORT  # a cluster
     python experiments/benchmarks/curate.py --words captions.txt --preset metaclip2  # languages
+    python experiments/benchmarks/curate.py --preset datacomp-text --preset datacomp-image  # made
     python experiments/benchmarks/curate.py --scan SOURCE --workers 1 --workers 2
 
 Every combination of presets, engines and workers runs; all engines and workers of one preset must
@@ -92,6 +93,11 @@ def curate_jobs(args, folder):
     words = "\n".join(frequent_words(Path(folder) / "table", args.entries))
     for path in (entries["metaclip"], *(entries["metaclip2"] / f"{n}.txt" for n in LANGUAGES)):
         path.write_text(words)
+    files = {}
+    if any("text" in name for name in presets):
+        files["datacomp-text"] = write_wordnet(folder)
+    if any("image" in name for name in presets):
+        files["datacomp-image"] = write_embeddings(args.rows, folder)
     for name, preset in presets.items():
         for engine in args.engine or ["duckdb"]:
             for number, workers in enumerate(args.workers or [1]):
@@ -109,6 +115,9 @@ def curate_jobs(args, folder):
                         "num_workers": workers,
                         "partitioned": args.partitioned,
                         "metadata": str(entries[name]) if name in entries else None,
+                        "files": {
+                            k: v for part in name.split("+") for k, v in files.get(part, {}).items()
+                        },
                     },
                 )
 
@@ -125,6 +134,42 @@ def frequent_words(folder, count):
     texts = pq.read_table(folder / "part-0000.parquet", columns=["text"])["text"].slice(0, 100_000)
     counts = collections.Counter(word for text in texts.to_pylist() for word in text.split())
     return [word for word, _ in counts.most_common(count)]
+
+
+def write_wordnet(folder):
+    """Returns a WordNet of the frequent words and a list of a tenth of the rarer ones."""
+    words = dict.fromkeys(map(str.lower, frequent_words(Path(folder) / "table", 20_000)))
+    made = Path(folder) / "wordnet"
+    made.mkdir()
+    for part in ("noun", "verb", "adj", "adv"):
+        (made / f"{part}.exc").touch()
+        (made / f"index.{part}").touch()
+    lines = (f"{word} n 1 0 1 0 {number:08d}  \n" for number, word in enumerate(words))
+    (made / "index.noun").write_text("".join(lines))
+    listed = Path(folder) / "wnids.txt"
+    listed.write_text("".join(f"n{number:08d}\n" for number in range(500, len(words), 10)))
+    return {"wordnet": str(made), "wnids": str(listed)}
+
+
+def write_embeddings(num_rows, folder):
+    """Returns folders of made embeddings of all images and of 1,000 targets: 4,000 topics."""
+    rng = np.random.default_rng(1)
+    topics = rng.normal(size=(4_000, 16))
+    made = {}
+    for name, count, known in (("embeddings", num_rows, 4_000), ("targets", 1_000, 1_500)):
+        made[name] = str(Path(folder) / name)
+        Path(made[name]).mkdir()
+        manifest = {"kind": "image", "model": "made", "file_format": "npy"}
+        (Path(made[name]) / "manifest.json").write_text(json.dumps(manifest))
+        for number, start in enumerate(range(0, count, PART_ROWS)):
+            rows = np.arange(start, min(start + PART_ROWS, count))
+            z = topics[rng.integers(0, known, len(rows))]
+            z = z + 0.3 * rng.normal(size=z.shape)
+            z /= np.linalg.norm(z, axis=1, keepdims=True)
+            np.save(Path(made[name]) / f"{number:05d}.npy", z.astype(np.float32))
+            keys = {"keys": np.char.zfill(rows.astype(str), 9).tolist()}
+            (Path(made[name]) / f"{number:05d}.json").write_text(json.dumps(keys))
+    return made
 
 
 def run(job):
