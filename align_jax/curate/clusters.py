@@ -107,6 +107,9 @@ def find_clusters(z: np.ndarray, num_clusters: int, seed: int, num_passes: int =
 
 def _top(cosines: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns columns and values of the `count` largest of each row, the largest first."""
+    if count == 1:
+        best = cosines.argmax(axis=1)[:, None]
+        return best, np.take_along_axis(cosines, best, axis=1)
     best = np.argpartition(cosines, -count, axis=1)[:, -count:]
     values = np.take_along_axis(cosines, best, axis=1)
     order = np.argsort(-values, axis=1, kind="stable")

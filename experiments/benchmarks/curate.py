@@ -16,7 +16,8 @@ write the same bytes of kept rows. CPU time is that of this process and of its w
 A row has key, url, text, width, height and an NSFW score, as COYO's have. Words follow Zipf's law
 (a vocabulary of one million, 11 a text), sizes are log-normal; 3 % of texts are one of 1,000 that
 many images share, 2 % of rows are further texts of an image that has been seen. With --words, words
-are those of a real text, so that rules about languages have something to find. Each engine runs in
+are those of a real text, so that rules about languages have something to find. Clusters of images
+have a thousand images each, about as many as DataComp's have. Each engine runs in
 a process of its own, whose peak resident memory includes Python and reading and writing the tables.
 Spark's memory is that of another process and is not counted.
 """
@@ -85,9 +86,7 @@ def curate_jobs(args, folder):
     print(f"{args.rows:,} rows written in {time.monotonic() - start:.0f} s", flush=True)
     presets = {name: name for name in args.preset or ["align"]}
     if args.top:
-        presets = {"align": str(Path(folder) / "align_top.py")}
-        text = (ROOT / "align_jax/curate/filter/presets/align.py").read_text()
-        Path(presets["align"]).write_text(text.replace("top=100_000_000", f"top={args.top}"))
+        presets = {"align": changed_preset(folder, "align", "top=100_000_000", f"top={args.top}")}
     (Path(folder) / "metaclip2").mkdir()
     entries = {"metaclip": Path(folder) / "entries.txt", "metaclip2": Path(folder) / "metaclip2"}
     words = "\n".join(frequent_words(Path(folder) / "table", args.entries))
@@ -98,6 +97,9 @@ def curate_jobs(args, folder):
         files["datacomp-text"] = write_wordnet(folder)
     if any("image" in name for name in presets):
         files["datacomp-image"] = write_embeddings(args.rows, folder)
+        clusters = f"clusters={max(1, args.rows // 1000)}"
+        made = changed_preset(folder, "datacomp_image", "clusters=100_000", clusters)
+        presets = {name: file.replace("datacomp-image", made) for name, file in presets.items()}
     for name, preset in presets.items():
         for engine in args.engine or ["duckdb"]:
             for number, workers in enumerate(args.workers or [1]):
@@ -120,6 +122,15 @@ def curate_jobs(args, folder):
                         },
                     },
                 )
+
+
+def changed_preset(folder, name, before, after):
+    """Returns the path of a preset that has something else in place of `before`."""
+    text = (ROOT / "align_jax/curate/filter/presets" / f"{name}.py").read_text()
+    assert before in text, before
+    made = Path(folder) / f"{name}.py"
+    made.write_text(text.replace(before, after))
+    return str(made)
 
 
 def scan_jobs(args, folder):
@@ -156,7 +167,7 @@ def write_embeddings(num_rows, folder):
     rng = np.random.default_rng(1)
     topics = rng.normal(size=(4_000, 16))
     made = {}
-    for name, count, known in (("embeddings", num_rows, 4_000), ("targets", 1_000, 1_500)):
+    for name, count, known in (("embeddings", num_rows, 4_000), ("targets", 1_000, 400)):
         made[name] = str(Path(folder) / name)
         Path(made[name]).mkdir()
         manifest = {"kind": "image", "model": "made", "file_format": "npy"}
