@@ -10,6 +10,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from helpers import error_of
 from PIL import Image
 
+from align_jax.cli import main as cli
 from align_jax.curate.pack import key_lists
 from align_jax.curate.pack.pack import pack
 from align_jax.data import images
@@ -53,6 +54,34 @@ def test_dropped_keys_are_left_out_also_of_the_kept(tmp_path):
     assert report["skipped"] == {"not_kept": 36, "dropped_by_list": 2}
 
 
+def test_records_of_any_drop_list_are_left_out(tmp_path):
+    first = write_keys(tmp_path / "first.parquet", ["key2", "key7"])
+    (tmp_path / "parts").mkdir()
+    write_keys(tmp_path / "parts" / "a.parquet", ["key0"])
+    write_keys(tmp_path / "parts" / "b.parquet", ["key1", "key7"])
+    lists = [first, str(tmp_path / "parts")]
+    report = pack(InMemory(RECORDS), tmp_path / "out", drop=lists)
+    assert read(tmp_path / "out") == [RECORDS[i] for i in range(40) if i not in (0, 1, 2, 7)]
+    assert report["skipped"] == {"dropped_by_list": 4}
+    other = write_keys(tmp_path / "other.parquet", ["elsewhere"])
+    with pytest.raises(ValueError, match=r"--drop .*other.parquet has no key in common"):
+        pack(InMemory(RECORDS), tmp_path / "none", drop=[first, other])
+
+
+def test_folder_of_what_curate_wrote_is_no_list(tmp_path):
+    kept = write_keys(tmp_path / "kept.parquet", ["key1"])
+    write_keys(tmp_path / "dropped.parquet", ["key0"], reason=["no_text"])
+    for option in ("keep", "drop"):
+        with pytest.raises(ValueError) as error:
+            pack(InMemory(RECORDS), tmp_path / "out", **{option: str(tmp_path)})
+        assert str(error.value) == (
+            f"--{option} {tmp_path} holds tables with different columns: dropped.parquet has key, "
+            "reason; kept.parquet has key. Name one of them, or a folder of parts of one table."
+        )
+    pack(InMemory(RECORDS), tmp_path / "out", keep=kept)
+    assert read(tmp_path / "out") == [RECORDS[1]]
+
+
 def test_kept_texts_replace_the_captions_in_their_order(tmp_path):
     kept = write_keys(
         tmp_path / "kept.parquet",
@@ -93,7 +122,9 @@ def test_large_list_equals_a_dict(tmp_path, monkeypatch):
     keys = [f"k{number}" for number in rng.integers(0, 3000, 10_000)]
     texts = [f"text {row} ä" for row in range(10_000)]
     path = write_keys(tmp_path / "kept.parquet", keys, text=texts)
-    found = key_lists.write_key_list(path, str(tmp_path / "list"), option="--keep", texts=True)
+    found = key_lists.write_key_list(
+        path, [path], str(tmp_path / "list"), option="--keep", texts=True
+    )
     expected = {}
     for key, text in zip(keys, texts, strict=True):
         expected.setdefault(key, []).append(text)
@@ -139,10 +170,12 @@ def test_empty_drop_list_drops_nothing(tmp_path):
 def test_wrong_arguments_are_one_line(inside, tmp_path, capfd):
     pq.write_table(pa.table({"id": ["a"], "text": ["b"]}), tmp_path / "odd.parquet")
     (tmp_path / "no.parquet").write_text("key\na\n")
+    (tmp_path / "empty").mkdir()
     for arguments, message in (
         (("--keep", "nowhere.parquet"), "--keep nowhere.parquet does not exist"),
         (("--keep", tmp_path / "odd.parquet"), "has no column 'key': it has id, text; give a"),
         (("--drop", tmp_path / "no.parquet"), "no.parquet is not a Parquet file"),
+        (("--drop", tmp_path / "empty"), "empty holds no .parquet file of keys."),
         (("--workers", "0"), "--workers 0 must be at least 1."),
         (("--resize", "-4"), "--resize -4 must be at least 1."),
         (("--resize", "346x0"), "--resize 346x0 must be at least 1."),
@@ -150,6 +183,19 @@ def test_wrong_arguments_are_one_line(inside, tmp_path, capfd):
     ):
         given = ("pack", "captions.jsonl?images=images", "--out", tmp_path / "out", *arguments)
         assert message in error_of(capfd, *given)
+
+
+def test_options_of_which_one_counts_are_refused_a_second_time(capfd):
+    for given, message in (
+        (("pack", "x", "--keep", "a", "--keep", "b"), "--keep is given twice, a and b; see"),
+        (
+            ("curate", "x", "--preset", "coyo", "--preset", "align"),
+            "--preset is given twice, coyo and align; --preset coyo+align keeps what both keep",
+        ),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*given, "--out", "out"])
+        assert stop.value.code == 2 and message in capfd.readouterr().err
 
 
 def test_resize_shrinks_the_short_side_and_leaves_smaller_images_alone(tmp_path):

@@ -20,6 +20,19 @@ def add_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     _add_vocab(add_verb)
 
 
+class _Once(argparse.Action):
+    """An option that is refused a second time, where one may think that both count."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, args: argparse.Namespace, value: str, option: str
+    ) -> None:
+        before = getattr(args, self.dest)
+        if before is not None:
+            together = f"; --preset {before}+{value} keeps what both keep" * (option == "--preset")
+            parser.error(f"{option} is given twice, {before} and {value}{together}")
+        setattr(args, self.dest, value)
+
+
 def _add_scan(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     scan = add_verb("scan", _scan, "write the metadata of pairs: captions, sizes, hashes")
     scan.epilog = "example: align scan 'captions.jsonl?images=train.zip' --out metadata.parquet"
@@ -87,6 +100,7 @@ def _add_curate(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     verb.add_argument(
         "--preset",
         required=True,
+        action=_Once,
         metavar="NAME",
         help="align, coyo, laion, datacomp-basic, datacomp-clip, datacomp-text, datacomp-image, "
         "metaclip, metaclip2, or a Python file of rules; a+b keeps what both keep",
@@ -265,6 +279,7 @@ def _add_pack(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
     pack.add_argument(
         "--keep",
+        action=_Once,
         metavar="FILE",
         help="Parquet with a column key (or a folder of parts), or DataComp's .npy of uids: other "
         "records are skipped; with a column text, these texts are the captions",
@@ -282,7 +297,12 @@ def _add_pack(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
         help="metadata to carry along as features, e.g. url,license,similarity: columns of the "
         "table of --keep, or what the source has",
     )
-    pack.add_argument("--drop", metavar="FILE", help="as --keep, of records that are skipped")
+    pack.add_argument(
+        "--drop",
+        action="append",
+        metavar="FILE",
+        help="as --keep, of records that are skipped; repeatable",
+    )
     pack.add_argument("--drop-by", metavar="NAME", help="as --keep-by, for --drop")
 
 

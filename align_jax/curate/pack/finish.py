@@ -94,7 +94,8 @@ def finish(
             if len(rows) < length:
                 shards.append(_Shard(path, rows, length - len(rows), num_bytes))
     read = sum(unit["records_read"] for unit in units)
-    _check_usable(source, settings, read, shards, skipped, skipped_keys)
+    dropping = {number for unit in units for number in unit["dropping"]}
+    _check_usable(source, settings, read, shards, skipped, skipped_keys, dropping)
     problems = Problems()
     problems.merge(missing)
     for reason, count in skipped.items():
@@ -162,16 +163,17 @@ def _check_usable(
     shards: list[_Shard],
     skipped: dict[str, int],
     skipped_keys: dict[str, list[str]],
+    dropping: set[int],
 ) -> None:
     not_kept = skipped.get("not_kept", 0) + skipped.get("join_missing", 0)
-    dropped = skipped.get("dropped_by_list", 0)
     if read and not_kept == read:
         example = next(iter(skipped_keys.get("not_kept", [])), "")
         raise ValueError(no_common_key("keep", settings.keep, example))
     if not shards:
         raise ValueError(f"{source.describe()} holds no usable record: skipped {skipped}.")
-    if settings.drop is not None and settings.drop.size and not dropped:
-        raise ValueError(no_common_key("drop", settings.drop, ""))
+    for number, keys in enumerate(settings.drop):
+        if keys.size and number not in dropping:
+            raise ValueError(no_common_key("drop", keys, ""))
 
 
 def _place(

@@ -29,10 +29,10 @@ class KeyList:
     """Keys, and their texts where the table has a column `text`. Pickles as a path.
 
     Attributes:
-      path: the table.
+      path: as the user named it.
       size: number of rows.
-      has_texts: whether the table has texts.
-      example: the first key, or "" in an empty table.
+      has_texts: whether the tables have texts.
+      example: the first key, or "" in an empty list.
       columns: other columns of which the values are kept.
       by: name of the metadata by which records are looked up; None for their key.
     """
@@ -107,25 +107,52 @@ def is_subset(path: str) -> bool:
     return path.lower().endswith(".npy")
 
 
-def files_of(path: str) -> list[str]:
-    """Returns the files of a list: itself, or the Parquet files of a folder in order."""
-    if not os.path.isdir(path):
+def find_files(path: str, option: str) -> list[str]:
+    """Returns the files of a list: itself, or the Parquet files of a folder in order.
+
+    A folder holds parts of one table. What `align curate` or `align decontaminate` wrote beside a
+    list is none, and would be taken for one.
+
+    Args:
+      path: file or folder.
+      option: names the list in messages, e.g. "--keep".
+
+    Raises:
+      ValueError: nothing there, no Parquet files, or files of a folder with different columns.
+    """
+    if os.path.isfile(path):
         return [path]
+    if not os.path.isdir(path):
+        raise ValueError(f"{option} {path} does not exist; it is a Parquet file of keys.")
     names = sorted(name for name in os.listdir(path) if name.endswith(".parquet"))
-    return [os.path.join(path, name) for name in names if name[0] not in "._"]
+    files = [os.path.join(path, name) for name in names if name[0] not in "._"]
+    if not files:
+        raise ValueError(f"{option} {path} holds no .parquet file of keys.")
+    first, *others = (_open(file, option).schema_arrow.names for file in files)
+    for file, columns in zip(files[1:], others, strict=True):
+        if set(columns) != set(first):
+            described = "; ".join(
+                f"{os.path.basename(name)} has {', '.join(held)}"
+                for name, held in ((files[0], first), (file, columns))
+            )
+            raise ValueError(
+                f"{option} {path} holds tables with different columns: {described}. Name one of "
+                "them, or a folder of parts of one table."
+            )
+    return files
 
 
-def stamp(path: str, by: str | None) -> str:
+def stamp(files: Sequence[str], by: str | None) -> str:
     """Returns 32 hex digits of the content of a list and of how it is joined."""
-    return identity.digest([by, *map(identity.of_content, files_of(path))])
+    return identity.digest([by, *map(identity.of_content, files)])
 
 
-def column_kinds(path: str) -> dict[str, str]:
+def column_kinds(files: Sequence[str]) -> dict[str, str]:
     """Returns name -> "text", "int" or "float" of the columns of a list that are such."""
     import pyarrow as pa
 
     kinds = {}
-    for field in [] if is_subset(path) else _open(files_of(path)[0], "--columns").schema_arrow:
+    for field in [] if is_subset(files[0]) else _open(files[0], "--columns").schema_arrow:
         if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
             kinds[field.name] = "text"
         elif pa.types.is_integer(field.type):
@@ -137,6 +164,7 @@ def column_kinds(path: str) -> dict[str, str]:
 
 def write_key_list(
     path: str,
+    files: Sequence[str],
     folder: str,
     *,
     option: str,
@@ -149,31 +177,27 @@ def write_key_list(
     Memory holds 32 bytes a row while the list is written, with texts 56.
 
     Args:
-      path: Parquet table, folder of such, or subset file.
+      path: names the list in messages.
+      files: of the list, see `find_files`.
       folder: receives the files of the list; made if need be.
-      option: names the table in messages, e.g. "--keep".
+      option: names the choice in messages, e.g. "--keep".
       texts: whether to keep the column `text`, if there is one.
-      columns: others whose values to keep; those that the table lacks are left out.
+      columns: others whose values to keep; those that the tables lack are left out.
       by: metadata of the records that is looked up; None for their key, of a subset file `uid`.
 
     Raises:
       ValueError: no Parquet file or no column of keys; names the columns that there are.
     """
     os.makedirs(folder, exist_ok=True)
-    if is_subset(path):
-        by, column, texts, columns = by or "uid", "", False, ()
-        batches = ((uids, []) for uids in subsets.read_subset(path))
+    if is_subset(files[0]):
+        by, texts, columns = by or "uid", False, ()
+        batches = ((uids, []) for file in files for uids in subsets.read_subset(file))
     else:
-        names = _open(files_of(path)[0], option).schema_arrow.names
-        column = _key_column(names, by)
-        if column is None:
-            raise ValueError(
-                f"{option} {path} has no column {by or 'key'!r}: it has {', '.join(names)}; give a "
-                "table of `align curate` or `align decontaminate`."
-            )
+        key_columns = [_key_column(file, option, by) for file in files]
+        names = _open(files[0], option).schema_arrow.names
         texts = texts and "text" in names
-        columns = tuple(name for name in columns if name in names)
-        batches = _batches(path, option, column, texts)
+        columns = tuple(column for column in columns if column in names)
+        batches = _batches(files, option, key_columns, texts)
     hashes, spans, example = [], [], ""
     with open(os.path.join(folder, "texts.bin"), "wb") as file:
         for keys, batch_texts in batches:
@@ -191,33 +215,39 @@ def write_key_list(
         spans = np.concatenate([np.zeros((0, 2), np.int64), *spans])
         np.save(os.path.join(folder, "spans.npy"), spans[order])
     if columns:
-        _write_columns(path, os.path.join(folder, "columns.arrow"), column, columns, order)
+        _write_columns(files, os.path.join(folder, "columns.arrow"), key_columns[0], columns, order)
     return KeyList(path, folder, len(hashes), texts, example, columns, by)
 
 
-def _key_column(names: Sequence[str], by: str | None) -> str | None:
-    known = ("key",) if by is None else (by.lower(), "key")
-    return find_column(names, known)
+def _key_column(file: str, option: str, by: str | None) -> str:
+    names = _open(file, option).schema_arrow.names
+    column = find_column(names, ("key",) if by is None else (by.lower(), "key"))
+    if column is None:
+        raise ValueError(
+            f"{option} {file} has no column {by or 'key'!r}: it has {', '.join(names)}; give a "
+            "table of `align curate` or `align decontaminate`."
+        )
+    return column
 
 
 def _write_columns(
-    path: str, out: str, key: str, columns: Sequence[str], order: np.ndarray
+    files: Sequence[str], out: str, key: str, columns: Sequence[str], order: np.ndarray
 ) -> None:
     """Writes columns in the order of the hashes, as a file that is mapped into memory."""
     import pyarrow as pa
 
     parquet, names = _import_parquet("--columns"), list(dict.fromkeys([key, *columns]))
-    table = pa.concat_tables(parquet.read_table(file, columns=names) for file in files_of(path))
+    table = pa.concat_tables(parquet.read_table(file, columns=names) for file in files)
     table = table.filter(table[key].is_valid()).select(list(columns)).take(pa.array(order))
     with pa.OSFile(out, "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table.combine_chunks())
 
 
 def _batches(
-    path: str, option: str, column: str, texts: bool
+    files: Sequence[str], option: str, key_columns: Sequence[str], texts: bool
 ) -> Iterator[tuple[list[str], list[str]]]:
-    columns = [column, "text"] if texts else [column]
-    for file in files_of(path):
+    for file, column in zip(files, key_columns, strict=True):
+        columns = [column, "text"] if texts else [column]
         with _open(file, option) as table:
             for batch in table.iter_batches(_BATCH_ROWS, columns=columns):
                 keys = batch[column].to_pylist()

@@ -21,8 +21,13 @@ _LOOKED_AT = 100  # records, until each column has had a value
 _MISSING = {"text": "", "int": -1, "float": math.nan}
 
 
-def choose(names: Sequence[str], keep: str | None, source: PairSource) -> dict[str, str]:
+def choose(names: Sequence[str], keep: Sequence[str], source: PairSource) -> dict[str, str]:
     """Returns name -> kind ("text", "int" or "float") of the columns to write.
+
+    Args:
+      names: of the columns.
+      keep: files of the table of --keep; none without it.
+      source: of the records.
 
     Raises:
       ValueError: a name that is taken, or that neither the table nor the first records have.
@@ -32,7 +37,7 @@ def choose(names: Sequence[str], keep: str | None, source: PairSource) -> dict[s
             raise ValueError(
                 f"--columns {name} is taken: a packed dataset has {', '.join(_TAKEN)}."
             )
-    known = column_kinds(keep) if keep is not None else {}
+    known = column_kinds(keep) if keep else {}
     missing = [name for name in names if name not in known]
     seen = _look_at_records(source, missing) if missing else {}
     for name in missing:

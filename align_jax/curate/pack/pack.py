@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from align_jax import __version__
 from align_jax.curate import workers
@@ -30,6 +30,15 @@ REPORT_FILE = pack_finish.REPORT_FILE
 _FEWEST_RECORDS, _MOST_RECORDS, _UNITS = 1024, 8192, 64  # of a unit; units to aim at between
 
 
+class _List(NamedTuple):
+    """What `--keep` or `--drop` names, the files there, and what joins them to records."""
+
+    option: str
+    path: str
+    files: list[str]
+    by: str | None
+
+
 def pack(
     source: PairSource,
     out_dir: str | os.PathLike,
@@ -42,7 +51,7 @@ def pack(
     beam: str | None = None,
     resize_px: int | Sequence[int] | None = None,
     keep: str | None = None,
-    drop: str | None = None,
+    drop: str | Sequence[str] | None = None,
     keep_by: str | None = None,
     drop_by: str | None = None,
     columns: Sequence[str] = (),
@@ -81,7 +90,7 @@ def pack(
       keep: Parquet table, or a folder of parts; records whose key is not in its column `key` are
         skipped. If it has a column `text`, the texts of a key replace the captions of its record.
         Or a subset file of DataComp, see data/sources/subsets.py.
-      drop: likewise; records whose key is in it are skipped.
+      drop: likewise, one or several; records whose key is in one of them are skipped.
       keep_by: metadata of the records that joins them to `keep` in place of their key: uid, id,
         url (joins.py), compared with the column of that name, or `key` where there is none.
         Records without it are skipped as `join_missing`. Of a subset file `uid` unless given.
@@ -109,16 +118,17 @@ def pack(
     sides = [resize_px] if isinstance(resize_px, int) else list(resize_px or ())
     if not all(side >= 1 for side in sides):
         raise ValueError(f"--resize {'x'.join(map(str, sides))} must be at least 1.")
-    for name, path in (("keep", keep), ("drop", drop)):
-        if path is not None and not any(map(os.path.isfile, key_lists.files_of(path))):
-            raise ValueError(f"--{name} {path} does not exist; it is a Parquet file of keys.")
-    for name, path, by in (("keep", keep, keep_by), ("drop", drop, drop_by)):
-        if by is not None and path is None:
-            raise ValueError(f"--{name}-by {by} needs --{name}, the list that it joins.")
+    lists = []
+    for option, given, by in (("keep", keep, keep_by), ("drop", drop, drop_by)):
+        paths = [given] if isinstance(given, str) else list(given or ())
+        lists += [_List(option, p, key_lists.find_files(p, f"--{option}"), by) for p in paths]
+        if by is not None and not paths:
+            raise ValueError(f"--{option}-by {by} needs --{option}, the list that it joins.")
+    kept_files = [file for one in lists if one.option == "keep" for file in one.files]
     writing.check_local(out_dir, "--out")
     out_dir = os.path.abspath(out_dir)
     staging = os.path.join(os.path.dirname(out_dir), f".{os.path.basename(out_dir)}.{split}.tmp")
-    kinds = metadata.choose(columns, keep, source)
+    kinds = metadata.choose(columns, kept_files, source)
     pack_finish.check_out_dir(out_dir, split, staging, kinds)
     with (
         writing.locked(staging, "align pack", shown=out_dir),
@@ -126,7 +136,6 @@ def pack(
     ):
         try:
             units = _plan(source, unit_records)
-            lists = {"keep": (keep, keep_by), "drop": (drop, drop_by)}
             options = {"shard_bytes": shard_bytes, "resize_px": sides}
             stamp = _stamp(source, units, lists, options | {"columns": kinds})
             left = _units_left(staging, stamp, units, f"pack {split}")
@@ -168,14 +177,14 @@ def _plan(source: PairSource, unit_records: int | None) -> list[Unit]:
 def _stamp(
     source: PairSource,
     units: list[Unit],
-    lists: Mapping[str, tuple[str | None, str | None]],
+    lists: Sequence[_List],
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What decides the bytes written; finished units count only where it is the same."""
     return {
         "align_jax": __version__,
         "source": identity.stamp(source),
-        "lists": {name: key_lists.stamp(path, by) for name, (path, by) in lists.items() if path},
+        "lists": [[one.option, key_lists.stamp(one.files, one.by)] for one in lists],
         **options,
         "units": len(units),
     }
@@ -203,28 +212,28 @@ def _finished_units(staging: str) -> bool:
     return os.path.isdir(folder) and any(name.endswith(".json") for name in os.listdir(folder))
 
 
-def _key_lists(
-    staging: str, lists: Mapping[str, tuple[str | None, str | None]], columns: Sequence[str]
-) -> dict[str, key_lists.KeyList]:
-    return {
-        name: key_lists.write_key_list(
-            path,
-            os.path.join(staging, name),
-            option=f"--{name}",
-            texts=name == "keep",
-            columns=columns if name == "keep" else (),
-            by=by,
+def _key_lists(staging: str, lists: Sequence[_List], columns: Sequence[str]) -> dict[str, Any]:
+    """Returns the lists as settings of a unit."""
+    made: dict[str, list[key_lists.KeyList]] = {"keep": [], "drop": []}
+    for number, one in enumerate(lists):
+        made[one.option].append(
+            key_lists.write_key_list(
+                one.path,
+                one.files,
+                os.path.join(staging, f"list-{number}"),
+                option=f"--{one.option}",
+                texts=one.option == "keep",
+                columns=columns if one.option == "keep" else (),
+                by=one.by,
+            )
         )
-        for name, (path, by) in lists.items()
-        if path is not None
-    }
+    return {"keep": next(iter(made["keep"]), None), "drop": tuple(made["drop"])}
 
 
 def _check_lists(source: PairSource, settings: pack_unit.Settings) -> None:
     """Refuses a list without a key of the source, where that costs no reading of records."""
-    for option, keys in (("keep", settings.keep), ("drop", settings.drop)):
-        if keys is None:
-            continue
+    kept = [("keep", settings.keep)] if settings.keep is not None else []
+    for option, keys in (*kept, *(("drop", keys) for keys in settings.drop)):
         if option == "keep" and not keys.size:
             raise ValueError(f"--keep {keys.path} is empty; nothing would be packed.")
         if keys.by is not None:

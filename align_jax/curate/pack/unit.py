@@ -48,7 +48,7 @@ class Settings:
       resize_px: (short side,) or (width, height) that longer ones shrink to; () leaves every
         byte as it is.
       keep: keys to write, with their captions where the list has texts; None for all.
-      drop: keys not to write.
+      drop: lists of keys not to write.
       columns: metadata to write, name -> kind, see metadata.choose.
     """
 
@@ -57,7 +57,7 @@ class Settings:
     num_threads: int
     resize_px: Sequence[int] = ()
     keep: KeyList | None = None
-    drop: KeyList | None = None
+    drop: tuple[KeyList, ...] = ()
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -87,7 +87,7 @@ def pack_unit(unit: Unit, settings: Settings) -> Iterator[int]:
     shards = ShardWriter(settings.folder, unit.number, settings.shard_bytes)
     identities = {
         keys.by: joins.Identities(unit.source, keys.by)
-        for keys in (settings.keep, settings.drop)
+        for keys in (settings.keep, *settings.drop)
         if keys is not None and keys.by is not None
     }
     check = _Checker(source, settings, identities)
@@ -110,6 +110,7 @@ def pack_unit(unit: Unit, settings: Settings) -> Iterator[int]:
         "shard_sizes": shards.sizes,
         "skipped": skipped,
         "skipped_keys": skipped_keys,
+        "dropping": sorted(check.dropping),
     }
     if unit.stop is None:
         result["problems"] = source.problems.to_json()
@@ -186,13 +187,18 @@ def open_shard(path: str) -> ArrayRecordWriter:
 
 
 class _Checker:
-    """Callable index -> (key, reason to skip or None, serialized record)."""
+    """Callable index -> (key, reason to skip or None, serialized record).
+
+    Attributes:
+      dropping: numbers of the lists of `drop` that had a key so far.
+    """
 
     def __init__(
         self, source: PairSource, settings: Settings, identities: Mapping[str, joins.Identities]
     ):
         self._source = source
         self._settings = settings
+        self.dropping: set[int] = set()
         self._identities = identities  # name of metadata -> who has which
         self._features = features(settings.columns)
         self._serializer = example_serializer.ExampleSerializer(
@@ -211,10 +217,10 @@ class _Checker:
             ):
                 record = self._source[index]
                 key = record.key
-            if settings.drop is not None:
-                dropped = self._listed(settings.drop, key, record)
-                if dropped is not None and dropped in settings.drop:
-                    return key, "dropped_by_list", None
+            dropping = [n for n in range(len(settings.drop)) if self._is_dropped(n, key, record)]
+            if dropping:
+                self.dropping.update(dropping)
+                return key, "dropped_by_list", None
             listed = key
             if settings.keep is not None:
                 listed = self._listed(settings.keep, key, record)
@@ -243,6 +249,11 @@ class _Checker:
         example = self._serializer.get_tf_example(self._features.encode_example(example))
         # Features are a protobuf map; its order would otherwise differ between processes.
         return key, None, example.SerializeToString(deterministic=True)
+
+    def _is_dropped(self, number: int, key: str, record: Record | None) -> bool:
+        keys = self._settings.drop[number]
+        listed = self._listed(keys, key, record)
+        return listed is not None and listed in keys
 
     def _listed(self, keys: KeyList, key: str, record: Record | None) -> str | None:
         """What a list has in place of the key of a record; None if the record has no such thing."""
