@@ -355,6 +355,19 @@ def test_wrong_sets_are_one_line(inside, capfd):
     assert error("texts") == "texts holds embeddings of texts, not of images."
     assert error("gap") == "gap misses shards; run `align embed` again, it continues."
     assert error("nowhere").startswith("nowhere does not exist; accepted: ")
+    write_hashes("eval.parquet", {"b": 0})
+    for arguments, option, search in (
+        (("z", "--max-distance", "4"), "--max-distance 4", "embeddings inside one set"),
+        (("train.parquet", "--min-cosine", "0.9"), "--min-cosine 0.9", "hashes inside one set"),
+        (("train.parquet", "--as-is"), "--as-is", "hashes inside one set"),
+        (("z", "--as-is"), "--as-is", "embeddings inside one set"),
+        (
+            ("train.parquet", "--against", "eval.parquet", "--min-cosine", "0.9"),
+            "--min-cosine 0.9",
+            "hashes against other sets",
+        ),
+    ):
+        assert error(*arguments) == f"{option} is of no use to a search by {search}."
 
 
 def test_the_scan_of_another_source_is_not_used(inside):

@@ -217,7 +217,6 @@ def _add_decontaminate(add_verb: Callable[..., argparse.ArgumentParser]) -> None
     verb.add_argument(
         "--min-cosine",
         type=float,
-        default=0.975,
         help="of embeddings, folders of `align embed` (default: 0.975, as in the paper)",
     )
     verb.add_argument(

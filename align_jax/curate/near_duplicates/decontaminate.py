@@ -35,7 +35,7 @@ def decontaminate(
     out_dir: str | os.PathLike,
     *,
     max_distance: int | None = None,
-    min_cosine: float = search.MIN_COSINE,
+    min_cosine: float | None = None,
     copies: bool = True,
     sheet: bool = False,
     engine: str = "duckdb",
@@ -63,7 +63,7 @@ def decontaminate(
       max_distance: of hashes, bits of 64. Default 8 against other sets, where re-encoded, resized
         and brightened copies are mostly found (docs/curation.md), and 4 inside one, where the
         chance matches grow with the square of the images.
-      min_cosine: of embeddings; pairs above it match.
+      min_cosine: of embeddings; pairs above it match. Default 0.975, as in the paper.
       copies: whether evaluation images that were scanned are also compared as people crop, mirror
         and frame them (perceptual_hash.COPIES).
       sheet: whether to draw up to 24 matched pairs, of all distances.
@@ -72,14 +72,13 @@ def decontaminate(
 
     Raises:
       ValueError: an unusable input, an `out_dir` of another call, hashes beside embeddings,
-        embeddings of different models, or a sheet of images that no scan has located.
+        embeddings of different models, an option that the sets have no use for, or a sheet of
+        images that no scan has located.
     """
     import_parquet()  # a missing package is named before hours of work
     writing.check_local(out_dir, "--out")
-    if max_distance is None:
-        max_distance = MAX_DISTANCE if against else MAX_DISTANCE_INSIDE
-    check_distance(max_distance)
-    search.check_cosine(min_cosine)
+    check_distance(max_distance or 0)
+    search.check_cosine(search.MIN_COSINE if min_cosine is None else min_cosine)
     engines.check_engine(engine)
     engines.check_memory(memory_gib)
     names = [train, *against]
@@ -93,6 +92,16 @@ def decontaminate(
         )
     if embedded and sheet:
         raise ValueError("--sheet needs scans: embeddings do not say where the images are.")
+    by = "embeddings" if embedded else "hashes"
+    where = "against other sets" if against else "inside one set"
+    useless = {
+        f"--max-distance {max_distance}": embedded and max_distance is not None,
+        f"--min-cosine {min_cosine}": not embedded and min_cosine is not None,
+        "--as-is": not copies and (embedded or not against),
+        f"--engine {engine}": engine != "duckdb" and (embedded or against),
+    }
+    for option in (option for option, is_useless in useless.items() if is_useless):
+        raise ValueError(f"{option} is of no use to a search by {by} {where}.")
     out = Path(out_dir)
     _find_report(out, names)  # that of other names is refused before anything is scanned
     with (
@@ -100,8 +109,11 @@ def decontaminate(
         writing.explaining_full_disk(out_dir),
     ):
         if embedded:
-            report = _by_embeddings(names, out, min_cosine)
+            cosine = search.MIN_COSINE if min_cosine is None else min_cosine
+            report = _by_embeddings(names, out, cosine)
         else:
+            if max_distance is None:
+                max_distance = MAX_DISTANCE if against else MAX_DISTANCE_INSIDE
             options = {"max_distance": max_distance, "copies": copies, "sheet": sheet}
             report = _by_hashes(names, out, options, engine, memory_gib)
     return report
