@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 from align_jax import align, mesh, train
 from align_jax import config as config_lib
-from align_jax.run import plots
 
 BASE = {
     "model.image.variant": "femto",
@@ -77,7 +76,6 @@ class Run:
             self._watch_source(patch)
             self._watch_evaluators(patch)
             patch.setattr(train.image_embeddings.ImageEmbeddings, "check", lambda *args: None)
-            patch.setattr(plots, "write_plots", lambda *args, **kwargs: None)
             train.train_and_evaluate(config, workdir)
         self.threads = len(self._readers)
         self.batches = {

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import gc
 import os
 import shutil
 import tempfile
@@ -28,6 +29,7 @@ LONGEST = (
 
 
 def pytest_configure(config):
+    gc.disable()  # while the test files are imported: hardly anything of theirs is garbage
     if hasattr(config.option, "loadscopereorder"):  # else files of many tests would come first
         config.option.loadscopereorder = False
 
@@ -35,6 +37,14 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+def pytest_collection_finish():
+    # A quarter of the time of many tests went into collections of the garbage of tracing, which
+    # visited all that was imported each time.
+    gc.freeze()
+    gc.set_threshold(5000, 10, 50)
+    gc.enable()
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 from align_jax import embed, train, trees
 from align_jax.cli import main as cli
 from align_jax.data import images
+from align_jax.run import plots
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220)}
 
@@ -264,8 +265,12 @@ class StubStep:
         return None
 
     def patch(self, monkeypatch):
-        """Makes `align train` in this process use the stub, on one device; returns the stub."""
+        """Makes `align train` in this process use the stub, on one device; returns the stub.
+
+        Such a run draws no plots.
+        """
         train_on_one_device(monkeypatch)
+        monkeypatch.setattr(plots, "write_plots", lambda *args, **kwargs: [])
         monkeypatch.setattr(train.train_step, "compile_train_step", lambda *args, **_: self)
         return self
 

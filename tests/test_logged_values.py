@@ -72,7 +72,7 @@ def test_lines_hold_every_value_of_their_own_step(command, monkeypatch):
 
 def test_chance_is_twice_the_logarithm_of_the_batch(command, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots, "write_plots", lambda *_, **options: drawn.append(options))
     Values(lambda step: {}).patch(monkeypatch)
+    monkeypatch.setattr(plots, "write_plots", lambda *_, **options: drawn.append(options))
     assert command("chance", "train.batch_size=16") == 0
     assert drawn and {options["chance_loss"] for options in drawn} == {2 * math.log(16)}

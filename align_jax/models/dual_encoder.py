@@ -6,6 +6,8 @@ the sigmoid loss only, the scalar `bias`, which no tower uses; adapted models ha
 Source: Jia et al. 2021, section 4.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -168,6 +170,11 @@ def is_locked(model: Model, params: dict, tower: str) -> bool:
 
 def abstract_variables(model: Model) -> Variables:
     """Returns the variables as `jax.ShapeDtypeStruct`s; computes nothing."""
+    return jax.tree.map(lambda leaf: leaf, _shapes(model))  # dicts of the caller's own
+
+
+@functools.lru_cache(maxsize=8)  # tracing takes a second or more, and several parts of a run ask
+def _shapes(model: Model) -> Variables:
     images = jnp.zeros((1, 64, 64, 3), jnp.uint8)  # no parameter depends on the image size
     ids = jnp.zeros((1, 1), jnp.int32)
     inputs = (images, ids, jnp.ones_like(ids)) if isinstance(model, DualEncoder) else (images,)
