@@ -35,6 +35,8 @@ ENCODERS = {  # without pooler, 30,522 wordpieces
 }
 VOCAB = 50
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def small_model(**changes):
     base = config.default_config()
@@ -173,10 +175,9 @@ def test_train_mode_changes_batch_stats_and_eval_mode_does_not():
 def test_frozen_batch_norm_in_train_mode_equals_eval_mode():
     frozen = small_model(**{"bn_mode": "frozen", "image.drop_path_rate": 0.0})
     batch, variables = make_batch(), random_variables(small_model())
-    z_train, *_, stats = dual_encoder.apply_towers(
-        frozen, variables, batch, train=True, keys=keys_of(batch)
-    )
-    z_eval, *_ = dual_encoder.apply_towers(frozen, variables, batch, train=False)
+    towers = jax.jit(partial(dual_encoder.apply_towers, frozen), static_argnames="train")
+    z_train, *_, stats = towers(variables, batch, train=True, keys=keys_of(batch))
+    z_eval, *_ = towers(variables, batch, train=False)
     np.testing.assert_array_equal(z_train, z_eval)
     jax.tree.map(np.testing.assert_array_equal, stats, variables["batch_stats"])
 
@@ -228,5 +229,6 @@ def test_padding_modes_differ_only_on_odd_inputs():
 
 def test_too_many_tokens_is_an_error_naming_both_limits():
     model = small_model(**{"text.max_positions": 8})
+    towers = partial(dual_encoder.apply_towers, model, train=False)
     with pytest.raises(ValueError, match="12 exceeds the 8 positions"):
-        dual_encoder.apply_towers(model, random_variables(model), make_batch(), train=False)
+        jax.eval_shape(towers, dual_encoder.abstract_variables(model), make_batch())
