@@ -322,23 +322,25 @@ def rare_tokens(*, top: int, source: str) -> Rule:
         sums = engine.first(t.agg(n=t.num_words.sum(), bigrams=(t.num_words - 1).sum()))
         if sums["n"] is None or sums["n"] + sums["bigrams"] <= top:
             return None
-        unigrams = t.select(token=t.words.unnest())
-        if engine.first(unigrams.agg(n=unigrams.token.nunique()))["n"] + sums["bigrams"] <= top:
-            return None  # there cannot be more different tokens than `top`
+        if sums["bigrams"] <= top:
+            unigrams = t.select(token=t.words.unnest())
+            different = engine.first(unigrams.agg(n=unigrams.token.nunique()))["n"]
+            if different + sums["bigrams"] <= top:
+                return None  # there cannot be more different tokens than `top`
         t = t.mutate(bigrams=_bigrams(t.words))
         tokens = t.select(token=t.words.concat(t.bigrams).unnest())
-        counts = engine.store(tokens.group_by("token").agg(n=tokens.count()))
+        # Most tokens occur once: how many follows from the rest, and they are rare or all are not.
+        counts = tokens.group_by("token").agg(n=tokens.count())
+        counts = engine.store(counts.filter(counts.n > 1))
         histogram = engine.all(counts.group_by("n").agg(different=counts.count()))
-        least, num_frequent = _count_of_rank(histogram, top)
-        num_rare = sum(row["different"] for row in histogram) - num_frequent
-        if not num_rare:
+        repeated = sum(row["n"] * row["different"] for row in histogram)
+        histogram.append({"n": 1, "different": sums["n"] + sums["bigrams"] - repeated})
+        least = _count_of_rank(histogram, top)
+        if all(row["n"] >= least or not row["different"] for row in histogram):
             return None
         # A bigram is never more frequent than its unigrams, so bigrams say it all but for one word.
         t = t.select("row", token=ibis.ifelse(t.num_words > 1, t.bigrams, t.words).unnest())
-        if num_rare <= num_frequent:
-            t = t.semi_join(counts.filter(counts.n < least).select("token"), "token")
-        else:
-            t = t.anti_join(counts.filter(counts.n >= least).select("token"), "token")
+        t = t.anti_join(counts.filter(counts.n >= least).select("token"), "token")
         return t.select("row").distinct()
 
     return Rule(
@@ -355,14 +357,14 @@ def _bigrams(words: ir.ArrayValue) -> ir.ArrayValue:
     return positions.map(lambda i: words[i - 1].concat(" ", words[i]))
 
 
-def _count_of_rank(histogram: list[dict[str, int]], top: int) -> tuple[int, int]:
-    """Returns the count of the `top`-th most frequent token, how many have it or more."""
+def _count_of_rank(histogram: list[dict[str, int]], top: int) -> int:
+    """Returns the count of the `top`-th most frequent token, or of the last of fewer."""
     seen, least = 0, 0
     for row in sorted(histogram, key=lambda row: -row["n"]):
         seen, least = seen + row["different"], row["n"]
         if seen >= top:
             break
-    return least, seen
+    return least
 
 
 def domains(listed: str | os.PathLike | Iterable[str], *, source: str, allow: bool = False) -> Rule:
