@@ -143,6 +143,7 @@ def test_url_list_has_each_url_once_with_its_first_text(tmp_path):
         "caption": ["1", "2"],
         "id": ["v", "w"],
     }
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_wrong_joins_are_one_line(tmp_path, capfd, monkeypatch):

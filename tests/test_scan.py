@@ -192,6 +192,24 @@ def test_a_rerun_after_kill_9_gives_the_bytes_of_an_uninterrupted_run(inside):
     assert not parts.exists()
 
 
+def test_a_kill_before_the_result_is_there_leaves_nothing_beside_the_parts(inside):
+    make_pairs(inside, 4)
+    before = set(inside.iterdir())
+    code = (
+        "import os, signal; from align_jax.curate import parts, scan as s\n"
+        "parts.writing.move = lambda source, target: (\n"
+        "    os.kill(os.getpid(), signal.SIGKILL) if str(source).endswith('result.tmp')\n"
+        "    else os.replace(source, target))\n"
+        f"s.scan({PAIRS!r}, 'out.parquet')"
+    )
+    process = subprocess.run([sys.executable, "-c", code], env=environment())
+    assert process.returncode == -9
+    parts = inside / ".out.parquet.parts"
+    assert set(inside.iterdir()) - before == {parts} and (parts / "result.tmp").exists()
+    scan(PAIRS, "out.parquet")
+    assert set(inside.iterdir()) - before == {inside / "out.parquet"}
+
+
 def test_parts_of_another_source_are_not_used(inside):
     make_pairs(inside, 12)
     parts = inside / ".out.parquet.parts"

@@ -372,6 +372,9 @@ def test_interrupted_vocabulary_goes_on_after_its_last_part(tmp_path, monkeypatc
     monkeypatch.setattr(vocabulary, "write_counts", lambda *a: written.append(a) or write(*a))
     assert vocab.train_vocabulary(spec, out, 300).fingerprint() == whole.fingerprint()
     assert len(written) == 3
+    (out / f".tokenizer.json.{'0' * 32}.tmp").touch()  # of a killed run
+    vocab.train_vocabulary(spec, out, 300)
+    assert not list(out.glob(".*"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 

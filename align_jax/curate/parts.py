@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 
 from align_jax.storage import writing
@@ -10,8 +11,9 @@ from align_jax.storage import writing
 _SOURCE_FILE = "source.json"
 
 
-def folder_of(out: str) -> str:
+def folder_of(out: str | os.PathLike) -> str:
     """Returns the folder that holds the parts of a file."""
+    out = os.path.realpath(out)
     return os.path.join(os.path.dirname(out), f".{os.path.basename(out)}.parts")
 
 
@@ -28,6 +30,18 @@ def checked(folder: str, content: dict, work: str) -> Iterator[None]:
         if set(os.listdir(folder)) <= {_SOURCE_FILE, writing.LOCK_FILE}:
             os.remove(os.path.join(folder, _SOURCE_FILE))
         raise
+
+
+@contextlib.contextmanager
+def result(folder: str, out: str | os.PathLike) -> Iterator[str]:
+    """Yields the path of a file that becomes `out` when it is complete; the parts go then.
+
+    It lies among the parts, so that what a killed run leaves of it goes with them.
+    """
+    path = os.path.join(folder, "result.tmp")
+    yield path
+    writing.move(path, os.path.realpath(out))
+    shutil.rmtree(folder)
 
 
 def paths(folder: str, count: int) -> list[str]:

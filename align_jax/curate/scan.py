@@ -109,7 +109,7 @@ def scan(
         for _ in show_progress(done, sum(unit.expected for unit in left), "scan", size=int):
             pass
         made = _merge(paths, source, head, out)
-        shutil.rmtree(parts_dir)
+        shutil.rmtree(parts_dir, ignore_errors=True)  # where nothing was made of the parts
     if not made["images"]:
         raise ValueError(f"{source.describe()} holds no usable image: {made['unusable']}.")
     return made
@@ -231,7 +231,11 @@ def _merge(paths: list[str], source: sources.PairSource, head: dict, out: str) -
     metadata = {scan_unit.METADATA: json.dumps(made, sort_keys=True)}
     schema = scan_unit.schema().with_metadata(metadata)
     first = 0  # index of the part's first record
-    with writing.replacing(out) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
+    folder = os.path.dirname(paths[0])
+    with (
+        parts_lib.result(folder, out) as temporary,
+        parquet.ParquetWriter(temporary, schema) as writer,
+    ):
         for number, path in enumerate(paths):
             table = parquet.read_table(path).replace_schema_metadata(schema.metadata)
             gone = _rows_of(table["index"].to_numpy(), repeated.get(number))

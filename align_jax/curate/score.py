@@ -6,7 +6,6 @@ is (beauty), as LAION used CLIP.
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -97,7 +96,6 @@ def score(
         for _ in show_progress(done, total, "score", "row" if table else "pair", size=int):
             count += 1
         made = _merge(parts_lib.paths(folder, count), source, model, [column, *texts], out)
-        shutil.rmtree(folder)
     return made
 
 
@@ -304,7 +302,11 @@ def _merge(
         "problems": report(problems, source.describe()),
     }
     schema = parquet.read_schema(paths[0]).with_metadata({_METADATA: json.dumps(made)})
-    with writing.replacing(out) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
+    folder = os.path.dirname(paths[0])
+    with (
+        parts_lib.result(folder, out) as temporary,
+        parquet.ParquetWriter(temporary, schema) as writer,
+    ):
         for path in paths:
             writer.write_table(parquet.read_table(path).replace_schema_metadata(schema.metadata))
     return made

@@ -87,10 +87,11 @@ def train_vocabulary(
         units = workers.plan(opened, _RECORDS)
         stamp, unit_name = identity.stamp(opened), "caption"
         most = sum(unit.expected for unit in units) // _RECORDS
-    os.makedirs(out_dir, exist_ok=True)  # no hours of work for a folder that cannot be made
-    folder = parts_lib.folder_of(os.path.abspath(out_dir))
+    folder = parts_lib.folder_of(out_dir)
     content = {"stamp": stamp, "column": column, "strip_accents": strip_accents}
     with (
+        # First the folder of the result: no hours of work for one that cannot be made.
+        writing.locked(out_dir, "align vocab"),
         writing.locked(folder, "align vocab", shown=out_dir),
         parts_lib.checked(folder, content | {"align_jax": __version__}, "count of words"),
     ):
@@ -112,9 +113,9 @@ def train_vocabulary(
             counts, size, strip_accents=strip_accents, progress=show_progress
         )
         trained.save(out_dir)
+        content = {"source": source, "problems": report(problems, source)}
+        writing.write_json(os.path.join(out_dir, "report.json"), content, ensure_ascii=False)
         shutil.rmtree(folder)
-    content = {"source": source, "problems": report(problems, source)}
-    writing.write_json(os.path.join(out_dir, "report.json"), content, ensure_ascii=False)
     return trained
 
 

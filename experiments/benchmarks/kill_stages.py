@@ -47,6 +47,13 @@ sys.exit(code)
 SCENES = "scenes?size={}&seed=1"
 STAGES = {
     "scan": ["scan", SCENES.format(3000), "--out", "OUT/scan.parquet"],
+    "curate": ["curate", "table.parquet", "--preset", "coyo", "--out", "OUT"],
+    "curate_metaclip": ["curate", "table.parquet", "--preset", "metaclip"]
+    + ["--metadata", "entries.txt", "--partitioned", "--out", "OUT"],
+    "curate_images": ["curate", "table.parquet", "--preset", "datacomp-image"]
+    + ["--file", "embeddings=images", "--file", "targets=others", "--out", "OUT"],
+    "vocab": ["vocab", SCENES.format(3000), "--size", "200", "--out", "OUT"],
+    "decontaminate_inside": ["decontaminate", SCENES.format(400), "--out", "OUT"],
     "decontaminate": ["decontaminate", SCENES.format(400), "--against", SCENES.format(150)]
     + ["--sheet", "--out", "OUT"],
     "decontaminate_embeddings": ["decontaminate", "images", "--against", "others", "--out", "OUT"],
@@ -62,6 +69,7 @@ STAGES = {
     "index_copy": ["index", "copy", "--index", "index", "--to", "OUT"],
 }
 MADE_BEFORE = {
+    "table.parquet": ["scan", SCENES.format(3000), "--out", "table.parquet"],
     "model": ["train", "--config", "config.py", "--workdir", "model"],
     "images": ["embed", "--images", SCENES.format(1500), "--model", "model", "--out", "images"],
     "others": ["embed", "--images", SCENES.format(200), "--model", "model", "--out", "others"],
@@ -81,6 +89,7 @@ def main() -> int:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "config.py").write_text(CONFIG.replace("STEPS", "6"))
+    (folder / "entries.txt").write_text("red\ncircle\nblue\nsquare\n")
     failed = 0
     for name in filter(re.compile(args.only).search, STAGES):
         make_inputs(folder, STAGES[name])
@@ -117,6 +126,7 @@ def main() -> int:
 def make_inputs(folder: Path, command: list[str]) -> None:
     """Makes what a command reads, and first what that reads."""
     for part in command:
+        part = part.rpartition("=")[2]  # of --file NAME=FOLDER
         if part in MADE_BEFORE and not (folder / part).exists():
             make_inputs(folder, [other for other in MADE_BEFORE[part] if other != part])
             finish(folder, MADE_BEFORE[part])

@@ -1,13 +1,13 @@
 """What others take of a curation: a list that img2dataset downloads, a subset file of DataComp."""
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from align_jax.curate import parts
 from align_jax.data.sources import subsets
 from align_jax.data.sources.column_names import find_column
 from align_jax.data.sources.record import hash_key
@@ -41,26 +41,28 @@ def write_url_list(kept: Sequence[str], path: str | os.PathLike, key_name: str) 
     groups = [
         (file, group) for file in kept for group in range(pq.read_metadata(file).num_row_groups)
     ]
-    folder = os.path.dirname(os.path.abspath(path))
-    with tempfile.TemporaryDirectory(prefix=".urls_", dir=folder) as hashes:
-        for number, group in enumerate(groups):
-            np.save(os.path.join(hashes, f"{number}.npy"), _hashes(*group))
-        # Two urls of the same 64 bits would be one: n^2 / 2^65 such among n.
-        repeated = find_repeated(
-            lambda number: np.load(os.path.join(hashes, f"{number}.npy")), len(groups)
-        )
     names = {"url": "url", "text": "caption", "key": key_name}
     names |= {name: name for name in schema.names if name.lower() in _OTHERS}
     target = pa.schema([(new, schema.field(old).type) for old, new in names.items()])
-    count = 0
-    with writing.replacing(path) as temporary, pq.ParquetWriter(temporary, target) as writer:
-        for number, (file, group) in enumerate(groups):
-            table = pq.ParquetFile(file).read_row_group(group, columns=list(names))
-            stays = _has_url(table)
-            stays[np.flatnonzero(stays)[repeated.get(number, [])]] = False
-            table = table.filter(pa.array(stays)).select(list(names)).rename_columns(target.names)
-            count += len(table)
-            writer.write_table(table)
+    folder, count = parts.folder_of(path), 0
+    with (
+        writing.locked(folder, "align curate", shown=path),
+        writing.explaining_full_disk(folder),
+    ):
+        for number, group in enumerate(groups):
+            np.save(os.path.join(folder, f"{number}.npy"), _hashes(*group))
+        # Two urls of the same 64 bits would be one: n^2 / 2^65 such among n.
+        repeated = find_repeated(
+            lambda number: np.load(os.path.join(folder, f"{number}.npy")), len(groups)
+        )
+        with parts.result(folder, path) as temporary, pq.ParquetWriter(temporary, target) as writer:
+            for number, (file, group) in enumerate(groups):
+                table = pq.ParquetFile(file).read_row_group(group, columns=list(names))
+                stays = _has_url(table)
+                stays[np.flatnonzero(stays)[repeated.get(number, [])]] = False
+                table = table.filter(pa.array(stays)).select(list(names))
+                count += len(table)
+                writer.write_table(table.rename_columns(target.names))
     return count
 
 
@@ -92,7 +94,10 @@ def write_subset(kept: Sequence[str], path: str | os.PathLike) -> int:
       ValueError: they do not.
     """
     column = find_column(pq.read_schema(kept[0]).names, ("uid", "key"))
-    return subsets.write_subset(path, _values(kept, column), f"--subset, column {column}")
+    folder = parts.folder_of(path)
+    with writing.locked(folder, "align curate", shown=path), parts.result(folder, path) as made:
+        count = subsets.write_subset(made, _values(kept, column), f"--subset, column {column}")
+    return count
 
 
 def _values(kept: Sequence[str], column: str) -> Iterator[list[str]]:
