@@ -80,6 +80,10 @@ class Rows:
     def num_devices(self) -> int:
         return self.mesh.size
 
+    @property
+    def on_cpu(self) -> bool:
+        return self.mesh.devices.flat[0].platform == "cpu"
+
     def __call__(self, x: Any) -> Any:
         """Returns a tree of arrays, each with the sharding of a batch."""
         return jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh))

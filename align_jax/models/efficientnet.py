@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from align_jax.models import init, layers
+from align_jax.models import chunked_mbconv, init, layers
 
 Keys = jax.Array | tuple[None, ...]  # [blocks, B], or a None for each block
 
@@ -147,6 +147,10 @@ class Settings:
             "kernel_init": init.zeros,
         }
 
+    def group(self, x: jax.Array) -> int:
+        """Returns the images [B, H, W, C] that one set of BatchNorm statistics covers."""
+        return x.shape[0] if self.bn_mode == "global" else self.bn_group_size
+
     def norm(self, name: str) -> layers.GroupedBatchNorm:
         return layers.GroupedBatchNorm(
             self.bn_mode, self.bn_group_size, self.train, self.bn_eps, name=name
@@ -274,6 +278,7 @@ class MBConv(nn.Module):
 
     The first block of a stage has no residual, even at equal widths (Hugging Face's rule; the
     original asks for stride 1 and equal widths, which is the same for every published size).
+    On CPUs it trains on some images after the other, see `chunked_mbconv`.
     """
 
     stage: StageSpec
@@ -288,19 +293,26 @@ class MBConv(nn.Module):
         drop_rate, keys = rate_and_keys
         stage, settings = self.stage, self.settings
         x = settings.constrain(x)
+        stride = stage.stride if self.is_first else 1
+        # The symmetric padding of a strided convolution is that of an unstrided one.
+        padding = layers.conv_padding(
+            settings.padding, stage.kernel_size, 1 if self.symmetric else stride, x.shape[1:3]
+        )
+        run, residual = self._in_chunks if self._runs_in_chunks(x) else self._at_once, x
+        x = run(x, stride, padding)
+        if not self.is_first:
+            x = layers.drop_path(x, drop_rate, keys) + residual
+        return settings.constrain(x), None
+
+    def _at_once(self, x: jax.Array, stride: int, padding: layers.Padding) -> jax.Array:
+        stage, settings = self.stage, self.settings
         activate = layers.ACTIVATIONS[settings.activation]
         in_channels = x.shape[-1]
-        stride = stage.stride if self.is_first else 1
-        residual = x
         if stage.expand_ratio != 1:
             x = nn.Dense(in_channels * stage.expand_ratio, name="expand", **settings.conv_kwargs())(
                 x
             )
             x = activate(settings.norm("expand_bn")(x))
-        # The symmetric padding of a strided convolution is that of an unstrided one.
-        padding = layers.conv_padding(
-            settings.padding, stage.kernel_size, 1 if self.symmetric else stride, x.shape[1:3]
-        )
         x = layers.DepthwiseConv(
             stage.kernel_size, stride, padding, settings.dtype, name="depthwise"
         )(x)
@@ -308,10 +320,23 @@ class MBConv(nn.Module):
         squeezed = max(1, int(in_channels * settings.squeeze_ratio))
         x = _SqueezeExcite(squeezed, settings, name="squeeze")(x)
         x = nn.Dense(stage.out_channels, name="project", **settings.conv_kwargs())(x)
-        x = settings.norm("project_bn")(x)
-        if not self.is_first:
-            x = layers.drop_path(x, drop_rate, keys) + residual
-        return settings.constrain(x), None
+        return settings.norm("project_bn")(x)
+
+    def _runs_in_chunks(self, x: jax.Array) -> bool:
+        settings, rows = self.settings, self.settings.constrain
+        normalises_by_batch = settings.train and settings.bn_mode != "frozen"
+        whole_groups = x.shape[0] % (settings.group(x) * rows.num_devices) == 0
+        return rows.on_cpu and normalises_by_batch and whole_groups and not self.is_initializing()
+
+    def _in_chunks(self, x: jax.Array, stride: int, padding: layers.Padding) -> jax.Array:
+        s = self.settings
+        block = chunked_mbconv.Block(
+            stride, padding, s.activation, s.group(x), s.bn_eps, jnp.dtype(s.dtype)
+        )
+        x, moments = chunked_mbconv.run(block, s.constrain, self.variables["params"], x)
+        for name, of_norm in moments.items():
+            self.put_variable("batch_stats", name, of_norm)
+        return x
 
 
 class FusedMBConv(MBConv):

@@ -30,6 +30,7 @@ class Constrain(Protocol):
     """Knows on which devices the rows of activations [B, ...] lie (`mesh.Rows`)."""
 
     num_devices: int
+    on_cpu: bool  # whether these are CPUs
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns x with its sharding pinned to that.
@@ -47,6 +48,7 @@ class Constrain(Protocol):
 
 class _OneDevice:
     num_devices = 1
+    on_cpu = False  # unknown: nothing is chosen for a platform
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x
