@@ -192,21 +192,29 @@ def test_a_rerun_after_kill_9_gives_the_bytes_of_an_uninterrupted_run(inside):
     assert not parts.exists()
 
 
-def test_a_kill_before_the_result_is_there_leaves_nothing_beside_the_parts(inside):
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_kill_around_the_last_rename_leaves_nothing_beside_the_result(inside, when):
     make_pairs(inside, 4)
     before = set(inside.iterdir())
     code = (
         "import os, signal; from align_jax.curate import parts, scan as s\n"
-        "parts.writing.move = lambda source, target: (\n"
-        "    os.kill(os.getpid(), signal.SIGKILL) if str(source).endswith('result.tmp')\n"
-        "    else os.replace(source, target))\n"
+        "def move(source, target):\n"
+        "    last = str(source).endswith('result.tmp')\n"
+        f"    if not last or {when!r} == 'after':\n        os.replace(source, target)\n"
+        "    if last:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "parts.writing.move = move\n"
         f"s.scan({PAIRS!r}, 'out.parquet')"
     )
     process = subprocess.run([sys.executable, "-c", code], env=environment())
     assert process.returncode == -9
     parts = inside / ".out.parquet.parts"
-    assert set(inside.iterdir()) - before == {parts} and (parts / "result.tmp").exists()
-    scan(PAIRS, "out.parquet")
+    made = {inside / "out.parquet"} if when == "after" else set()
+    assert set(inside.iterdir()) - before == {parts, *made}
+    if when == "before":
+        scan(PAIRS, "out.parquet")
+    else:
+        with pytest.raises(ValueError, match="^out.parquet exists; name a new file.$"):
+            scan(PAIRS, "out.parquet")
     assert set(inside.iterdir()) - before == {inside / "out.parquet"}
 
 

@@ -44,6 +44,15 @@ def result(folder: str, out: str | os.PathLike) -> Iterator[str]:
     shutil.rmtree(folder)
 
 
+def is_finished(out: str | os.PathLike, work: str) -> bool:
+    """Returns whether the file is there; removes parts that a kill at the very end has left."""
+    folder = folder_of(out)
+    if os.path.exists(out) and os.path.isdir(folder):
+        with writing.locked(folder, work, shown=out):
+            shutil.rmtree(folder)
+    return os.path.exists(out)
+
+
 def paths(folder: str, count: int) -> list[str]:
     """Returns the path of each part."""
     return [os.path.join(folder, f"{number:06d}.parquet") for number in range(count)]

@@ -81,7 +81,7 @@ def scan(
     if num_workers < 1:
         raise ValueError(f"--workers {num_workers} must be at least 1.")
     import_parquet()  # a missing package is named before hours of work
-    if os.path.exists(out):
+    if parts_lib.is_finished(out, "align scan"):
         raise ValueError(f"{out} exists; name a new file.")
     writing.check_local(out, "--out")
     out = os.path.abspath(out)

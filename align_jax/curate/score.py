@@ -66,7 +66,7 @@ def score(
     Raises:
       ValueError: `out` exists, a table that lacks a column, or no row has a score.
     """
-    if os.path.exists(out):
+    if parts_lib.is_finished(out, "align score"):
         raise ValueError(f"{out} exists; name a new file.")
     writing.check_local(out, "--out")
     texts = {name: list(found) for name, found in (texts or {}).items()}

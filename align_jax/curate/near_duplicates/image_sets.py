@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from align_jax.curate import parts
 from align_jax.curate.scan import import_parquet, open_any, read_report, scan
 from align_jax.data.images import decode_image
 from align_jax.data.perceptual_hash import parse_hashes
@@ -135,7 +136,7 @@ def find_hashes(name: str, number: int, out_dir: str | os.PathLike) -> HashTable
     if not name.endswith(".parquet"):
         paths = [os.path.join(out_dir, f"scan-{number}.parquet")]
         os.makedirs(out_dir, exist_ok=True)
-        if not os.path.exists(paths[0]):
+        if not parts.is_finished(paths[0], "align scan"):
             scan(name, paths[0])
         elif (spec := read_report(paths[0])["spec"]) != name:
             raise ValueError(f"{paths[0]} is a scan of {spec}, not of {name}; name a new folder.")
