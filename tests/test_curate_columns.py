@@ -353,7 +353,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     (tmp_path / "none.py").write_text("")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").write_text("")
-    options = ["--preset", "align", "--out", "out", *arguments]
+    preset = () if "--preset" in arguments else ("--preset", "align")
+    options = [*preset, "--out", "out", *arguments]
     assert expected in error_of(capfd, "curate", name, *options)
     assert not (tmp_path / "out").exists()
 
@@ -367,6 +368,13 @@ def test_missing_and_mixed_sources_are_one_line(tmp_path, monkeypatch, capfd):
     (tmp_path / "two" / "a.tsv").write_text("text\na\n")
     message = error_of(capfd, "curate", "two", *options)
     assert "two holds .csv and .tsv files; choose one kind by a glob." in message
+    (tmp_path / "before").mkdir()
+    for name in ("kept", "dropped"):
+        pq.write_table(pa.table({"text": ["a"]}), tmp_path / "before" / f"{name}.parquet")
+    for source in ("before", "before/*.parquet"):
+        message = error_of(capfd, "curate", source, *options)
+        assert f"{source} holds what `align curate` kept and what it dropped; name " in message
+    assert message.endswith(os.path.join("before", "kept.parquet."))
 
 
 def test_real_tables_are_recognised(tmp_path):

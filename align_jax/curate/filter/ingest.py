@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from align_jax.curate.filter import columns, unigrams
+from align_jax.curate.filter import columns, report, unigrams
 from align_jax.curate.filter.metadata_table import Metadata, as_integer
 from align_jax.storage import writing
 from align_jax.storage.paths import find_paths
@@ -37,7 +37,7 @@ def find_files(source: str) -> list[str]:
     """Returns the table files of a path, a glob or a folder, sorted by name.
 
     Raises:
-      ValueError: none is there, or they are of several kinds.
+      ValueError: none is there, they are of several kinds, or both results of a curation.
     """
     if os.path.isdir(source):
         names = sorted(os.listdir(source))
@@ -58,6 +58,12 @@ def find_files(source: str) -> list[str]:
             )
     if len(kinds) > 1:
         raise ValueError(f"{source} holds {' and '.join(kinds)} files; choose one kind by a glob.")
+    for dropped in (path for path in found if os.path.basename(path) == report.DROPPED_FILE):
+        kept = os.path.join(os.path.dirname(dropped), report.KEPT_FILE)
+        if kept in found:
+            raise ValueError(
+                f"{source} holds what `align curate` kept and what it dropped; name {kept}."
+            )
     return found
 
 

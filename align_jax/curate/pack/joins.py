@@ -33,9 +33,9 @@ def check(source: PairSource, option: str, by: str) -> None:
             continue
         if find_column(metadata, (by.lower(),)) is not None:
             return
-        known = ", ".join(sorted(metadata)) or "none"
+        known = f"only {', '.join(sorted(metadata))}" if metadata else "nor any other"
         raise ValueError(
-            f"{option} {by}: records of {source.describe()} have no such metadata, only {known}; "
+            f"{option} {by}: records of {source.describe()} have no such metadata, {known}; "
             "img2dataset folders with their tables, Parquet tables and packed datasets have it."
         )
 
