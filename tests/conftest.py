@@ -55,6 +55,19 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(scope="module")
+def quick_depthwise():
+    """The form of depthwise convolutions of other devices, to which that of CPUs is equal.
+
+    That of CPUs has a multiplication for each pixel of a kernel: slow to compile.
+    """
+    from align_jax.models import layers
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "depthwise_conv", layers.native_depthwise_conv)
+        yield
+
+
 @pytest.fixture(scope="session")
 def project(tmp_path_factory):
     """A folder with packed pairs, two vocabularies, a config and a workdir of 10 (stub) steps."""

@@ -34,6 +34,9 @@ from align_jax.data.sources.record import Record
 from align_jax.evals import run_evaluators
 from align_jax.evals.retrieval import Retrieval
 
+pytestmark = pytest.mark.filterwarnings(  # pytest undoes ours
+    "ignore::PIL.Image.DecompressionBombWarning"
+)
 BENCHMARKS = Path(__file__).parents[1] / "experiments" / "benchmarks"
 
 

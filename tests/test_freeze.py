@@ -1,7 +1,6 @@
 """Frozen parameters cost nothing: no gradient, no optimizer state, no randomness, no memory."""
 
 import functools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 from align_jax import config, config_checks, losses, mesh, optim, train, train_step, trees
-from align_jax.models import dual_encoder, freeze, layers
+from align_jax.models import dual_encoder, freeze
 
 BATCH, SIZE, LENGTH, VOCAB = 16, 32, 8, 60
 
@@ -35,15 +34,9 @@ def make_batch(seed, batch=BATCH, size=SIZE):
     }
 
 
+pytestmark = pytest.mark.usefixtures("quick_depthwise")
 ONE = functools.partial(mesh.make_mesh, 1, 1)
 LOCKED = {"optim.image_lr_multiplier": 0.0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_depthwise():
-    # The form of CPUs has a multiplication for each pixel of a kernel: slow to compile.
-    with mock.patch.object(layers, "depthwise_conv", layers.native_depthwise_conv):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 
 from align_jax import config, mesh, train, train_step, trees
 
-BATCH, SIZE, LENGTH, VOCAB, STEPS = 64, 64, 10, 60, 5
+BATCH, SIZE, LENGTH, VOCAB, STEPS = 64, 32, 10, 60, 5
 
 # As the loss, to be the same numbers everywhere.
 WATCHED = (
@@ -26,7 +26,7 @@ WATCHED = (
 ZERO_GRADIENT = (r"/key/bias$", r"stage[12]/block0/project_bn/bias$")
 
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("quick_compile", "quick_depthwise")
 slow = pytest.mark.slow
 
 
