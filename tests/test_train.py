@@ -57,7 +57,7 @@ def inside(project, monkeypatch):
 
 
 def child_env(project, **variables):
-    return environment(cache=project / "cache", **variables)
+    return environment(cache=project / "cache", **FAST_COMPILE, **variables)
 
 
 def train_step_lines(workdir, prefix="train/"):
@@ -188,7 +188,7 @@ def test_eight_devices_give_the_losses_of_one(project, straight, mesh):
     process = start_align(
         *("train", "--config", "config.py:plain", "--workdir", name, *mesh),
         cwd=project,
-        env=child_env(project, JAX_NUM_CPU_DEVICES="8", **FAST_COMPILE),
+        env=child_env(project, JAX_NUM_CPU_DEVICES="8"),
     )
     wait_for_line(project / name / "metrics.jsonl", lambda line: line["step"] >= 6, process)
     process.send_signal(signal.SIGTERM)
@@ -208,7 +208,7 @@ def test_diverging_run_stops_with_one_line_and_keeps_a_good_checkpoint(project):
         *("train", "--config", "config.py:plain", "--workdir", "diverged"),
         *("--config.optim.learning_rate=1e30", "--config.checkpoint.every_steps=1"),
         cwd=project,
-        env=child_env(project, **FAST_COMPILE),
+        env=child_env(project),
     )
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("align: ")]

@@ -26,7 +26,7 @@ WATCHED = (
 ZERO_GRADIENT = (r"/key/bias$", r"stage[12]/block0/project_bn/bias$")
 
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "quick_depthwise")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 slow = pytest.mark.slow
 
 
