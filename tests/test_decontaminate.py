@@ -110,7 +110,7 @@ def test_hashes_match_inside_a_set_up_to_4_bits_by_default(inside):
 
 
 @pytest.mark.parametrize("against", [True, False])
-def test_embeddings_match_above_a_cosine_of_0_975_by_default(inside, against):
+def test_embeddings_match_above_a_cosine_of_0_975_by_default(inside, against, capfd):
     cosines = np.array([0.974, 0.976], np.float32)
     z = np.zeros((4, 6), np.float32)
     z[0, 0] = z[1, 2] = 1
@@ -122,6 +122,12 @@ def test_embeddings_match_above_a_cosine_of_0_975_by_default(inside, against):
     report = decontaminate(*(("train", ["eval"]) if against else ("both", [])), "out")
     assert [row["key"] for row in read("out/drop.parquet")] == ["b"]
     assert report["min_cosine"] == 0.975
+    line = f"1 of {2 if against else 4} images of {'train' if against else 'both'} match: that many"
+    assert line in capfd.readouterr().err
+    if against:  # of many images it is nothing to look at
+        write_embeddings(inside / "many", list(map(str, range(30))), np.eye(30, 6, dtype="f"))
+        decontaminate("many", ["eval"], "few")
+        assert "that many" not in capfd.readouterr().err
 
 
 def test_a_sheet_has_24_pairs_of_all_distances(inside):

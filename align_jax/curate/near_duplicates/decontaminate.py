@@ -27,6 +27,7 @@ from align_jax.storage.text import read_json
 
 MAX_DISTANCE, MAX_DISTANCE_INSIDE = 8, 4
 REPORT_FILE = "report.json"
+_SUSPICIOUS = 0.1  # of the images, matched by embeddings
 
 
 def decontaminate(
@@ -208,6 +209,13 @@ def _by_embeddings(names: list[str], out: Path, min_cosine: float) -> dict:
         output.write(iter([matches]))
         report = {"method": "embedding", "min_cosine": min_cosine}
         report |= _report(facts, output, groups)
+        if report["dropped"] > _SUSPICIOUS * report["train"]["images"]:
+            line = (
+                f"{report['dropped']} of {report['train']['images']} images of {names[0]} match: "
+                f"that many copies are unlikely. Look at {out}/matches.parquet, and choose a "
+                "larger --min-cosine, or a model that has learned more."
+            )
+            print(line, file=sys.stderr, flush=True)
         report["call"] = identity.digest([json.dumps(call)])
         writing.write_json(out / REPORT_FILE, report, ensure_ascii=False)
     return report
