@@ -22,8 +22,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 # The files that take longest, in this order, before all others: so no worker of pytest-xdist is
 # left with one of them when the others are done.
 LONGEST = (
-    *("multihost", "launch", "train", "train_step", "towers", "divergence", "golden", "run_faults"),
-    *("config_keys", "average", "align_tokenizers", "init_from", "serve_clients", "hf_parity"),
+    *("multihost", "launch", "train", "train_step", "config_keys", "golden", "divergence"),
+    *("run_faults", "average", "align_tokenizers", "init_from", "serve_clients", "hf_parity"),
     *("export", "classify", "curate_workers", "lora", "freeze", "run_keeping", "plan_of_run"),
 )
 

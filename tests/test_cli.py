@@ -406,6 +406,18 @@ def test_every_argument_of_every_verb_that_may_be_a_path_refuses_a_bucket(inside
     assert len({verb for verb, _ in seen}) >= 17 and len(seen) > 60
 
 
+def test_garbage_is_collected_again_after_an_import(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "imported_seldom.py").write_text("import gc\nwhile_importing = gc.isenabled()\n")
+    (tmp_path / "imported_never.py").write_text("raise ValueError")
+    monkeypatch.setattr(cli.gc, "freeze", lambda: None)  # of a process of its own
+    cli._import("imported_seldom")
+    assert not sys.modules.pop("imported_seldom").while_importing and cli.gc.isenabled()
+    with pytest.raises(ValueError):
+        cli._import("imported_never")
+    assert cli.gc.isenabled()
+
+
 def verbs(parser):
     """((verb, or verb and action), its parser) of all."""
     for action in parser._actions:
