@@ -6,8 +6,9 @@ Each library has a process of its own with the same random weights and the same 
 turns: forward, loss, backward and AdamW, float32, no dropout, nothing rematerialised. Torch runs
 `transformers.AlignModel` in channels_last with the fused AdamW. Both losses of the first step are
 printed: equal where one BatchNorm group holds the batch, near otherwise, since torch knows no
-groups. CPU time counts all threads, those of torch that spin included. Needs the extra `test`;
-align-base takes 8 GiB. `--config.x=y` changes our config: `--config.model.remat=block`.
+groups. CPU time counts all threads, those of torch that spin included: on a busy machine set
+OMP_WAIT_POLICY=passive and GOMP_SPINCOUNT=0. Needs the extra `test`; align-base takes 8 GiB.
+`--config.x=y` changes our config, as in `--config.model.remat=block`.
 """
 
 import argparse
