@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import warnings
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -197,15 +199,23 @@ def read_lines(path):
 
 
 def read_checkpoint(workdir, step):
-    """Returns {name: array} of everything a checkpoint holds, read by Orbax alone."""
+    """Returns {name: array} of everything a checkpoint holds, read by Orbax and numpy alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is told no sharding, as it says
         items = ocp.load_checkpointables(Path(workdir).absolute() / "checkpoints" / str(step))
-    return {
+    small, start = items.pop("small"), 0
+    named = {
         f"{item}/{name}": np.asarray(leaf)
         for item, tree in items.items()
         for name, leaf in trees.named_leaves(tree)
     }
+    for name, dtype, shape in json.loads(bytes(small["index"])):
+        assert name not in named
+        stop = start + math.prod(shape) * jnp.dtype(dtype).itemsize
+        named[name] = np.frombuffer(bytes(small["bytes"])[start:stop], dtype).reshape(shape)
+        start = stop
+    assert start == len(small["bytes"])
+    return named
 
 
 def assert_same_bytes(left, right):

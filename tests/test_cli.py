@@ -260,13 +260,13 @@ def test_lost_config_of_a_run_is_one_line(inside, capfd):
 
 
 def test_damaged_checkpoint_is_named_with_a_way_out(inside, capfd):
-    os.rename("run/checkpoints/10/training", "run/set_aside")
+    os.rename("run/checkpoints/10/small", "run/set_aside")
     try:
         message = error_of(capfd, *TRAIN)
     finally:
-        os.rename("run/set_aside", "run/checkpoints/10/training")
+        os.rename("run/set_aside", "run/checkpoints/10/small")
     assert message.endswith(
-        "run/checkpoints/10 is damaged: its 'training' cannot be read. Remove that folder to use "
+        "run/checkpoints/10 is damaged: its 'small' cannot be read. Remove that folder to use "
         "the checkpoint before it."
     )
 

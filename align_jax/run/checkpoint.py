@@ -1,9 +1,10 @@
 """Checkpoints by Orbax: asynchronous, atomic, sharded. The only file that imports Orbax.
 
-A step holds three items: `weights` (parameters and BatchNorm statistics, or their averages where
-the run keeps them; loadable alone), `training` (step counter, optimizer state, what was averaged)
-and `data` (what the input has dropped so far; its position follows from the step). Differs from the
-design's two items: inference needs the weights without reading LAMB's moments, twice their size.
+A step holds four items: `weights` (parameters and BatchNorm statistics, or their averages where
+the run keeps them; loadable alone), `training` (step counter, optimizer state, what was averaged),
+`small` (those of both that are small, see `packed`) and `data` (what the input has dropped so far;
+its position follows from the step). Differs from the design's two items: inference needs the
+weights without reading LAMB's moments, twice their size.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from align_jax import trees
-from align_jax.run import readers
+from align_jax.run import packed, readers
 from align_jax.state import TrainState
 
 
@@ -78,18 +79,16 @@ class Checkpointer:
             return
         if jax.process_index() == 0 and self._kept.removes:
             readers.clear(self.folder.parent, set(saved))
-        items = {
-            "weights": state.served(),
-            "training": _training(state),
-            "data": data,
-        }
+        expected = {"weights": state.served(), "training": _training(state)}
+        large, small = packed.pack(_plain(expected))
+        items = packed.nested(large.items()) | {"small": small, "data": data}
         # Without force, Orbax skips a step while the previous one is still being written.
         with self._storage(f"checkpoint {step} is not saved"):
             self._checkpointer.save_checkpointables_async(step, items, force=True)
         if not self._is_opened:
             self.wait()
             try:
-                self._check(step, items)
+                self._check(step, expected | {"data": data})
             except Exception as error:  # Orbax's own kinds among them: the storage is at fault
                 raise RuntimeError(
                     f"{self.folder} cannot hold checkpoints, the first one does not open: {error}"
@@ -126,14 +125,13 @@ class Checkpointer:
         Raises:
           ValueError: the checkpoint holds other tensors than the model has.
         """
-        saved = self._checkpointer.checkpointables_metadata(step).metadata.get("data") or {}
+        saved = self._metadata(step).get("data") or {}
         expected = {
             "weights": abstract.served(),
             "training": _training(abstract),
             "data": {n: _like(a, saved[n].shape) for n, a in data.items() if n in saved},
         }
-        self._check(step, expected)
-        items = self._checkpointer.load_checkpointables(step, expected)
+        items = self._load(step, expected)
         weights, training = items["weights"], items["training"]
         average = trees.shared(weights, abstract.average)
         state = TrainState(
@@ -154,8 +152,7 @@ class Checkpointer:
         Raises:
           ValueError: the checkpoint holds other tensors than the model has.
         """
-        self._check(step, {"weights": abstract})
-        return self._checkpointer.load_checkpointables(step, {"weights": abstract})["weights"]
+        return self._load(step, {"weights": abstract})["weights"]
 
     def close(self) -> None:
         """Waits for pending saves and releases Orbax's threads."""
@@ -176,19 +173,56 @@ class Checkpointer:
                 "continues from the one before."
             ) from error
 
-    def _check(self, step: int, expected: dict[str, Any]) -> None:
-        found = self._checkpointer.checkpointables_metadata(step).metadata
+    def _load(self, step: int, expected: dict[str, Any]) -> dict[str, Any]:
+        """Returns the trees of a step, each tensor in the dtype and sharding that is expected."""
+        small = self._check(step, expected)
+        named = _plain(expected)
+        large = packed.nested((n, leaf) for n, leaf in named.items() if n not in small)
+        # Checkpoints of earlier versions hold the trees as they are.
+        loaded = _plain(self._checkpointer.load_checkpointables(step, large if small else expected))
+        leaves = [
+            packed.placed(small[n], leaf) if n in small else loaded[n] for n, leaf in named.items()
+        ]
+        return jax.tree.unflatten(jax.tree.structure(expected), leaves)
+
+    def _check(self, step: int, expected: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Returns {name: array} of what is small, after all names and shapes were compared."""
+        found = {item: _plain(tree) for item, tree in self._metadata(step).items() if tree}
+        small: dict[str, np.ndarray] = {}
+        if "small" in found:
+            shapes = {name: np.zeros(leaf.shape, np.uint8) for name, leaf in found["small"].items()}
+            small = packed.unpack(
+                self._checkpointer.load_checkpointables(step, {"small": shapes})["small"]
+            )
+        lost = [
+            item
+            for item, tree in expected.items()
+            if item not in found
+            and not (tree and all(f"{item}/{name}" in small for name in _plain(tree)))
+        ]
+        if not small and "step" not in found.get("training", ()):
+            lost = ["small"]
+        if lost:
+            raise ValueError(
+                f"Checkpoint {self.folder / str(step)} is damaged: its {lost[0]!r} cannot be "
+                "read. Remove that folder to use the checkpoint before it."
+            )
         for item, tree in expected.items():
-            if found.get(item) is None:
-                raise ValueError(
-                    f"Checkpoint {self.folder / str(step)} is damaged: its {item!r} cannot be "
-                    "read. Remove that folder to use the checkpoint before it."
-                )
-            difference = trees.describe_difference(_plain(tree), _plain(found[item]), limit=2)
+            start = f"{item}/"
+            have = found.get(item, {}) | {
+                name.removeprefix(start): leaf
+                for name, leaf in small.items()
+                if name.startswith(start)
+            }
+            difference = trees.describe_difference(_plain(tree), have, limit=2)
             if difference:
                 raise ValueError(
                     f"Checkpoint {self.folder}, step {step}, does not fit the model: {difference}."
                 )
+        return small
+
+    def _metadata(self, step: int) -> dict[str, Any]:
+        return self._checkpointer.checkpointables_metadata(step).metadata
 
 
 class _Kept:
