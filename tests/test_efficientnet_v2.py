@@ -14,6 +14,8 @@ from align_jax import config, trees
 from align_jax.hf import config as hf_config
 from align_jax.models import dual_encoder, efficientnet, flops
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # keras.applications.EfficientNetV2B*: trainable weights without top_conv and top_bn.
 PUBLISHED = {"v2-b0": 5_610_384, "v2-b1": 6_611_732, "v2-b2": 8_391_406}
 
@@ -82,7 +84,8 @@ def test_fused_block_equals_torch_in_values_and_gradients(expand_ratio, stride, 
         (y, _), _ = block.apply(both, x, (0.0, None), mutable=["batch_stats"])
         return jnp.sum(jnp.sin(y)), y
 
-    (_, y), (d_params, dx) = jax.value_and_grad(ours, (0, 1), has_aux=True)(variables["params"], x)
+    gradients = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))
+    (_, y), (d_params, dx) = gradients(variables["params"], x)
 
     def tensor(leaf):
         return torch.tensor(np.asarray(leaf, np.float64), requires_grad=True)

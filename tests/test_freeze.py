@@ -34,7 +34,7 @@ def make_batch(seed, batch=BATCH, size=SIZE):
     }
 
 
-pytestmark = pytest.mark.usefixtures("quick_depthwise")
+pytestmark = pytest.mark.usefixtures("quick_compile", "quick_depthwise")
 ONE = functools.partial(mesh.make_mesh, 1, 1)
 LOCKED = {"optim.image_lr_multiplier": 0.0}
 
