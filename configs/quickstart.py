@@ -3,8 +3,9 @@
 align train --config configs/quickstart.py --workdir runs/quickstart
 
 4 min 22 s on 2 CPU cores, beside programs of lower priority. On 512 unseen scenes: image to text
-R@1 56.4 %, zero-shot colour 100 %, shape 92.6 %. Programs that round otherwise end some points away
-(seen: 54.9 and 91.0 %, 52.3 and 94.5 %, 48.8 and 87.7 %). Published score: none, the data is our own.
+R@1 56.4 %, zero-shot colour 100 %, shape 92.6 %. Programs that round otherwise end some points
+away (seen: 54.9 and 91.0 %, 52.3 and 94.5 %, 48.8 and 87.7 %). Published score: none, the data is
+our own.
 """
 
 from align_jax.config import default_config
