@@ -126,6 +126,8 @@ def test_what_is_small_and_whole_is_one_array():
     one_more = jax.device_put(np.zeros(65_537, np.float32), mesh_lib.replicated(mesh))
     assert packed.pack({"x": one_more})[0].keys() == {"x"}
     assert packed.pack({"x": one_more[1:]})[0].keys() == set()
+    like = jax.ShapeDtypeStruct((2,), jnp.bfloat16, sharding=mesh_lib.replicated(mesh))
+    assert packed.placed(np.float32([1.5, 2.5]), like).dtype == jnp.bfloat16
 
 
 def test_checkpoint_of_an_earlier_version_opens(tmp_path):
