@@ -65,7 +65,8 @@ setup(
         "onnx": ONNX,
         "fast": ["simplejpeg>=1.9,<2"],
         "spark": ["ibis-framework[pyspark]>=12,<13"],  # and Java 17 or later
-        "beam": ["apache-beam>=2.77,<3"],
+        # Beam holds protobuf below 7, with which later versions of sentencepiece do not import.
+        "beam": ["apache-beam>=2.77,<3", "sentencepiece<0.2.3"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "test": [

@@ -78,7 +78,7 @@ def test_eval_of_a_workdir_without_evaluators_says_what_to_give(inside, capfd):
         ),
         (("vocab", "nowhere", "--out", "new"), "nowhere does not exist; accepted: "),
         (("vocab", "data", "--out", "new", "--size", "10"), "--size 10 is too small; use at "),
-        (("vocab", "data", "--out", "config.py"), "config.py: File exists."),
+        (("vocab", "data", "--out", "config.py"), "config.py is a file; name a folder."),
     ],
 )
 def test_wrong_pack_and_vocab_arguments_are_one_line(inside, capfd, arguments, message):
