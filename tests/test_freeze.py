@@ -172,7 +172,9 @@ def test_freezing_nothing_or_all_is_one_line_before_anything_compiles(changes, m
 
 
 @pytest.mark.slow
-def test_locked_tower_needs_at_most_15_percent_of_the_temporaries():
+def test_locked_tower_needs_at_most_15_percent_of_the_temporaries(monkeypatch):
+    # As accelerators compile it. In chunks, as CPUs do, all takes 138 MiB, not 272; locked 27.
+    monkeypatch.setattr(mesh.Rows, "on_cpu", False)
     m, sizes = ONE(devices=jax.devices()[:1]), {}
     batch = {
         name: jax.ShapeDtypeStruct(value.shape, value.dtype)

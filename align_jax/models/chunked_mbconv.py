@@ -128,17 +128,20 @@ def _forward(block: Block, params: dict, x: jax.Array) -> tuple[tuple[jax.Array,
     h = x
     if "expand" in params:
         kernel = params["expand"]["kernel"]
-        h, norms["expand_bn"] = loop.with_moments(lambda x: block.dense(kernel, x), x)
+        with jax.named_scope("expand"):
+            h, norms["expand_bn"] = loop.with_moments(lambda x: block.dense(kernel, x), x)
 
     def depthwise(h: jax.Array, *norm: jax.Array) -> jax.Array:
         return block.depthwise(params["depthwise"]["kernel"], block.enter(params, h, *norm))
 
-    d, norms["depthwise_bn"] = loop.with_moments(depthwise, h, *norms.get("expand_bn", ()))
+    with jax.named_scope("depthwise"):
+        d, norms["depthwise_bn"] = loop.with_moments(depthwise, h, *norms.get("expand_bn", ()))
 
     def project(d: jax.Array, *norm: jax.Array) -> jax.Array:
         return block.project(params, block.normalise(params["depthwise_bn"], d, *norm))
 
-    p, norms["project_bn"] = loop.with_moments(project, d, *norms["depthwise_bn"])
+    with jax.named_scope("project"):
+        p, norms["project_bn"] = loop.with_moments(project, d, *norms["depthwise_bn"])
 
     def normalise(_: None, p: jax.Array, *norm: jax.Array) -> tuple[None, jax.Array]:
         return None, block.normalise(params["project_bn"], p, *norm)

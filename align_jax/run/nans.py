@@ -5,6 +5,7 @@ the same input. Operations inside of scans, of rematerialised parts and of `shar
 their own; a `while` loop and a `cond` count as one operation.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -120,6 +121,7 @@ class _FlaggedRun:
     ) -> tuple[Sequence[Any], _Flags]:
         kind, inner = op.primitive.name, op.params.get("jaxpr", op.params.get("call_jaxpr"))
         scope = "/".join(filter(None, (scope, str(op.source_info.name_stack))))
+        scope = re.sub(r"/\w+\._\w+", "", scope)  # a method of the module before it
         if kind == "scan":
             return self._scan(op.params, inputs, scope)
         if kind == "shard_map":
