@@ -18,6 +18,18 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def nested(named: dict[str, Any]) -> dict[str, Any]:
+    """Returns the nested dict whose branches have these names, parts joined by "/"."""
+    tree: dict[str, Any] = {}
+    for name, value in named.items():
+        *path, last = name.split("/")
+        branch = tree
+        for part in path:
+            branch = branch.setdefault(part, {})
+        branch[last] = value
+    return tree
+
+
 def map_named(fn: Callable[[str, Any], Any], tree: Any) -> Any:
     """Returns the tree with each leaf replaced by `fn(name, leaf)`."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(path_name(path), leaf), tree)

@@ -82,14 +82,7 @@ def with_shapes(lora: Lora, params: dict) -> dict:
 
 def with_factors(params: dict, factors: dict[str, dict]) -> dict:
     """Returns the parameters with {name of a layer: {"a", "b"}} as the subtree `lora`."""
-    nested: dict = {}
-    for name, pair in factors.items():
-        *path, last = name.split("/")
-        tree = nested
-        for part in path:
-            tree = tree.setdefault(part, {})
-        tree[last] = pair
-    return params | {_SUBTREE: nested}
+    return params | {_SUBTREE: trees.nested(factors)}
 
 
 def factors_of(params: dict) -> dict[str, dict]:

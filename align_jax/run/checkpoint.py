@@ -81,7 +81,7 @@ class Checkpointer:
             readers.clear(self.folder.parent, set(saved))
         expected = {"weights": state.served(), "training": _training(state)}
         large, small = packed.pack(_plain(expected))
-        items = packed.nested(large.items()) | {"small": small, "data": data}
+        items = trees.nested(large) | {"small": small, "data": data}
         # Without force, Orbax skips a step while the previous one is still being written.
         with self._storage(f"checkpoint {step} is not saved"):
             self._checkpointer.save_checkpointables_async(step, items, force=True)
@@ -177,9 +177,10 @@ class Checkpointer:
         """Returns the trees of a step, each tensor in the dtype and sharding that is expected."""
         small = self._check(step, expected)
         named = _plain(expected)
-        large = packed.nested((n, leaf) for n, leaf in named.items() if n not in small)
+        large = {n: leaf for n, leaf in named.items() if n not in small}
         # Checkpoints of earlier versions hold the trees as they are.
-        loaded = _plain(self._checkpointer.load_checkpointables(step, large if small else expected))
+        wanted = trees.nested(large) if small else expected
+        loaded = _plain(self._checkpointer.load_checkpointables(step, wanted))
         leaves = [
             packed.placed(small[n], leaf) if n in small else loaded[n] for n, leaf in named.items()
         ]

@@ -6,7 +6,6 @@ table of names goes along, and any mesh can read what any other wrote.
 """
 
 import json
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -55,15 +54,3 @@ def placed(array: np.ndarray, like: Any) -> jax.Array:
     """Returns the array on devices, in the dtype and sharding of an abstract one."""
     array = array.astype(like.dtype)  # a copy: devices of a CPU may share memory with arrays
     return jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])
-
-
-def nested(named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns the nested dict whose leaves have these names, parts joined by "/"."""
-    tree: dict[str, Any] = {}
-    for name, leaf in named:
-        *path, last = name.split("/")
-        branch = tree
-        for part in path:
-            branch = branch.setdefault(part, {})
-        branch[last] = leaf
-    return tree
