@@ -7,8 +7,9 @@ import pytest
 from curate_helpers import read, write_preset
 
 from align_jax.curate.clusters import find_clusters
-from align_jax.curate.filter import curate, wordnet
+from align_jax.curate.filter import curate, image_clusters, wordnet
 from align_jax.curate.filter.presets import load_preset
+from align_jax.data.sources.record import hash_key
 from align_jax.storage import writing
 
 INDEX = {
@@ -127,6 +128,23 @@ def test_images_in_clusters_of_targets_stay(tmp_path):
     with pytest.raises(ValueError, match="different models"):
         files["targets"] = str(tmp_path / "other")
         curate.curate(str(tmp_path / "t.parquet"), tmp_path / "o", preset=preset, files=files)
+
+
+def test_clusters_of_images_take_twenty_passes(tmp_path):
+    angles = np.random.default_rng(0).uniform(0, 2 * np.pi, 3_000)  # centroids move for long
+    z = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    pool = write_embeddings(tmp_path / "pool", [str(n) for n in range(3_000)], z)
+    targets = write_embeddings(tmp_path / "targets", list("vwxyz"), z[:5])
+    found = image_clusters.near_targets(pool, targets, 12, 0, str(tmp_path))
+
+    def near(num_passes):
+        centroids = find_clusters(z, 12, 0, num_passes).centroids.astype(np.float64)
+        label = np.argmax(z.astype(np.float64) @ centroids.T, axis=1)
+        keys = np.flatnonzero(np.isin(label, label[:5]))
+        return np.unique(np.array([hash_key(str(n)) for n in keys], np.uint64))
+
+    np.testing.assert_array_equal(found, near(20))
+    assert all(not np.array_equal(found, near(passes)) for passes in (19, 21))
 
 
 def test_clusters_are_those_that_scikit_learn_comes_to(tmp_path):
