@@ -82,11 +82,14 @@ def train_and_evaluate(
     writing.check_local(path, "--workdir")
     if os.path.isfile(path):
         raise ValueError(f"--workdir {path} is a file; name a folder.")
-    with contextlib.ExitStack() as stack:
+    config_checks.validate(
+        config, num_devices=jax.device_count(), num_processes=jax.process_count()
+    )
+    timeline = Timeline(began_s=began_s)
+    with Watchdog(timeline, config.train.hang_s), contextlib.ExitStack() as stack:
         if multihost.is_lead():
             stack.enter_context(writing.locked(path, "align train"))
         stack.enter_context(writing.explaining_full_disk(path))
-        timeline = Timeline(began_s=began_s)
         run, state = _open_run(config, Path(path), stack, resume_from, profile, timeline)
         try:
             return run.train(state)
@@ -373,9 +376,6 @@ def _open_run(
     timeline: Timeline,
 ) -> tuple[_Run, state_lib.TrainState]:
     """Returns the run and the state that it starts or goes on with; the stack closes its files."""
-    config_checks.validate(
-        config, num_devices=jax.device_count(), num_processes=jax.process_count()
-    )
     mesh = mesh_lib.make_mesh(**config.mesh)
     is_classifier = config.task == "classify"
     source = open_classes(config.data) if is_classifier else mixture.open_sources(config.data)
@@ -476,7 +476,6 @@ def _open_run(
         timeline=timeline,
         profiler=profiler,
     )
-    stack.enter_context(Watchdog(timeline, config.train.hang_s))
     return run, state
 
 

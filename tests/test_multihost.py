@@ -24,7 +24,7 @@ from helpers import (
 )
 
 from align_jax.cli import main as cli
-from align_jax.run import multihost
+from align_jax.run import multihost, watchdog
 
 TRAIN = (
     *("train", "--config", "config.py", "--config.train.batch_size=32"),
@@ -232,10 +232,11 @@ def test_process_that_stops_without_dying_is_named_and_ends_the_run(project, vic
     wait_for_line(metrics, lambda line: line["step"] >= 2, processes[0], log=logs[0])
     processes[victim].send_signal(signal.SIGSTOP)
     try:
-        assert processes[1 - victim].wait(timeout=STOP_S) == 1
+        code = processes[1 - victim].wait(timeout=STOP_S)
     finally:
         processes[victim].kill()
     log = logs[1 - victim].read_text()
+    assert code == 1, log[-3000:]
     (line,) = [line for line in log.splitlines() if line.startswith("align: ")]
     pid = processes[victim].pid
     assert re.search(
@@ -258,9 +259,11 @@ def test_bad_input_of_one_process_is_told_and_ends_all(project):
         arguments += ["--coordinator", address, "--processes", 2, "--process", number]
         started.append(start_align(*arguments, cwd=project, env=env, stderr=log))
     assert started[1].wait(timeout=120) == 2
-    assert started[0].wait(timeout=STOP_S) != 0
-    log = (project / "wrong.1.log").read_text()
-    assert "align: process 1 of 2 failed: config.data.source" in log and "Traceback" not in log
+    assert started[0].wait(timeout=STOP_S) == 1
+    logs = [(project / f"wrong.{number}.log").read_text() for number in range(2)]
+    assert "align: process 1 of 2 failed: config.data.source" in logs[1]
+    assert "Traceback" not in logs[1]
+    assert re.search(r"align: step 0: process 1 of 2 \(host \S+, pid \d+\), .* is silent", logs[0])
 
 
 @pytest.mark.parametrize(
@@ -274,6 +277,11 @@ def test_bad_input_of_one_process_is_told_and_ends_all(project):
 def test_incomplete_process_flags_are_one_clear_line(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)), multihost.processes(*arguments):
         raise AssertionError("entered")
+
+
+def test_watchdog_is_done_before_jax_aborts_without_a_word():
+    heartbeats_s = multihost.HEARTBEAT_S / 2  # apart, so that the last one may be as old
+    assert watchdog.SILENT_S + 15 <= multihost.HEARTBEAT_S - heartbeats_s
 
 
 def test_one_process_leads_and_agrees_with_itself():

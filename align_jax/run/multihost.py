@@ -19,9 +19,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-# A process that has been silent for so long is dead: JAX then ends all others, without a word of
-# where they are. watchdog.py, which tells that, is quicker.
-HEARTBEAT_S = 45
+# JAX aborts all others when no heartbeat has come from a process for so long, without a word of
+# where they are. A process sends one every HEARTBEAT_S / 2, so that this may be as little as that
+# after its end: watchdog.py, which tells more, must be done by then.
+HEARTBEAT_S = 100
 
 T = TypeVar("T")
 
@@ -72,7 +73,7 @@ def processes(
         if isinstance(error, jax.errors.JaxRuntimeError):
             # Most likely another process is gone; the watchdog, or JAX, ends this one as soon as it
             # knows which.
-            time.sleep(2 * HEARTBEAT_S)
+            time.sleep(HEARTBEAT_S + 20)
         os._exit(2 if isinstance(error, ValueError) else 1)
 
 

@@ -52,6 +52,7 @@ class Watchdog:
             threading.Thread(target=self._watch, name="align_jax.watch", daemon=True).start()
             if self._count > 1:
                 threading.Thread(target=self._talk, daemon=True).start()
+                self._tell(ended=False)  # one that is never heard of cannot be missed
         return self
 
     def __exit__(self, kind: type | None, *exc_info: object) -> None:
