@@ -11,6 +11,9 @@ def find_paths(pattern: str) -> list[str]:
 
     A path that exists is no pattern, nor is the part of one that exists: `set [v2]/*.tar` looks
     into the folder `set [v2]`.
+
+    Raises:
+      ValueError: a pattern that finds both what `align curate` kept and what it dropped.
     """
     check_local(pattern, "input")
     if os.path.lexists(pattern):
@@ -22,4 +25,17 @@ def find_paths(pattern: str) -> list[str]:
             break
         there = parent
         rest.insert(0, name)
-    return sorted(glob.glob(os.path.join(glob.escape(there), *rest), recursive=True))
+    paths = sorted(glob.glob(os.path.join(glob.escape(there), *rest), recursive=True))
+    places = {
+        *paths,
+        *map(os.path.dirname, paths),
+    }  # the tables of curation, or the folders of parts
+    for dropped, kept in (("dropped.parquet", "kept.parquet"), ("dropped", "kept")):
+        for place in sorted(place for place in places if os.path.basename(place) == dropped):
+            other = os.path.join(os.path.dirname(place), kept)
+            if other in places:
+                named = other if kept.endswith(".parquet") else os.path.join(other, "*.parquet")
+                raise ValueError(
+                    f"{pattern} finds what align curate kept and what it dropped; name {named}."
+                )
+    return paths

@@ -1,0 +1,53 @@
+"""What wrong captions, curation and more languages do to the recipe of an hour; see ../report.md.
+
+experiments/real_pairs/prepare.sh DATA data/real_pairs
+experiments/real_pairs/prepare_studies.sh DATA data/real_pairs
+python experiments/sweep.py experiments/real_pairs/studies --workdir runs/studies
+"""
+
+import runpy
+from pathlib import Path
+
+_RECIPE = Path(__file__).parents[3] / "configs" / "real_pairs.py"
+_ROOT = "data/real_pairs"
+LANGUAGES = ("en", "de", "fr", "cs", "zh", "ar")
+_STEPS = 400
+
+POINTS = {
+    # All three sets, some of the captions exchanged among each other.
+    "wrong0": ("flickr8k", "cc3m", "emoji"),
+    "wrong25": ("wrong25/flickr8k", "wrong25/cc3m", "wrong25/emoji"),
+    "wrong50": ("wrong50/flickr8k", "wrong50/cc3m", "wrong50/emoji"),
+    "wrong75": ("wrong75/flickr8k", "wrong75/cc3m", "wrong75/emoji"),
+    # Web images alone: as they come, and what two presets of `align curate` keep of them.
+    "cc3m": ("cc3m",),
+    "cc3m_align": ("cc3m_align",),
+    "cc3m_metaclip": ("cc3m_metaclip",),
+    # Photos alone: English captions, and as many of each of six languages.
+    "english": ("flickr8k_en",),
+    "languages": tuple(f"flickr8k_{language}" for language in LANGUAGES),
+}
+SMOKE_POINTS = POINTS
+PUBLISHED = {}
+
+
+def get_config(point=""):
+    """Returns the recipe on a point's sources for 400 steps."""
+    point = point.removeprefix("smoke-")
+    if point not in POINTS:
+        raise ValueError(f"point {point!r} is unknown; use one of {', '.join(POINTS)}")
+    c = runpy.run_path(_RECIPE)["get_config"](_ROOT)
+    weights = [source.weight for source in c.data.mixture.values()]
+    sources = POINTS[point]
+    if len(sources) != len(weights):
+        weights = [1.0] * len(sources)
+    c.data.mixture = {
+        source.replace("/", "_"): {"source": f"{_ROOT}/{source}?split=train", "weight": weight}
+        for source, weight in zip(sources, weights, strict=True)
+    }
+    if point in ("english", "languages"):
+        c.data.vocab_size = 8192
+        c.data.max_tokens = 28
+    c.train.steps = c.checkpoint.every_steps = c.eval.every_steps = _STEPS
+    c.optim.warmup_steps = 50
+    return c
