@@ -1,12 +1,14 @@
 """The contrastive losses in ring form: neither B x B logits nor gathered embeddings on any device.
 
-Texts travel around the mesh, a block a step, and meet the images that stay in tiles of at most
-`tile_size`^2 logits. Statistics of their columns (running maximum, sum of exponentials) travel with
-them, so one pass serves both directions; the gradient recomputes the tiles, and the gradient of the
-texts follows them around. What the losses *are* stands in `losses`, not here.
+Texts travel around the mesh, from device to device, and meet the images that stay in tiles of at
+most `tile_size`^2 logits. Statistics of their columns (running maximum, sum of exponentials) travel
+with them, so one pass serves both directions; the gradient recomputes the tiles, and the gradient
+of the texts follows them around. A device's texts go in rounds of `_ROUND_TILES` tiles, so that
+what is under way is small beside the embeddings. What the losses *are* stands in `losses`.
 Source: the ring, Zhai et al. 2023 (SigLIP), section 3.3; its softmax, a streaming log-sum-exp.
 
-Shapes: b pairs on a device, in n tiles of t (n * t >= b, padded with zeros); D is an embedding's.
+Shapes: b pairs on a device, in n tiles of t (n * t >= b, padded with zeros), of which g go in a
+round; D is an embedding's.
 """
 
 from functools import partial
@@ -19,6 +21,8 @@ from jax.sharding import Mesh, PartitionSpec
 from align_jax.losses import Parts, are_duplicates, check_sizes, dot, sigmoid_losses, total
 
 Array = jax.Array
+
+_ROUND_TILES = 16
 
 
 def ring_loss(
@@ -105,25 +109,34 @@ def _local_parts(
         update = partial(_update_sigmoid, bias)
         rows, columns = jnp.stack([zeros, zeros]), ()  # [2, n, t]
 
-    def meet(step: Array, state: tuple) -> tuple:
+    def meet(of_round: Array, step: Array, state: tuple) -> tuple:
         rows, columns, negative, texts, hashes = state
         ahead = block.pass_on((texts, hashes))  # needs no tile, so it may run beside them
 
         def tile(k: Array, state: tuple) -> tuple:
-            i, j = divmod(k, block.num_tiles)
+            i, j = divmod(k, block.round_tiles)
             logits = dot("rD,cD->rc", images[i], texts[j]) / temperature  # [t, t]
-            is_positive, allowed = block.masks(step, i, j, row_hashes, hashes)
+            is_positive, allowed = block.masks(of_round, step, i, j, row_hashes, hashes)
             found = update(logits, is_positive, allowed, _take(state[0], i), _take(state[1], j))
             largest = jnp.max(logits, where=allowed & ~is_positive, initial=-jnp.inf)
             rows, columns = _put(state[0], i, found[0]), _put(state[1], j, found[1])
             return rows, columns, jnp.maximum(state[2], largest)
 
         state = rows, columns, negative
-        rows, columns, negative = jax.lax.fori_loop(0, block.num_tiles**2, tile, state)
+        rows, columns, negative = jax.lax.fori_loop(0, block.met_tiles, tile, state)
         return rows, block.pass_on(columns), negative, *ahead
 
-    state = rows, columns, block.zeros(()) - jnp.inf, texts, row_hashes
-    rows, columns, negative, *_ = jax.lax.fori_loop(0, ring.mesh.size, meet, state)
+    def go_round(number: Array, state: tuple) -> tuple:
+        rows, columns, negative = state
+        travelling = block.part(texts, number), block.part(row_hashes, number)
+        state = rows, block.part(columns, number, axis=1), negative, *travelling
+        rows, part, negative, *_ = jax.lax.fori_loop(
+            0, ring.mesh.size, partial(meet, number), state
+        )
+        return rows, block.put_part(columns, part, number, axis=1), negative
+
+    state = rows, columns, block.zeros(()) - jnp.inf
+    rows, columns, negative = jax.lax.fori_loop(0, block.num_rounds, go_round, state)
 
     if ring.kind == "softmax":
         losses, saved = [], []
@@ -166,7 +179,7 @@ def _local_gradients(
     else:
         derivative = partial(_sigmoid_derivative, weights, bias)
 
-    def meet(step: Array, state: tuple) -> tuple:
+    def meet(of_round: Array, step: Array, state: tuple) -> tuple:
         d_images, d_bias, d_behind, *travelling = state
         texts, hashes, columns = travelling
         ahead = block.pass_on(travelling)
@@ -174,24 +187,36 @@ def _local_gradients(
 
         def tile(k: Array, state: tuple) -> tuple:
             d_images, d_texts, d_bias = state
-            i, j = divmod(k, block.num_tiles)
+            i, j = divmod(k, block.round_tiles)
             logits = dot("rD,cD->rc", images[i], texts[j]) / temperature  # [t, t]
-            masks = block.masks(step, i, j, row_hashes, hashes)
+            masks = block.masks(of_round, step, i, j, row_hashes, hashes)
             d_logits = derivative(logits, *masks, _take(rows, i), _take(columns, j))
+            d_cosines = d_logits / temperature
             return (
-                d_images.at[i].add(dot("rc,cD->rD", d_logits, texts[j])),
-                d_texts.at[j].add(dot("rc,rD->cD", d_logits, images[i])),
+                d_images.at[i].add(dot("rc,cD->rD", d_cosines, texts[j])),
+                d_texts.at[j].add(dot("rc,rD->cD", d_cosines, images[i])),
                 d_bias + d_logits.sum(),
             )
 
         start = d_images, block.zeros(texts.shape), d_bias
-        d_images, d_texts, d_bias = jax.lax.fori_loop(0, block.num_tiles**2, tile, start)
+        d_images, d_texts, d_bias = jax.lax.fori_loop(0, block.met_tiles, tile, start)
         return d_images, d_bias, d_behind + d_texts, *ahead
 
+    def go_round(number: Array, state: tuple) -> tuple:
+        d_images, d_texts, d_bias = state
+        part = block.part(texts, number)
+        travelling = part, block.part(row_hashes, number), block.part(columns, number, axis=1)
+        state = d_images, d_bias, block.zeros(part.shape), *travelling
+        d_images, d_bias, d_part, *_ = jax.lax.fori_loop(
+            0, ring.mesh.size, partial(meet, number), state
+        )
+        return d_images, block.put_part(d_texts, block.pass_on(d_part), number), d_bias
+
     zeros = block.zeros(images.shape)
-    state = zeros, block.zeros(()), zeros, texts, row_hashes, columns
-    d_images, d_bias, d_texts, *_ = jax.lax.fori_loop(0, ring.mesh.size, meet, state)
-    d_image, d_text = (block.untile(d) / temperature for d in (d_images, block.pass_on(d_texts)))
+    d_images, d_texts, d_bias = jax.lax.fori_loop(
+        0, block.num_rounds, go_round, (zeros, zeros, block.zeros(()))
+    )
+    d_image, d_text = map(block.untile, (d_images, d_texts))
     # The temperature divides every cosine, so its gradient is that of one factor on z_image.
     d_temperature = -block.psum(dot("bD,bD->b", z_image, d_image).sum()) / temperature
     return (
@@ -282,8 +307,12 @@ class _Block:
         self.devices = ring.mesh.size
         self.size = size
         self.batch_size = size * self.devices
-        self.num_tiles = -(-size // ring.tile_size)
+        num_tiles = -(-size // ring.tile_size)
+        self.num_rounds = -(-num_tiles // _ROUND_TILES)
+        self.round_tiles = -(-num_tiles // self.num_rounds)
+        self.num_tiles = self.num_rounds * self.round_tiles
         self.tile_size = -(-size // self.num_tiles)  # as equal as possible: little padding
+        self.met_tiles = self.num_tiles * self.round_tiles  # of logits, a step of a round
 
     def tiles(self, array: Array) -> Array:
         """Returns array [b, ...] as [n, t, ...], padded with zeros."""
@@ -294,6 +323,20 @@ class _Block:
     def untile(self, array: Array) -> Array:
         """Returns the inverse of `tiles`: [n, t, ...] -> [b, ...]."""
         return array.reshape(-1, *array.shape[2:])[: self.size]
+
+    def part(self, tree: Any, number: Array, axis: int = 0) -> Any:
+        """Returns the g tiles of a round, of arrays whose `axis` has n tiles."""
+        first, count = number * self.round_tiles, self.round_tiles
+        return jax.tree.map(
+            lambda a: jax.lax.dynamic_slice_in_dim(a, first, count, axis=axis), tree
+        )
+
+    def put_part(self, tree: Any, part: Any, number: Array, axis: int = 0) -> Any:
+        """Returns the arrays with the g tiles of a round replaced."""
+        first = number * self.round_tiles
+        return jax.tree.map(
+            lambda a, tiles: jax.lax.dynamic_update_slice_in_dim(a, tiles, first, axis), tree, part
+        )
 
     def zeros(self, shape: tuple[int, ...]) -> Array:
         return jax.lax.pcast(jnp.zeros(shape, jnp.float32), self.axes, to="varying")
@@ -307,13 +350,21 @@ class _Block:
         return jax.tree.map(lambda a: jax.lax.ppermute(a, self.axes, ring), tree)
 
     def masks(
-        self, step: Array, i: Array, j: Array, row_hashes: tuple, column_hashes: tuple
+        self,
+        of_round: Array,
+        step: Array,
+        i: Array,
+        j: Array,
+        row_hashes: tuple,
+        column_hashes: tuple,
     ) -> tuple[Array, Array]:
-        """Returns (positive, allowed), bool [t, t], of row tile i, column tile j.
+        """Returns (positive, allowed), bool [t, t], of row tile i, column tile j of a round.
 
-        Hashes are [n, t, 2]; the columns' are those that have travelled `step` devices far.
+        Hashes are [n, t, 2] and [g, t, 2]; the columns' are those that have travelled `step`
+        devices far.
         """
-        row, column = (k * self.tile_size + jnp.arange(self.tile_size) for k in (i, j))
+        places = i, of_round * self.round_tiles + j
+        row, column = (k * self.tile_size + jnp.arange(self.tile_size) for k in places)
         row, column = row[:, None], column[None, :]
         positive = (row == column) & (step == 0)  # at first every device has its own texts
         allowed = (row < self.size) & (column < self.size)
