@@ -288,8 +288,9 @@ def test_urls_are_compared_as_written(tmp_path):
 
 def test_rule_without_its_column_is_not_applied_and_the_report_says_so(tmp_path):
     calls = "short_side(at_least_px=9)", "nsfw(at_most=0.5)", "images_per_text(at_most=1)"
-    report, _ = curate_table(tmp_path, {"text": TWO, "height": [1, 2]}, *calls)
-    assert [rule["not_applied"] for rule in report["rules"]] == [
+    table = {"text": TWO, "height": [1, 2]}
+    report, _ = curate_table(tmp_path, table, *calls, "num_chars(at_least=1)")
+    assert [rule["not_applied"] for rule in report["rules"][:3]] == [
         "no column width",
         "no column nsfw",
         "no column image_hash, url or key",
@@ -297,6 +298,13 @@ def test_rule_without_its_column_is_not_applied_and_the_report_says_so(tmp_path)
     assert report["rows_kept"] == 2
     page = (tmp_path / "out" / "report.md").read_text()
     assert "not applied: no column width" in page
+
+
+def test_preset_of_which_no_rule_can_be_applied_is_refused(tmp_path):
+    message = "no rule of --preset .* can be applied .*: no column nsfw\\), so all rows would"
+    with pytest.raises(ValueError, match=message):
+        curate_table(tmp_path, {"text": TWO}, "nsfw(at_most=0.5)")
+    assert not (tmp_path / "out").exists()
 
 
 def test_normalise_equals_python_on_every_kind_of_white_space_and_letter(tmp_path):

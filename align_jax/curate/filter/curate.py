@@ -88,7 +88,8 @@ def curate(
         file of the input, by the workers, in place of one file each.
 
     Raises:
-      ValueError: bad input, or `out_dir` holds the result of another call.
+      ValueError: bad input, no rule that can be applied, or `out_dir` holds the result of another
+        call.
     """
     chosen = dict(columns or {})
     given = dict(files or {})
@@ -114,6 +115,12 @@ def curate(
         plan_lib.whole_paths(preset), cap, tail, tuple(present), tuple(others.items())
     )
     plan = plan_lib.make_plan(request)
+    if plan.missing and not plan.applied():
+        why = "; ".join(f"{name}: {reason}" for name, reason in plan.missing.items())
+        raise ValueError(
+            f"{source}: no rule of --preset {preset} can be applied ({why}), so all rows would "
+            "be kept; --columns OURS=THEIRS names columns."
+        )
     with (
         writing.locked(out, "align curate", shown=out_dir),
         writing.explaining_full_disk(out_dir),
