@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from test_chunked_mbconv import ONE_DEVICE
 from torch.nn import functional as F
 
 from align_jax import config, trees
 from align_jax.hf import config as hf_config
-from align_jax.models import dual_encoder, efficientnet, flops
+from align_jax.models import dual_encoder, efficientnet, flops, layers
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -70,8 +71,9 @@ def torch_block(x, p, stats, *, stride, residual, train):
 )
 def test_fused_block_equals_torch_in_values_and_gradients(expand_ratio, stride, is_first, train):
     stage = efficientnet.StageSpec(3, 2, 6, 6 if stride == 1 else 10, expand_ratio, stride, True)
+    rows = ONE_DEVICE if train else layers.unconstrained
     settings = efficientnet.Settings(
-        *("hf", "swish", 0.25, "global", 4, 1e-3, jnp.float32, train, lambda x: x)
+        *("hf", "swish", 0.25, "global", 4, 1e-3, jnp.float32, train, rows)
     )
     block = efficientnet.FusedMBConv(stage, False, is_first, settings)
     rng = np.random.default_rng(0)

@@ -10,7 +10,7 @@ from collections import Counter
 
 import jax
 import jax.numpy as jnp
-from test_chunked_mbconv import inputs
+from test_chunked_mbconv import ONE_DEVICE, inputs
 
 from align_jax.config import default_config
 from align_jax.data import pipeline
@@ -67,8 +67,8 @@ def test_the_text_tower_is_rearranged_seldom_forward_and_backward():
     variables = jax.eval_shape(model.init, jax.random.key(0), ids, ids)
 
     def value(params, ids):
-        return jnp.sum(model.apply({"params": params}, ids, ids))
+        return jnp.sum(model.apply({"params": params}, ids, ids, constrain=ONE_DEVICE))
 
     text = jax.jit(jax.grad(value)).lower(variables["params"], ids).compile().as_text()
     found = Counter(re.findall(r"= \S+ (copy|transpose|dot)\(", text))
-    assert found["copy"] + found["transpose"] <= 110  # 99
+    assert found["copy"] + found["transpose"] <= 70  # 63; 99 with autodiff's kernel gradients

@@ -172,3 +172,15 @@ def test_dropping_keeps_the_mean_and_draws_by_example(drop, shape):
 def test_draw_of_an_unknown_tensor_is_an_error():
     with pytest.raises(KeyError, match="no rule"):
         init.draw("params/unknown/kernel", (2, 2), 0)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (2, 3, 4, 5)])
+def test_product_of_cpus_equals_float64_in_values_and_gradients(shape):
+    rng = np.random.default_rng(0)
+    x, kernel, dy = (rng.normal(size=s) for s in (shape, (5, 7), (*shape[:-1], 7)))
+    y, pull = jax.vjp(layers.matmul, jnp.float32(x), jnp.float32(kernel))
+    rows, drows = x.reshape(-1, 5), dy.reshape(-1, 7)
+    found = y, *pull(jnp.float32(dy))
+    for array, expected in zip(found, (x @ kernel, dy @ kernel.T, rows.T @ drows), strict=True):
+        np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-5)
+    assert layers.dense_product(layers.unconstrained) is None

@@ -157,7 +157,12 @@ class BertLayer(nn.Module):
 
         def dense(features: int, name: str) -> nn.Dense:
             return nn.Dense(
-                features, dtype=dtype, precision=precision, kernel_init=init.zeros, name=name
+                features,
+                dtype=dtype,
+                precision=precision,
+                kernel_init=init.zeros,
+                dot_general=layers.dense_product(settings.constrain),
+                name=name,
             )
 
         def heads(name: str) -> jax.Array:  # [B, L, N, K]

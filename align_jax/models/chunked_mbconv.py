@@ -48,7 +48,7 @@ class Block:
     dtype: jnp.dtype
 
     def dense(self, kernel: jax.Array, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        y = _matmul(x, kernel.astype(self.dtype))
+        y = layers.matmul(x, kernel.astype(self.dtype))
         return y if bias is None else y + bias.astype(self.dtype)
 
     def activate(self, x: jax.Array) -> jax.Array:
@@ -229,32 +229,6 @@ mbconv.defvjp(_forward, _backward)
 
 def _zeros(tree: dict | jax.Array) -> dict | jax.Array:
     return jax.tree.map(jnp.zeros_like, tree)
-
-
-@jax.custom_vjp
-def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Returns x [..., in] times kernel [in, out].
-
-    Autodiff's gradient of the kernel makes XLA write a map transposed before it multiplies.
-    """
-    precision = layers.matmul_precision(x.dtype)
-    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=precision)
-
-
-def _matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple]:
-    return _matmul(x, kernel), (x, kernel)
-
-
-def _matmul_backward(residuals: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = residuals
-    rows_x, rows_dy = (a.reshape(-1, a.shape[-1]) for a in (x, dy))
-    dkernel = jax.lax.dot_general(
-        rows_x, rows_dy, (((0,), (0,)), ((), ())), precision=layers.matmul_precision(x.dtype)
-    )
-    return _matmul(dy, kernel.T), dkernel
-
-
-_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class _Loop:

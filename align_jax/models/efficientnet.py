@@ -147,6 +147,9 @@ class Settings:
             "kernel_init": init.zeros,
         }
 
+    def dense_kwargs(self) -> dict:
+        return self.conv_kwargs() | {"dot_general": layers.dense_product(self.constrain)}
+
     def group(self, x: jax.Array) -> int:
         """Returns the images [B, H, W, C] that one set of BatchNorm statistics covers."""
         return x.shape[0] if self.bn_mode == "global" else self.bn_group_size
@@ -309,9 +312,8 @@ class MBConv(nn.Module):
         activate = layers.ACTIVATIONS[settings.activation]
         in_channels = x.shape[-1]
         if stage.expand_ratio != 1:
-            x = nn.Dense(in_channels * stage.expand_ratio, name="expand", **settings.conv_kwargs())(
-                x
-            )
+            width = in_channels * stage.expand_ratio
+            x = nn.Dense(width, name="expand", **settings.dense_kwargs())(x)
             x = activate(settings.norm("expand_bn")(x))
         x = layers.DepthwiseConv(
             stage.kernel_size, stride, padding, settings.dtype, name="depthwise"
@@ -319,7 +321,7 @@ class MBConv(nn.Module):
         x = activate(settings.norm("depthwise_bn")(x))
         squeezed = max(1, int(in_channels * settings.squeeze_ratio))
         x = _SqueezeExcite(squeezed, settings, name="squeeze")(x)
-        x = nn.Dense(stage.out_channels, name="project", **settings.conv_kwargs())(x)
+        x = nn.Dense(stage.out_channels, name="project", **settings.dense_kwargs())(x)
         return settings.norm("project_bn")(x)
 
     def _runs_in_chunks(self, x: jax.Array) -> bool:
@@ -353,14 +355,12 @@ class FusedMBConv(MBConv):
     ) -> tuple[jax.Array, None]:
         drop_rate, keys = rate_and_keys
         stage, settings = self.stage, self.settings
-        x = settings.constrain(x)
+        x = residual = settings.constrain(x)
         stride = stage.stride if self.is_first else 1
-        residual = x
         expands = stage.expand_ratio != 1
-        size = (stage.kernel_size, stage.kernel_size)
         x = nn.Conv(
             x.shape[-1] * stage.expand_ratio if expands else stage.out_channels,
-            size,
+            (stage.kernel_size, stage.kernel_size),
             (stride, stride),
             padding=layers.conv_padding(
                 settings.padding, stage.kernel_size, 1 if self.symmetric else stride, x.shape[1:3]
@@ -370,7 +370,7 @@ class FusedMBConv(MBConv):
         )(x)
         x = layers.ACTIVATIONS[settings.activation](settings.norm("expand_bn")(x))
         if expands:
-            x = nn.Dense(stage.out_channels, name="project", **settings.conv_kwargs())(x)
+            x = nn.Dense(stage.out_channels, name="project", **settings.dense_kwargs())(x)
             x = settings.norm("project_bn")(x)
         if not self.is_first:
             x = layers.drop_path(x, drop_rate, keys) + residual

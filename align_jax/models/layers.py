@@ -69,6 +69,37 @@ def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
+@jax.custom_vjp
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns x [..., in] times kernel [in, out].
+
+    Autodiff's gradient of the kernel makes XLA write x transposed on CPUs before it multiplies.
+    """
+    precision = matmul_precision(x.dtype)
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=precision)
+
+
+def _matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple]:
+    return matmul(x, kernel), (x, kernel)
+
+
+def _matmul_backward(residuals: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    rows_x, rows_dy = (a.reshape(-1, a.shape[-1]) for a in (x, dy))
+    dkernel = jax.lax.dot_general(
+        rows_x, rows_dy, (((0,), (0,)), ((), ())), precision=matmul_precision(x.dtype)
+    )
+    return matmul(dy, kernel.T), dkernel
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def dense_product(constrain: Constrain) -> Callable | None:
+    """Returns the `dot_general` of an nn.Dense layer: `matmul` on CPUs, else None, flax's own."""
+    return (lambda x, kernel, *_, **__: matmul(x, kernel)) if constrain.on_cpu else None
+
+
 class GroupedBatchNorm(nn.Module):
     """Batch normalisation whose statistics cover fixed groups of images, never "a device".
 
