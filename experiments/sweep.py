@@ -18,7 +18,8 @@ from ablation_base import MEASURES
 from align_jax.run import metrics, workdir
 
 SMOKE = "smoke-"  # before the name of a point: its version for a CPU
-RESULTS = ("image_to_text_r1", "text_to_image_r1", "top1")  # of the evaluators, for the table
+# Of the evaluators, for the table, where the sweep's config names no others.
+RESULTS = ("image_to_text_r1", "text_to_image_r1", "top1")
 
 
 def main(argv=None) -> int:
@@ -52,7 +53,8 @@ def main(argv=None) -> int:
             print("stopped; run the same command to continue.", file=sys.stderr)
             return 0
         results[point] = _latest(folder)
-    print(_table(results, {} if args.smoke else sweep["PUBLISHED"]))
+    published = {} if args.smoke else sweep["PUBLISHED"]
+    print(_table(results, published, sweep.get("RESULTS", RESULTS)))
     return exit_code
 
 
@@ -83,9 +85,9 @@ def _latest(folder) -> dict[str, float]:
     return latest
 
 
-def _table(results, published) -> str:
+def _table(results, published, names) -> str:
     keys = dict.fromkeys(
-        key for latest in results.values() for key in latest if key.split("/")[-1] in RESULTS
+        key for latest in results.values() for key in latest if key.split("/")[-1] in names
     )
     columns = {"step": "{}", "train/loss": "{:.4f}", "train/temperature": "{:.4f}"}
     columns |= {key: "{:.1f}" for key in keys}

@@ -2,6 +2,7 @@
 
 import io
 import json
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,8 @@ import pytest
 from helpers import environment, read_lines, run_align
 from PIL import Image
 
+from align_jax import config, config_checks
+from align_jax.data.sources.open_source import open_source
 from align_jax.data.sources.scenes import Scenes
 
 ROOT = Path(__file__).parents[1]
@@ -31,17 +34,21 @@ def lines(path, rows):
 
 
 def make_data(folder):
-    def scenes(seed, count):
-        made = Scenes(count, seed=seed, image_size_px=64)
+    def scenes(seed, count, side=64):
+        made = Scenes(count, seed=seed, image_size_px=side)
         return [(np.asarray(made[i].image), made[i].captions) for i in range(count)]
 
     train, dev = scenes(1, 60), scenes(2, 12)
     train[7] = (dev[3][0][:, ::-1].copy(), train[7][1])  # a mirrored photo of the evaluation
     for name, pairs in (("train", train), ("dev", dev)):
         pictures(folder / f"flickr8k/{name}.zip", {f"{i}.png": x for i, (x, _) in enumerate(pairs)})
-        rows = [{"image": f"{i}.png", "captions": texts} for i, (_, texts) in enumerate(pairs)]
+        rows = [
+            {"image": f"{i}.png", "captions": texts, "zh": [f"图 {i}"], "ar": [f"صورة {i}"]}
+            | {"multi30k": {code: f"{code} {i}" for code in ("en", "de", "fr", "cs")}}
+            for i, (_, texts) in enumerate(pairs)
+        ]
         lines(folder / f"flickr8k/{name}.jsonl", rows)
-    web = scenes(3, 30)
+    web = scenes(3, 30, side=128)
     pictures(folder / "cc3m/00000.zip", {f"{i}.png": image for i, (image, _) in enumerate(web)})
     rows = [
         {"shard": "00000.zip", "image": f"{i}.png", "captions": texts[:1]}
@@ -57,6 +64,24 @@ def make_data(folder):
         for i in range(20)
     ]
     lines(folder / "emoji/emoji.jsonl", rows)
+
+
+def captions(folder):
+    source = open_source(f"{folder}?split=train")
+    return {source[index].key: tuple(source[index].captions) for index in range(len(source))}
+
+
+def test_points_of_the_studies_are_valid_and_differ_in_what_they_read():
+    file = ROOT / "experiments/real_pairs/studies/config.py"
+    points = runpy.run_path(str(file))["POINTS"]
+    found = set()
+    for point in points:
+        c = config.load_config(f"{file}:{point}")
+        config_checks.validate(c, num_devices=1, num_processes=1)
+        found.add(tuple(sorted(source.source for source in c.data.mixture.values())))
+    assert len(found) == len(points) == 9
+    with pytest.raises(ValueError, match="point 'wrong10' is unknown; use one of wrong0, "):
+        config.load_config(f"{file}:wrong10")
 
 
 @pytest.mark.slow
@@ -83,6 +108,32 @@ def test_sets_are_packed_without_copies_and_the_config_trains_and_evaluates_on_t
     assert "7.png" in reports["flickr8k"]["train"]["skipped_keys"]["dropped_by_list"]
     assert reports["flickr8k"]["dev"]["records_written"] == 12
     assert reports["emoji"]["openmoji"]["records_written"] == 20
+
+    (tmp_path / "data/text").mkdir()
+    words = ["[CLS]", "##ing", "a", "red", "blue", "circle", "square"]
+    (tmp_path / "data/text/bert-base-uncased-vocab.txt").write_text("\n".join(words) + "\n")
+    done = subprocess.run(
+        ["bash", ROOT / "experiments/real_pairs/prepare_studies.sh", tmp_path / "data", packed],
+        env=env | {"PATH": f"{programs}:{env['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    straight = captions(packed / "flickr8k")
+    assert "7.png" not in straight
+    different = set()
+    for percent in (25, 50, 75):
+        found = captions(packed / f"wrong{percent}/flickr8k")
+        assert found.keys() == straight.keys()
+        wrong = {key for key in found if found[key] != straight[key]}
+        # Some scenes have the captions of another.
+        assert 0.8 * percent / 100 * 60 <= len(wrong) <= percent / 100 * 60
+        assert different <= wrong
+        different = wrong
+    assert captions(packed / "flickr8k_zh")["3.png"] == ("图 3",)
+    assert captions(packed / "flickr8k_en") == straight
+    assert (packed / "entries.txt").read_text().split() == ["red", "blue", "circle", "square"]
+    assert captions(packed / "cc3m_align").keys() <= captions(packed / "cc3m").keys()
 
     done = run_align(
         *("train", "--config", f"{ROOT}/configs/real_pairs.py:{packed}", "--workdir", "run"),

@@ -43,11 +43,14 @@ EOF
     done
 done
 
-# MetaCLIP's 500,000 entries are not here; lower-case words of bert-base-uncased take their place.
+# MetaCLIP's 500,000 entries are not here; lower-case words of bert-base-uncased take their place,
+# and a cap of 3 pairs an entry that of 20,000: at its own nothing of 10,000 pairs would be dropped.
 grep -E '^[a-z]{3,}$' "$data/text/bert-base-uncased-vocab.txt" > "$out/entries.txt"
-align curate "$out/scans/cc3m.parquet" --preset align --out "$out/curated/align"
+here=$(dirname "$0")
+small="$here/../curation/small_images.py" # the rules of ALIGN, for pictures of 128 px
+align curate "$out/scans/cc3m.parquet" --preset "$small" --out "$out/curated/align"
 align curate "$out/scans/cc3m.parquet" --preset metaclip --metadata "$out/entries.txt" --seed 1 \
-    --out "$out/curated/metaclip"
+    --cap 3 --out "$out/curated/metaclip"
 for preset in align metaclip; do
     align pack "${table[cc3m]}?images=${images[cc3m]}" --out "$out/cc3m_$preset" \
         --keep "$out/curated/$preset/kept.parquet" --drop "$out/matched/cc3m/drop.parquet"

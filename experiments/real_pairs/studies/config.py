@@ -11,7 +11,7 @@ from pathlib import Path
 _RECIPE = Path(__file__).parents[3] / "configs" / "real_pairs.py"
 _ROOT = "data/real_pairs"
 LANGUAGES = ("en", "de", "fr", "cs", "zh", "ar")
-_STEPS = 400
+_STEPS = 300
 
 POINTS = {
     # All three sets, some of the captions exchanged among each other.
@@ -29,22 +29,23 @@ POINTS = {
 }
 SMOKE_POINTS = POINTS
 PUBLISHED = {}
+RESULTS = ("image_to_text_r10", "text_to_image_r10")
 
 
 def get_config(point=""):
-    """Returns the recipe on a point's sources for 400 steps."""
+    """Returns the recipe on a point's sources for 300 steps."""
     point = point.removeprefix("smoke-")
     if point not in POINTS:
         raise ValueError(f"point {point!r} is unknown; use one of {', '.join(POINTS)}")
     c = runpy.run_path(_RECIPE)["get_config"](_ROOT)
-    weights = [source.weight for source in c.data.mixture.values()]
-    sources = POINTS[point]
-    if len(sources) != len(weights):
-        weights = [1.0] * len(sources)
-    c.data.mixture = {
-        source.replace("/", "_"): {"source": f"{_ROOT}/{source}?split=train", "weight": weight}
-        for source, weight in zip(sources, weights, strict=True)
-    }
+    recipe = c.data.mixture
+    c.data.mixture = {}
+    for source in POINTS[point]:
+        like = source.rpartition("/")[2]
+        c.data.mixture[source.replace("/", "_")] = {
+            "source": f"{_ROOT}/{source}?split=train",
+            "weight": recipe[like].weight if like in recipe else 1.0,
+        }
     if point in ("english", "languages"):
         c.data.vocab_size = 8192
         c.data.max_tokens = 28
