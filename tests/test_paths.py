@@ -38,7 +38,7 @@ def test_existing_parts_of_a_pattern_are_names(tmp_path):
 )
 def test_pattern_that_finds_kept_and_dropped_rows_is_refused(tmp_path, names, pattern, advice):
     touch(tmp_path, *names)
-    message = f"{tmp_path}/{pattern} finds what align curate kept and what it dropped; name "
+    message = f"{tmp_path}/{pattern} holds what `align curate` kept and what it dropped; name "
     with pytest.raises(ValueError, match=re.escape(f"{message}{tmp_path}/{advice}.")):
         find_paths(f"{tmp_path}/{pattern}")
 

@@ -2,6 +2,7 @@
 
 import glob
 import os
+from collections.abc import Sequence
 
 from align_jax.storage.writing import check_local
 
@@ -26,16 +27,26 @@ def find_paths(pattern: str) -> list[str]:
         there = parent
         rest.insert(0, name)
     paths = sorted(glob.glob(os.path.join(glob.escape(there), *rest), recursive=True))
-    places = {
-        *paths,
-        *map(os.path.dirname, paths),
-    }  # the tables of curation, or the folders of parts
+    check_kept_alone(pattern, paths)
+    return paths
+
+
+def check_kept_alone(source: str, paths: Sequence[str]) -> None:
+    """Refuses the tables, or the folders of parts, of both results of `align curate`.
+
+    Args:
+      source: what the user wrote.
+      paths: found by it.
+
+    Raises:
+      ValueError: rows that were kept and rows that were dropped are among them.
+    """
+    places = {*paths, *map(os.path.dirname, paths)}
     for dropped, kept in (("dropped.parquet", "kept.parquet"), ("dropped", "kept")):
         for place in sorted(place for place in places if os.path.basename(place) == dropped):
             other = os.path.join(os.path.dirname(place), kept)
             if other in places:
                 named = other if kept.endswith(".parquet") else os.path.join(other, "*.parquet")
                 raise ValueError(
-                    f"{pattern} finds what align curate kept and what it dropped; name {named}."
+                    f"{source} holds what `align curate` kept and what it dropped; name {named}."
                 )
-    return paths

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from align_jax.curate.filter import columns, report, unigrams
+from align_jax.curate.filter import columns, unigrams
 from align_jax.curate.filter.metadata_table import Metadata, as_integer
 from align_jax.storage import writing
-from align_jax.storage.paths import find_paths
+from align_jax.storage.paths import check_kept_alone, find_paths
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 COUNTS = ("num_words", "num_parts", "num_chars")
@@ -58,12 +58,7 @@ def find_files(source: str) -> list[str]:
             )
     if len(kinds) > 1:
         raise ValueError(f"{source} holds {' and '.join(kinds)} files; choose one kind by a glob.")
-    for dropped in (path for path in found if os.path.basename(path) == report.DROPPED_FILE):
-        kept = os.path.join(os.path.dirname(dropped), report.KEPT_FILE)
-        if kept in found:
-            raise ValueError(
-                f"{source} holds what `align curate` kept and what it dropped; name {kept}."
-            )
+    check_kept_alone(source, found)
     return found
 
 
