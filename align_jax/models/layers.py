@@ -97,7 +97,11 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 def dense_product(constrain: Constrain) -> Callable | None:
     """Returns the `dot_general` of an nn.Dense layer: `matmul` on CPUs, else None, flax's own."""
-    return (lambda x, kernel, *_, **__: matmul(x, kernel)) if constrain.on_cpu else None
+    return _dense_matmul if constrain.on_cpu else None
+
+
+def _dense_matmul(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    return matmul(x, kernel)
 
 
 class GroupedBatchNorm(nn.Module):
