@@ -10,7 +10,7 @@ from collections import Counter
 
 import jax
 import jax.numpy as jnp
-from test_chunked_mbconv import ONE_DEVICE, inputs
+from test_chunked_mbconv import ONE_DEVICE, compiled_gradient
 
 from align_jax.config import default_config
 from align_jax.data import pipeline
@@ -49,16 +49,9 @@ def test_python_makes_few_calls_for_an_image_of_the_input(project, monkeypatch):
 
 
 def test_an_mbconv_block_moves_few_bytes_forward_and_backward():
-    block, variables, x = inputs("residual", size=(32, 32))
-
-    def value(params, x):
-        updated = variables | {"params": params}
-        (y, _), _ = block.apply(updated, x, (0.0, None), mutable=["batch_stats"])
-        return jnp.sum(jnp.sin(y))
-
-    compiled = jax.jit(jax.grad(value, (0, 1))).lower(variables["params"], x).compile()
-    expanded_bytes = 6 * x.nbytes
-    assert compiled.cost_analysis()["bytes accessed"] <= 72 * expanded_bytes  # 65.4
+    compiled, expanded_bytes = compiled_gradient()
+    # 23.1; XLA counts a pass over chunks as one chunk.
+    assert compiled.cost_analysis()["bytes accessed"] <= 26 * expanded_bytes
 
 
 def test_the_text_tower_is_rearranged_seldom_forward_and_backward():

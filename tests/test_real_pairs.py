@@ -94,13 +94,17 @@ def test_sets_are_packed_without_copies_and_the_config_trains_and_evaluates_on_t
         (programs / name).chmod(0o755)
     env = environment(tmp_path / "cache")
     packed = tmp_path / "packed"
-    done = subprocess.run(
-        ["bash", ROOT / "experiments/real_pairs/prepare.sh", tmp_path / "data", packed],
-        env=env | {"PATH": f"{programs}:{env['PATH']}"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+
+    def prepare(script):
+        done = subprocess.run(
+            ["bash", ROOT / "experiments/real_pairs" / script, tmp_path / "data", packed],
+            env=env | {"PATH": f"{programs}:{env['PATH']}"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+
+    prepare("prepare.sh")
     reports = {
         name: json.loads((packed / name / "pack_report.json").read_text())
         for name in ("flickr8k", "cc3m", "emoji")
@@ -112,13 +116,7 @@ def test_sets_are_packed_without_copies_and_the_config_trains_and_evaluates_on_t
     (tmp_path / "data/text").mkdir()
     words = ["[CLS]", "##ing", "a", "red", "blue", "circle", "square"]
     (tmp_path / "data/text/bert-base-uncased-vocab.txt").write_text("\n".join(words) + "\n")
-    done = subprocess.run(
-        ["bash", ROOT / "experiments/real_pairs/prepare_studies.sh", tmp_path / "data", packed],
-        env=env | {"PATH": f"{programs}:{env['PATH']}"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    prepare("prepare_studies.sh")
     straight = captions(packed / "flickr8k")
     assert "7.png" not in straight
     different = set()

@@ -6,6 +6,10 @@ from collections.abc import Sequence
 
 from align_jax.storage.writing import check_local
 
+# What `align curate` calls its two results, as tables and as folders of parts.
+KEPT_FILE, DROPPED_FILE = "kept.parquet", "dropped.parquet"
+KEPT_FOLDER, DROPPED_FOLDER = "kept", "dropped"
+
 
 def find_paths(pattern: str) -> list[str]:
     """Returns the paths that a path or a glob pattern (with `**`) names, sorted.
@@ -42,11 +46,11 @@ def check_kept_alone(source: str, paths: Sequence[str]) -> None:
       ValueError: rows that were kept and rows that were dropped are among them.
     """
     places = {*paths, *map(os.path.dirname, paths)}
-    for dropped, kept in (("dropped.parquet", "kept.parquet"), ("dropped", "kept")):
+    for dropped, kept in ((DROPPED_FILE, KEPT_FILE), (DROPPED_FOLDER, KEPT_FOLDER)):
         for place in sorted(place for place in places if os.path.basename(place) == dropped):
             other = os.path.join(os.path.dirname(place), kept)
             if other in places:
-                named = other if kept.endswith(".parquet") else os.path.join(other, "*.parquet")
+                named = other if kept == KEPT_FILE else os.path.join(other, "*.parquet")
                 raise ValueError(
                     f"{source} holds what `align curate` kept and what it dropped; name {named}."
                 )

@@ -33,6 +33,7 @@ def main() -> None:
     for batch in args.batches:
         flops = 8 * batch**2 * DIM
         ring, plain = ring_step(batch, args.tile), plain_products(flops)
+        seconds(ring), seconds(plain)  # compiles
         times = [(seconds(ring), seconds(plain)) for _ in range(args.rounds)]
         ring_s, plain_s = (min(column) for column in zip(*times, strict=True))
         print(
@@ -81,16 +82,11 @@ def plain_products(flops: int):
 
 
 def seconds(function) -> float:
-    """Returns how long a second call takes."""
-    if function not in _warm:
-        jax.block_until_ready(function())
-        _warm.add(function)
+    """Returns how long a call takes."""
     start_s = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - start_s
 
-
-_warm = set()
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))

@@ -17,12 +17,11 @@ import pyarrow.parquet as pq
 
 from align_jax.curate.filter import unigrams
 from align_jax.storage import writing
+from align_jax.storage.paths import DROPPED_FILE, DROPPED_FOLDER, KEPT_FILE, KEPT_FOLDER
 
 if TYPE_CHECKING:
     from align_jax.curate.filter.plan import Part, Plan
 
-KEPT_FILE, DROPPED_FILE = "kept.parquet", "dropped.parquet"
-KEPT_FOLDER, DROPPED_FOLDER = "kept", "dropped"
 JSON_FILE, PAGE_FILE = "report.json", "report.md"
 _KEPT = 255
 _GROUP_ROWS = 1 << 17
