@@ -7,6 +7,9 @@ data=$1 out=$2
 for file in "$out"/matched/{flickr8k,cc3m,emoji}/drop.parquet "$out/scans/cc3m.parquet"; do
     [ -e "$file" ] || { echo "prepare_studies.sh: $file is missing; run prepare.sh first" >&2; exit 2; }
 done
+for file in flickr8k/train.{jsonl,zip} cc3m/train.jsonl emoji/twemoji.zip text/bert-base-uncased-vocab.txt; do
+    [ -e "$data/$file" ] || { echo "prepare_studies.sh: $data/$file is missing" >&2; exit 2; }
+done
 
 declare -A table=(
     [flickr8k]="$data/flickr8k/train.jsonl" [cc3m]="$data/cc3m/train.jsonl"
