@@ -5,9 +5,9 @@ align train --config configs/real_pairs.py --workdir runs/real_pairs
 
 Sets packed elsewhere: `--config configs/real_pairs.py:FOLDER`. 56 minutes on 2 quiet CPU cores.
 R@10 on the 1,000 images of Flickr8k dev, image to text and text to image: 20.7 and 19.0 % with seed
-0, 20.7 and 20.2 % with seed 1, 20.6 and 19.8 % with seed 2 (chance 1 %); what else it can and cannot
-do, and what was tried: experiments/real_pairs/report.md. Published: none for so little data; models trained at scale reach
-more than 96 % zero-shot on Flickr30K (Jia et al. 2021).
+0, 20.7 and 20.2 % with seed 1, 20.6 and 19.8 % with seed 2 (chance 1 %); what else it can and
+cannot do, and what was tried: experiments/real_pairs/report.md. Published: none for so little data;
+models trained at scale reach more than 96 % zero-shot on Flickr30K (Jia et al. 2021).
 """
 
 from align_jax.config import default_config

@@ -1,5 +1,6 @@
 """The same rules in Spark keep the same rows as in DuckDB; every rule is valid BigQuery SQL."""
 
+import socket
 import subprocess
 import sys
 import types
@@ -196,6 +197,21 @@ def test_missing_java_is_named(monkeypatch):
     monkeypatch.delenv("JAVA_HOME", raising=False)
     with pytest.raises(RuntimeError, match="needs Java 17 or later"):
         engines.check_engine("spark://local")
+
+
+def test_master_of_a_cluster_must_answer(monkeypatch):
+    monkeypatch.setattr(engines, "_require", lambda *_: None)
+    monkeypatch.setattr(engines, "_find_java", lambda: None)
+    for place in ("host", "host:", ":7077", "host:7077,other", "host:99999"):
+        with pytest.raises(ValueError, match=r"--engine spark://\S+: '\S+' is no HOST:PORT"):
+            engines.check_engine(f"spark://{place}")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        opened = f"127.0.0.1:{server.getsockname()[1]}"
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            closed = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(RuntimeError, match=rf"no Spark master answers \({closed}: .*refused\)"):
+            engines.check_engine(f"spark://{closed}")
+        engines.check_engine(f"spark://{closed},{opened}")
 
 
 def test_engine_without_its_package_says_what_to_install(monkeypatch):

