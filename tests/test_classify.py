@@ -417,7 +417,7 @@ def test_what_a_classifier_cannot_do_is_said_in_one_line(folder, monkeypatch, ca
     )
     assert "whole is a classifier" in message
     message = error_of(
-        capfd, "eval", "--model", "whole", "--retrieval", "scenes?size=9", "--out", "z"
+        capfd, "eval", "--model", "whole", "--retrieval", "scenes?size=9", "--out", "z.json"
     )
     assert "a classifier has no text tower" in message
     source = "scenes?size=24&label=colour"

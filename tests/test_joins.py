@@ -1,5 +1,7 @@
 """Curated tables of COYO, LAION and DataComp joined to what img2dataset has downloaded."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -168,10 +170,22 @@ def test_wrong_joins_are_one_line(tmp_path, capfd, monkeypatch):
         ),
     ):
         assert message in error_of(capfd, *arguments), message
+    # No list takes the place of another file, least of all of the table that is read.
+    before = Path("t.parquet").read_bytes()
+    message = error_of(capfd, *curate_, "--url-list", "t.parquet")
+    assert "--url-list t.parquet exists; name a new file." in message
+    message = error_of(capfd, *curate_, "--subset", "floats.npy")
+    assert "--subset floats.npy exists; name a new file." in message
+    assert Path("t.parquet").read_bytes() == before and not Path("cur/kept.parquet").exists()
     # The result of the work before is there nevertheless.
     assert cli.main([*curate_, "--subset", "s.npy"]) == 2
     assert "is no uid of DataComp" in capfd.readouterr().err
     assert pq.read_table("cur/kept.parquet").num_rows == 6
+    message = error_of(capfd, *curate_, "--url-list", "t.parquet")
+    assert "t.parquet exists with other content; name a new file." in message
+    assert Path("t.parquet").read_bytes() == before
+    for _ in range(2):  # a finished curation writes the same list again
+        assert cli.main([*curate_, "--url-list", "u.parquet"]) == 0
 
 
 def test_laion_rows_come_back_from_their_downloads(tmp_path):

@@ -7,7 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from helpers import environment
+from helpers import environment, error_of
 
 from align_jax import align, evals
 from align_jax.cli import main as cli
@@ -80,3 +80,18 @@ def test_results_are_written_before_they_are_printed(tmp_path, monkeypatch, capf
     command = ["eval", "--model", "m", "--retrieval", "scenes?size=4", "--out", str(out)]
     assert cli.main(command) == 1 and "the terminal is gone" in capfd.readouterr().err
     assert json.loads(out.read_text())["results"] == {"r/num_images": 5}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ending"),
+    [
+        (("eval", "--model", "m", "--retrieval", "dev.jsonl", "--out", "dev.jsonl"), ".json"),
+        (("eval", "--report", "a.json", "b.json", "--out", "b.json"), ".md"),
+        (("bench", "input", "--config", "c.py", "--out", "c.py"), ".json"),
+        (("compile", "--config", "c.py", "--platform", "cpu", "--out", "c.py"), ".json"),
+    ],
+)
+def test_reports_take_the_place_of_no_source(arguments, ending, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = error_of(capfd, *arguments)
+    assert f"--out {arguments[-1]} must end in {ending}, which is what is written." in message

@@ -439,6 +439,10 @@ def test_foreign_model_changes_nothing(photos, tiny_hf, capsys, monkeypatch):
         (("search", "--index", "none", "--text", "a"), "none holds no index"),
         (("search", "--index", "none"), "--image FILE, --text TEXT, or both"),
         (("search", "--index", "none", "--image", "x.jpg"), "--image x.jpg does not exist"),
+        (
+            ("search", "--index", "none", "--image", "config.py", "--gallery", "./config.py"),
+            "--gallery ./config.py is the picture of --image",
+        ),
         (("search", "--index", "none", "--text", "a", "-k", "0"), "k=0 must be between 1 and"),
         (("search", "--index", "none", "--text", "a", "--filter", "x"), "--filter x is unknown"),
         (

@@ -5,11 +5,12 @@ import io
 import json
 import random
 from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import real_data
+from helpers import error_of, real_data
 from test_tokenizer import TRICKY
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.trainers import WordPieceTrainer
@@ -299,6 +300,26 @@ def test_vocab_of_unusable_table_is_one_clear_line(
     assert cli.main(["vocab", source, "--out", "new", *arguments]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("align: " + message.replace("a.*:", "a.*.txt:"))
+
+
+def test_vocab_takes_the_place_of_vocabularies_of_its_own_alone(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Path("t.jsonl").write_text('{"caption": "a red dog"}\n')
+    command = ("vocab", "t.jsonl", "--size", "100", "--out")
+    for folder, name in (("model", "tokenizer.json"), ("cur", "report.json"), ("x", "config.json")):
+        Path(folder).mkdir()
+        Path(folder, name).write_text("{}")
+        if folder == "cur":
+            Path(folder, "kept.parquet").touch()
+        message = error_of(capfd, *command, folder)
+        assert f"{folder} is not empty and holds no vocabulary; name another folder." in message
+        assert Path(folder, name).read_text() == "{}"
+    for _ in range(2):
+        assert cli.main([*command, "new"]) == 0
+    Path("new", "report.json").unlink()  # killed before its last file
+    assert "holds no vocabulary" in error_of(capfd, *command, "new")
+    Path(".new.parts").mkdir()
+    assert cli.main([*command, "new"]) == 0
 
 
 def test_vocab_of_pairs_has_no_columns(capfd):

@@ -5,6 +5,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from align_jax.cli import output
+
 
 def add_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     """Adds the verb by `add_verb(name, function of (args, rest), help) -> parser`."""
@@ -44,6 +46,7 @@ def _bench(args: argparse.Namespace, rest: list[str]) -> None:
         for name in options if what != args.what else ():
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is of align bench {what}.")
+    output.check_report(args.out, ".json")
     measure = _input if args.what == "input" else _search
     report, shown = measure(args, rest)
     from align_jax.plan import aot

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align_jax.cli import model_verbs
+from align_jax.cli import model_verbs, output
 
 if TYPE_CHECKING:
     from align_jax.align import Align
@@ -98,6 +98,7 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     from align_jax import align, evals
     from align_jax.evals import image_classifier, peers, tables
 
+    output.check_report(args.out, ".json")
     chosen = _choose(args, rest)
     formats = _formats(args)
     evaluators, skipped = _make(chosen, args.skip_missing)
@@ -211,6 +212,7 @@ def _report(args: argparse.Namespace) -> None:
     from align_jax.evals import comparison
     from align_jax.storage import writing
 
+    output.check_report(args.out, ".md")
     found = comparison.compare(args.report)
     text = comparison.to_markdown(found)
     written = []

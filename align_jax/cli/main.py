@@ -246,6 +246,7 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
 def _compile(args: argparse.Namespace, rest: list[str]) -> None:
     from align_jax import config as config_lib
 
+    output.check_report(args.out, ".json")
     config = config_lib.load_config(args.config, rest)
     if args.platform == "tpu" and not args.topology:
         raise ValueError("--topology is missing, e.g. --topology v5e:4x4; or use --platform cpu.")

@@ -60,3 +60,9 @@ def kept_safe() -> Iterator[Output]:
                 before[0].close()  # else Python tries again when it ends, and complains
             if out.error.errno == errno.EPIPE:
                 out.error = None
+
+
+def check_report(path: str | None, ending: str) -> None:
+    """Raises ValueError if a report would take the place of a file that cannot be one."""
+    if path and not path.endswith(ending):
+        raise ValueError(f"--out {path} must end in {ending}, which is what is written.")

@@ -1,6 +1,7 @@
 """Finished parts of long work, kept beside its result until that is complete."""
 
 import contextlib
+import filecmp
 import json
 import os
 import shutil
@@ -37,11 +38,18 @@ def result(folder: str, out: str | os.PathLike) -> Iterator[str]:
     """Yields the path of a file that becomes `out` when it is complete; the parts go then.
 
     It lies among the parts, so that what a killed run leaves of it goes with them.
+
+    Raises:
+      ValueError: `out` exists with other content; it stays.
     """
     path = os.path.join(folder, "result.tmp")
     yield path
-    writing.move(path, os.path.realpath(out))
+    differs = os.path.exists(out) and not filecmp.cmp(path, out, shallow=False)
+    if not differs:
+        writing.move(path, os.path.realpath(out))
     shutil.rmtree(folder)
+    if differs:
+        raise ValueError(f"{out} exists with other content; name a new file.")
 
 
 def is_finished(out: str | os.PathLike, work: str) -> bool:

@@ -23,6 +23,8 @@ from align_jax.storage.text import read_json
 
 _RECORDS = 2**16  # of a part
 _BYTES_A_WORKER = 2**24  # fewer are counted before another process has started
+_REPORT = "report.json"
+_FILES = {"vocab.txt", "tokenizer.json", "tokenizer_config.json", _REPORT}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,8 @@ def train_vocabulary(
         raise ValueError(f"--size {size} is too small; use at least {tokenizer.MIN_VOCAB_SIZE}.")
     if num_workers < 1:
         raise ValueError(f"--workers {num_workers} must be at least 1.")
+    folder = parts_lib.folder_of(out_dir)
+    _check_out(out_dir, begun=os.path.isdir(folder))
     problems = Problems()
     if captions.is_table(source):
         paths = captions.find_tables(source)
@@ -87,7 +91,6 @@ def train_vocabulary(
         units = workers.plan(opened, _RECORDS)
         stamp, unit_name = identity.stamp(opened), "caption"
         most = sum(unit.expected for unit in units) // _RECORDS
-    folder = parts_lib.folder_of(out_dir)
     content = {"stamp": stamp, "column": column, "strip_accents": strip_accents}
     with (
         # First the folder of the result: no hours of work for one that cannot be made.
@@ -114,9 +117,19 @@ def train_vocabulary(
         )
         trained.save(out_dir)
         content = {"source": source, "problems": report(problems, source)}
-        writing.write_json(os.path.join(out_dir, "report.json"), content, ensure_ascii=False)
+        writing.write_json(os.path.join(out_dir, _REPORT), content, ensure_ascii=False)
         shutil.rmtree(folder)
     return trained
+
+
+def _check_out(out_dir: str | os.PathLike, begun: bool) -> None:
+    """Refuses a folder of anything but a vocabulary that was made, or is being made, here."""
+    if not os.path.isdir(out_dir):
+        return
+    names = {name for name in os.listdir(out_dir) if not name.startswith(".")}
+    names -= {writing.LOCK_FILE}
+    if names - _FILES or (names and _REPORT not in names and not begun):
+        raise ValueError(f"{out_dir} is not empty and holds no vocabulary; name another folder.")
 
 
 def _count(unit: _Table | workers.Unit, settings: _Settings) -> Iterator[int]:

@@ -132,6 +132,9 @@ def curate(
             shutil.rmtree(out / "stages", ignore_errors=True)
             _write_lists(tables, out, url_list, subset)
             return json.loads((out / report.JSON_FILE).read_text("utf-8"))
+        for path, option in ((url_list, "--url-list"), (subset, "--subset")):
+            if path is not None and os.path.exists(path):
+                raise ValueError(f"{option} {path} exists; name a new file.")
         stages = out / "stages"
         writing.write_json(stages / _CONFIG, config)
         if metadata is not None:
