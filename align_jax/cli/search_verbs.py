@@ -210,14 +210,9 @@ def _search(args: argparse.Namespace, rest: list[str]) -> None:
         raise ValueError("Say what to search by: --image FILE, --text TEXT, or both.")
     if args.image is not None and not os.path.isfile(args.image):
         raise ValueError(f"--image {args.image} does not exist.")
-    if (
-        args.image
-        and args.gallery
-        and os.path.realpath(args.image) == os.path.realpath(args.gallery)
-    ):
-        raise ValueError(
-            f"--gallery {args.gallery} is the picture to search by; name another file."
-        )
+    if args.gallery and args.image and os.path.exists(args.gallery):
+        if os.path.samefile(args.gallery, args.image):
+            raise ValueError(f"--gallery {args.gallery} is the picture of --image; name another.")
     rows.check_k(args.k)
     where = filters.parse(args.filter)
     if args.kind != "any":
