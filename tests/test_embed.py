@@ -479,6 +479,18 @@ def test_conversion_over_a_workdir_is_refused(inside, capfd):
     assert error_of(capfd, "convert", "run", "run") == "run is a workdir; name another folder."
 
 
+def test_conversion_keeps_files_of_others_and_goes_on_after_a_kill(folder, capfd):
+    (folder / "mine").mkdir()
+    (folder / "mine" / "README.md").write_text("mine")
+    (folder / "mine" / "vocab.txt").write_text("cut")
+    said = "mine holds other files, README.md first; name a new folder."
+    assert error_of(capfd, "convert", "model", "mine") == said
+    assert (folder / "mine" / "vocab.txt").read_text() == "cut"
+    (folder / "mine" / "README.md").unlink()
+    assert cli.main(["convert", "model", "mine"]) == 0
+    shutil.rmtree(folder / "mine")
+
+
 def test_conversion_over_a_model_is_refused_before_anything_is_read(folder, capfd):
     before = snapshot(folder / "model")
     said = "model holds a model already; name a new folder."

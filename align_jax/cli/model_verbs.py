@@ -145,6 +145,14 @@ def _labels(given: str) -> list[str]:
     return labels
 
 
+# What a conversion that was killed may leave; its last file makes a folder one of a model.
+_CONVERTED = {
+    *("model.safetensors", "vocab.txt", "tokenizer.json", "tokenizer_config.json"),
+    *("preprocessor_config.json", "processor_config.json"),
+    *("adapter_model.safetensors", "align_base.json"),
+}
+
+
 def _convert(args: argparse.Namespace, rest: list[str]) -> None:
     from align_jax import align
     from align_jax.hf import hub
@@ -152,6 +160,9 @@ def _convert(args: argparse.Namespace, rest: list[str]) -> None:
     out = Path(args.out)
     if hub.is_hugging_face(out) or (out / "adapter_config.json").exists():
         raise ValueError(f"{out} holds a model already; name a new folder.")
+    foreign = {path.name for path in out.glob("[!.]*")} - _CONVERTED if out.is_dir() else ()
+    if foreign and "config.json" not in foreign:  # that is a workdir, which `save` refuses
+        raise ValueError(f"{out} holds other files, {min(foreign)} first; name a new folder.")
     model = align.load(args.model, step=args.step, adapter=args.adapter)
     if args.to == "peft":
         model.save_adapter(args.out)
