@@ -21,6 +21,7 @@ import align_jax
 from align_jax import embed
 from align_jax.cli import main as cli
 from align_jax.evals import tables
+from align_jax.hf import processor
 from align_jax.storage import writing
 
 
@@ -488,6 +489,8 @@ def test_conversion_keeps_files_of_others_and_goes_on_after_a_kill(folder, capfd
     assert (folder / "mine" / "vocab.txt").read_text() == "cut"
     (folder / "mine" / "README.md").unlink()
     assert cli.main(["convert", "model", "mine"]) == 0
+    made = {path.name for path in (folder / "mine").iterdir()}
+    assert made == {*processor.FILES, "model.safetensors", "README.md", "config.json"}
     shutil.rmtree(folder / "mine")
 
 

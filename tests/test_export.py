@@ -200,6 +200,11 @@ def test_wrong_folder_and_missing_packages_are_one_line(tiny_hf, tmp_path, monke
     assert error == "file is a file; name a folder."
     error = error_of(capfd, *start, "stablehlo", "--out", tiny_hf[0])
     assert error.endswith("holds a model; name another folder.")
+    (tmp_path / "vocabulary").mkdir()
+    for name in ("tokenizer.json", "report.json"):
+        (tmp_path / "vocabulary" / name).write_text("mine")
+    error = error_of(capfd, *start, "stablehlo", "--out", "vocabulary")
+    assert error == "vocabulary holds other files, report.json first; name a new folder."
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     error = error_of(capfd, *start, "onnx", "--out", "out")
     assert error == "--to onnx needs onnxscript; install it with `pip install 'align_jax[onnx]'`."

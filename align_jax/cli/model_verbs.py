@@ -145,24 +145,17 @@ def _labels(given: str) -> list[str]:
     return labels
 
 
-# What a conversion that was killed may leave; its last file makes a folder one of a model.
-_CONVERTED = {
-    *("model.safetensors", "vocab.txt", "tokenizer.json", "tokenizer_config.json"),
-    *("preprocessor_config.json", "processor_config.json"),
-    *("adapter_model.safetensors", "align_base.json"),
-}
-
-
 def _convert(args: argparse.Namespace, rest: list[str]) -> None:
     from align_jax import align
-    from align_jax.hf import hub
+    from align_jax.hf import adapter, hub, processor
+    from align_jax.storage import writing
 
     out = Path(args.out)
     if hub.is_hugging_face(out) or (out / "adapter_config.json").exists():
         raise ValueError(f"{out} holds a model already; name a new folder.")
-    foreign = {path.name for path in out.glob("[!.]*")} - _CONVERTED if out.is_dir() else ()
-    if foreign and "config.json" not in foreign:  # that is a workdir, which `save` refuses
-        raise ValueError(f"{out} holds other files, {min(foreign)} first; name a new folder.")
+    if not (out / "config.json").exists():  # of a workdir, which `save` refuses by name
+        ours = (*processor.FILES, "model.safetensors", adapter.WEIGHTS, adapter.BASE)
+        writing.check_alone(out, ours)
     model = align.load(args.model, step=args.step, adapter=args.adapter)
     if args.to == "peft":
         model.save_adapter(args.out)

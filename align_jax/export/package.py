@@ -116,12 +116,14 @@ def check(differences: dict[str, float]) -> None:
 
 
 def check_folder(folder: str | os.PathLike) -> None:
-    """Raises ValueError if an export cannot go there: a file, or the folder of a model."""
+    """Raises ValueError if an export cannot go there: a file, or a folder with other files."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder.")
     if (folder / "config.json").exists():
         raise ValueError(f"{folder} holds a model; name another folder.")
+    programs = (path.name for kind in ("image.*", "text.*") for path in folder.glob(kind))
+    writing.check_alone(folder, {DESCRIPTION, *processor.FILES, *programs})
 
 
 def _samples(model: Align) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -15,6 +15,12 @@ from typing import Any
 from align_jax.data import tokenizer as tokenizer_lib
 from align_jax.storage import writing
 
+# What `write_processor` writes; vocab.txt of a WordPiece tokenizer.
+FILES = (
+    *("vocab.txt", "tokenizer.json", "tokenizer_config.json"),
+    *("preprocessor_config.json", "processor_config.json"),
+)
+
 _BILINEAR = 2  # Pillow's number
 _RESIZE_KEY = "align_jax_resize"  # ours: the format has no word for a resize without antialias
 _DEFAULT_MAX_TOKENS = 64  # AlignProcessor's, where the tokenizer does not say

@@ -14,7 +14,7 @@ import re
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,19 @@ def check_local(path: _Path, what: str) -> None:
             f"{what} {os.fspath(path)}: {remote[1]}:// is not a file system here; name a "
             "local path, or mount the bucket (gcsfuse, s3fs) and name the mounted path."
         )
+
+
+def check_alone(folder: _Path, names: Collection[str]) -> None:
+    """Raises ValueError if a folder holds anything but files that an earlier call has left.
+
+    Args:
+      folder: where files will be written; need not be there.
+      names: of those files. Hidden files do not count.
+    """
+    folder = Path(folder)
+    others = {path.name for path in folder.glob("[!.]*")} - {*names} if folder.is_dir() else ()
+    if others:
+        raise ValueError(f"{folder} holds other files, {min(others)} first; name a new folder.")
 
 
 def check_local_values(values: Mapping[str, Any], path: str) -> None:
