@@ -306,18 +306,17 @@ def test_vocab_takes_the_place_of_vocabularies_of_its_own_alone(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     Path("t.jsonl").write_text('{"caption": "a red dog"}\n')
     command = ("vocab", "t.jsonl", "--size", "100", "--out")
-    for folder, name in (("model", "tokenizer.json"), ("cur", "report.json"), ("x", "config.json")):
+    for folder, *names in (("model", "tokenizer.json"), ("cur", "kept.parquet", "report.json")):
         Path(folder).mkdir()
-        Path(folder, name).write_text("{}")
-        if folder == "cur":
-            Path(folder, "kept.parquet").touch()
+        for name in names:
+            Path(folder, name).write_text("{}")
         message = error_of(capfd, *command, folder)
-        assert f"{folder} is not empty and holds no vocabulary; name another folder." in message
-        assert Path(folder, name).read_text() == "{}"
+        assert f"{folder} holds other files, {names[0]} first; name a new folder." in message
+        assert all(Path(folder, name).read_text() == "{}" for name in names)
     for _ in range(2):
         assert cli.main([*command, "new"]) == 0
     Path("new", "report.json").unlink()  # killed before its last file
-    assert "holds no vocabulary" in error_of(capfd, *command, "new")
+    assert "new holds other files, " in error_of(capfd, *command, "new")
     Path(".new.parts").mkdir()
     assert cli.main([*command, "new"]) == 0
 

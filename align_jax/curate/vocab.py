@@ -124,12 +124,10 @@ def train_vocabulary(
 
 def _check_out(out_dir: str | os.PathLike, begun: bool) -> None:
     """Refuses a folder of anything but a vocabulary that was made, or is being made, here."""
-    if not os.path.isdir(out_dir):
-        return
-    names = {name for name in os.listdir(out_dir) if not name.startswith(".")}
-    names -= {writing.LOCK_FILE}
-    if names - _FILES or (names and _REPORT not in names and not begun):
-        raise ValueError(f"{out_dir} is not empty and holds no vocabulary; name another folder.")
+    writing.check_alone(out_dir, {*_FILES, writing.LOCK_FILE})
+    made = os.path.exists(os.path.join(out_dir, _REPORT))
+    if not (made or begun):
+        writing.check_alone(out_dir, {writing.LOCK_FILE})
 
 
 def _count(unit: _Table | workers.Unit, settings: _Settings) -> Iterator[int]:
