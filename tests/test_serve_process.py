@@ -127,6 +127,16 @@ def test_half_sent_requests_hold_up_nobody_and_are_closed(url):
             connection.close()
 
 
+def test_a_connection_is_open_for_longer_than_clients_keep_theirs(url):
+    """One that was closed first would lose the request that is sent meanwhile."""
+    limits = httpx.Limits(keepalive_expiry=60)
+    with httpx.Client(limits=limits) as client:
+        first = client.get(f"{url}/health").extensions["network_stream"]
+        time.sleep(7)
+        assert not first.get_extra_info("is_readable")
+        assert client.get(f"{url}/health").extensions["network_stream"] is first
+
+
 def test_a_client_that_leaves_leaves_no_traceback(url, served):
     for _ in range(20):
         with pytest.raises(httpx.TimeoutException):

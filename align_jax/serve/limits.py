@@ -12,6 +12,8 @@ class Limits:
       bodies_bytes: of all requests that are being answered.
       body_s: until a body has to be there.
       header_s: until the header of a connection's first request has to be there.
+      idle_s: that a connection stays open between two requests: longer than clients (5 s) and
+        balancers (60 s) keep theirs, so that none sends into one that is being closed.
       request_s: until the answer has to be ready, waiting included.
       drain_s: that requests may go on after SIGTERM.
       image_bytes: of one encoded image.
@@ -27,6 +29,7 @@ class Limits:
     bodies_bytes: int = 256 << 20
     body_s: float = 30
     header_s: float = 30
+    idle_s: float = 75
     request_s: float = 30
     drain_s: float = 10
     image_bytes: int = 10 << 20

@@ -108,6 +108,7 @@ def serve(
             access_log=False,
             server_header=False,
             limit_concurrency=limits.connections,
+            timeout_keep_alive=int(limits.idle_s),
             timeout_graceful_shutdown=int(limits.drain_s),
         )
         asyncio.run(_Server(config, endpoints.app).serve(sockets=[listener]))
