@@ -1,4 +1,6 @@
-"""What wrong captions, curation and more languages do to the recipe of an hour; see ../report.md.
+"""What wrong captions, curation, languages and the paper's ablations do to the recipe of an hour.
+
+The results are in ../report.md.
 
 experiments/real_pairs/prepare.sh DATA data/real_pairs
 experiments/real_pairs/prepare_studies.sh DATA data/real_pairs
@@ -13,9 +15,10 @@ _ROOT = "data/real_pairs"
 LANGUAGES = ("en", "de", "fr", "cs", "zh", "ar")
 _STEPS = 300
 
+_SETS = ("flickr8k", "cc3m", "emoji")
 POINTS = {
     # All three sets, some of the captions exchanged among each other.
-    "wrong0": ("flickr8k", "cc3m", "emoji"),
+    "wrong0": _SETS,
     "wrong25": ("wrong25/flickr8k", "wrong25/cc3m", "wrong25/emoji"),
     "wrong50": ("wrong50/flickr8k", "wrong50/cc3m", "wrong50/emoji"),
     "wrong75": ("wrong75/flickr8k", "wrong75/cc3m", "wrong75/emoji"),
@@ -27,6 +30,24 @@ POINTS = {
     "english": ("flickr8k_en",),
     "languages": tuple(f"flickr8k_{language}" for language in LANGUAGES),
 }
+# The directions of the paper's ablations (Jia et al. 2021, section 6), each beside wrong0.
+ABLATIONS = {
+    **{f"dim{dim}": {"model.embed_dim": dim} for dim in (128, 64, 32)},
+    "half_negatives": {"loss.negatives": 0.5},
+    "quarter_negatives": {"loss.negatives": 0.25},
+    **{
+        f"fixed_{part}": {"optim.temperature": "fixed", "loss.temperature_init": 1 / part}
+        for part in (128, 64, 32, 16)
+    },
+    **{
+        f"data{share}": {
+            f"data.mixture.{name}.source": f"{_ROOT}/{name}?split=train[:{share}%]"
+            for name in _SETS
+        }
+        for share in (50, 25, 10)
+    },
+}
+POINTS |= dict.fromkeys(ABLATIONS, _SETS)
 SMOKE_POINTS = POINTS
 PUBLISHED = {}
 RESULTS = ("image_to_text_r10", "text_to_image_r10")
@@ -51,4 +72,5 @@ def get_config(point=""):
         c.data.max_tokens = 28
     c.train.steps = c.checkpoint.every_steps = c.eval.every_steps = _STEPS
     c.optim.warmup_steps = 50
+    c.update_from_flattened_dict(ABLATIONS.get(point, {}))
     return c
