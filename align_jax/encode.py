@@ -5,8 +5,10 @@ its devices compute. Texts are sorted by length, since a batch costs as much as 
 What an embedding is stands in `models/dual_encoder.py`; here it is compiled.
 """
 
+import bisect
 import contextlib
 import hashlib
+import itertools
 import logging
 import os
 from collections import deque
@@ -30,7 +32,6 @@ from align_jax.run import multihost
 
 ON_ERROR = ("raise", "skip")
 
-_TOKENS_STEP = 16  # text batches are padded to a multiple of this many tokens
 _BATCHES_AHEAD = 2  # of images, decoded while one is computed
 _BATCHES_PER_WINDOW = 32  # texts are sorted inside windows, so that generators may be endless
 _PROGRESS_AFTER_S = 2.0
@@ -211,7 +212,7 @@ def text_batches(
     Args:
       texts: of any length.
       tokenizer: of the model.
-      max_tokens: to which texts are cut; L is a multiple of 16 or this.
+      max_tokens: to which texts are cut; L is one of `text_lengths` of it.
       batch_size: most texts of a batch.
 
     Raises:
@@ -239,15 +240,10 @@ def one_batch(*arrays: np.ndarray, batch_size: int) -> Batches:
 
 
 def trim(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns both [B, L], cut to the longest text and padded to a multiple of 16 tokens."""
-    length = padded_length(mask)
+    """Returns both [B, L], cut to the longest text and padded to one of `text_lengths`."""
+    lengths = text_lengths(mask.shape[1])
+    length = lengths[bisect.bisect_left(lengths, int(mask.sum(axis=1).max()))]
     return ids[:, :length], mask[:, :length]
-
-
-def padded_length(mask: np.ndarray) -> int:
-    """Returns the tokens to which a batch of texts with this mask [..., L] is padded."""
-    longest = int(mask.sum(axis=-1).max())
-    return min(-(-longest // _TOKENS_STEP) * _TOKENS_STEP, mask.shape[-1])
 
 
 def batch_sizes(num_devices: int, batch_size: int) -> list[int]:
@@ -257,8 +253,12 @@ def batch_sizes(num_devices: int, batch_size: int) -> list[int]:
 
 
 def text_lengths(max_tokens: int) -> list[int]:
-    """Returns every number of tokens that a batch of texts is padded to, ascending."""
-    return [*range(_TOKENS_STEP, max_tokens, _TOKENS_STEP), max_tokens]
+    """Returns every number of tokens that a batch of texts is padded to, ascending.
+
+    8, 12, 16, 24, 32, 48, 64, ...: at most a third is padding, with few shapes to compile.
+    """
+    steps = (part << power for power in range(max_tokens.bit_length()) for part in (8, 12))
+    return [*itertools.takewhile(lambda length: length < max_tokens, steps), max_tokens]
 
 
 def progress_bar(inputs: Iterable, unit: str, *, enabled: bool) -> tqdm.tqdm:

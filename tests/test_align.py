@@ -72,11 +72,22 @@ def test_embeddings_and_logits_equal_those_of_transformers(model, pictures, thei
     assert z_image.dtype == z_text.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(z_image, axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(z_image, theirs.image_embeds, atol=1e-5)
-    # Ours are padded to 16 or 64 tokens, theirs to 64.
+    # Ours are padded to 8 to 64 tokens, theirs to 64.
     np.testing.assert_allclose(z_text, theirs.text_embeds, atol=1e-5)
     logits = model.similarity(z_image, z_text)
     # The temperature of 0.05 magnifies 1e-5 of the cosine.
     np.testing.assert_allclose(logits, theirs.logits_per_image, atol=2e-4)
+
+
+def test_texts_are_padded_to_few_lengths_of_at_most_a_third_padding():
+    assert encode.text_lengths(64) == [8, 12, 16, 24, 32, 48, 64]
+    assert encode.text_lengths(20) == [8, 12, 16, 20] and encode.text_lengths(6) == [6]
+    for longest in range(1, 65):
+        mask = np.stack([np.arange(64) < 1, np.arange(64) < longest]).astype(np.int32)
+        ids, cut = encode.trim(np.arange(128, dtype=np.int32).reshape(2, 64), mask)
+        assert ids.shape[1] == cut.shape[1] in encode.text_lengths(64)
+        assert longest <= ids.shape[1] <= max(8, 1.5 * longest)
+        np.testing.assert_array_equal(ids, np.arange(128).reshape(2, 64)[:, : ids.shape[1]])
 
 
 def test_image_list_times_caption_list_gives_one_cosine_a_pair(model, pictures, theirs):

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from align_jax import encode
 from align_jax.serve.metrics import Metrics
 
 IMAGE, TEXT = "image", "text"
@@ -24,6 +23,7 @@ IMAGE, TEXT = "image", "text"
 # padded to 8, and texts of 10 tokens are not padded to others' 40. On accelerators a small batch
 # costs as much as a larger one.
 _LEAST_FULL_ON_CPU = 0.75
+_PART_TOKENS = 16
 
 
 class Prepared(NamedTuple):
@@ -134,21 +134,24 @@ class Batcher:
         return live
 
     def _parts(self, entries: list[_Entry]) -> Iterator[list[_Entry]]:
-        """Yields the batches to compute: all at once, or those padded alike, the longest first."""
+        """Yields the batches to compute: all at once, or those about as long, the longest first."""
         alike: dict[int, list[_Entry]] = {}
         for entry in entries:
-            alike.setdefault(self._tokens(entry), []).append(entry)
+            alike.setdefault(self._length(entry), []).append(entry)
         for _, part in sorted(alike.items(), reverse=True):
             while part := [entry for entry in part if not entry.job.future.done()]:
                 count = self._count(len(part))
                 yield part[:count]
                 part = part[count:]
 
-    def _tokens(self, entry: _Entry) -> int:
-        """Returns the tokens its text is padded to where they cost, else the same for all."""
+    def _length(self, entry: _Entry) -> int:
+        """Returns its tokens where padding costs, in parts of 16, else the same for all.
+
+        Finer parts would pad less, and leave less to compute together.
+        """
         if not self._least_full or entry.prepared.tower == IMAGE:
             return 0
-        return encode.padded_length(entry.prepared.arrays[-1])
+        return -(-int(entry.prepared.arrays[-1].sum()) // _PART_TOKENS)
 
     def _count(self, waiting: int) -> int:
         """Returns how many of those that wait make the next batch."""
