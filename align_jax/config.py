@@ -85,6 +85,7 @@ def default_config() -> ConfigDict:
     data.crop_min_area = 0.08  # of the "inception" crop, share of the image; the most is all
     data.color_jitter = 0.0  # of training: most change of brightness, contrast and saturation
     data.grayscale = 0.0  # share of the training images that lose their colours
+    data.downscale = 0.0  # share of those that lose detail, reduced by up to two and enlarged
     data.eval_image_size = 0  # side of the crop in evaluation, pixels; 0: image_size
     data.flip = True  # random horizontal flip
     data.max_tokens = 64

@@ -236,7 +236,7 @@ def _check_views(data: ConfigDict) -> None:
             raise ValueError(f"config.data.{path}={data[path]} is below the trunk's stride, 32.")
     if not 0.0 < data.crop_min_area <= 1.0:
         raise ValueError(f"config.data.crop_min_area={data.crop_min_area} must lie in (0, 1].")
-    for path in ("color_jitter", "grayscale"):
+    for path in ("color_jitter", "grayscale", "downscale"):
         if not 0.0 <= data[path] <= 1.0:
             raise ValueError(f"config.data.{path}={data[path]} must lie in [0, 1].")
     if data.crop == "inception" and data.decode != "full":

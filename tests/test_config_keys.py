@@ -141,6 +141,7 @@ TABLE = {
     "data.crop_min_area": [(0.9, batches, INCEPTION)],
     "data.color_jitter": [(0.5, batches)],
     "data.grayscale": [(1.0, batches)],
+    "data.downscale": [(1.0, batches)],
     "data.eval_image_size": [(36, preprocessing)],
     "data.flip": [(False, batches)],
     "data.max_tokens": [(6, batches)],

@@ -384,7 +384,7 @@ def test_these_runs_change_every_key_that_a_batch_or_a_step_sees():
 ELSEWHERE = {
     "data.num_workers",  # who builds a batch changes nothing in it
     *("data.crop", "data.crop_min_area", "data.eval_image_size"),  # test_classify
-    *("data.color_jitter", "data.grayscale"),  # test_color
+    *("data.color_jitter", "data.grayscale", "data.downscale"),  # test_augment
     "data.image_embeddings",  # test_image_embeddings
     *("optim.cooldown_steps", "optim.decay_every", "optim.decay_factor"),  # test_optim
     "optim.layer_decay",  # test_optim

@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from align_jax.data import color, images, inception, mixture, read_ahead, row_generators
+from align_jax.data import augment, images, inception, mixture, read_ahead, row_generators
 from align_jax.data.image_embeddings import ImageEmbeddings
 from align_jax.data.loans import Loans
 from align_jax.data.sources.classes import Classes
@@ -70,7 +70,8 @@ class BatchSpec:
       crop: "random", see images.train_view, or "inception", see inception.inception_view.
       crop_min_area: of the latter.
       flip: whether half of the images are mirrored.
-      color_jitter, grayscale: see color.change_color.
+      color_jitter, grayscale: see augment.change_color.
+      downscale: share of the views that augment.lose_detail reduces.
       max_tokens: L, including [CLS] and [SEP].
       hash_pairs: adds `caption_hash` and `image_hash`.
       rows: which of the B rows the batches hold, in this order.
@@ -87,6 +88,7 @@ class BatchSpec:
     flip: bool
     color_jitter: float
     grayscale: float
+    downscale: float
     max_tokens: int
     hash_pairs: bool
     rows: tuple[int, ...]
@@ -287,7 +289,9 @@ class _BatchBuilder:
         self._write_crop(view, image, rng)
         jitter, grayscale = self.spec.color_jitter, self.spec.grayscale
         if jitter or grayscale:
-            view[...] = color.change_color(view, jitter=jitter, grayscale=grayscale, rng=rng)
+            view[...] = augment.change_color(view, jitter=jitter, grayscale=grayscale, rng=rng)
+        if self.spec.downscale:
+            view[...] = augment.lose_detail(view, share=self.spec.downscale, rng=rng)
 
     def _write_crop(
         self, view: np.ndarray, image: bytes | np.ndarray, rng: np.random.Generator

@@ -1,11 +1,11 @@
-"""Changes of colour against their definition, and what they leave alone."""
+"""Changes of training views against their definitions, and what they leave alone."""
 
 import numpy as np
 import pytest
 from PIL import Image
 from test_pipeline import make_source, take
 
-from align_jax.data.color import change_color
+from align_jax.data.augment import change_color, lose_detail
 
 LUMA = np.array([0.299, 0.587, 0.114])
 
@@ -81,3 +81,46 @@ def test_colours_change_after_the_crop_and_nothing_else_does(crop):
         for view, found in zip(a.arrays["image"], b.arrays["image"], strict=True):
             expected = np.asarray(Image.fromarray(view).convert("L"))
             np.testing.assert_array_equal(found, expected[..., None].repeat(3, -1))
+
+
+def triangle_weights(before, after):
+    """[after, before] of a bilinear resize, antialiased where it reduces, in float64."""
+    scale = before / after
+    centres = (np.arange(after) + 0.5) * scale - 0.5
+    weights = 1 - abs(np.arange(before) - centres[:, None]) / max(scale, 1.0)
+    weights = np.maximum(weights, 0)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize(("draw", "side"), [(0.0, 12), (0.5, 18), (0.99, 24)])
+def test_a_view_that_loses_detail_is_reduced_and_enlarged(view, draw, side):
+    both = triangle_weights(side, 24) @ triangle_weights(24, side)
+    expected = np.einsum("yY,xX,YXc->yxc", both, both, view.astype(float))
+    found = lose_detail(view, share=0.3, rng=Draws(0.29, draw))
+    np.testing.assert_allclose(found.astype(float), expected, atol=2)  # rounded four times
+    assert side == 24 or abs(found.astype(float) - view).max() > 5
+
+
+def test_share_of_views_that_lose_detail_and_draws(view):
+    rng = np.random.default_rng(1)
+    found = [(lose_detail(view, share=0.3, rng=rng) != view).any() for _ in range(2000)]
+    assert abs(np.mean(found) - 0.3 * 23 / 24) < 0.031  # one in 24 keeps its side
+    states = set()
+    for share in (0.0, 1.0):
+        rng = np.random.default_rng(2)
+        lose_detail(view, share=share, rng=rng)
+        states.add(rng.random())
+    assert len(states) == 1
+
+
+def test_detail_is_lost_after_colours_and_nothing_else_changes():
+    """Grey stays grey, and rows, captions and crops stay what they were."""
+    changes = {"grayscale": 1.0, "downscale": 0.0}, {"grayscale": 1.0, "downscale": 1.0}
+    sharp, lost = (take(2, make_source(), **change) for change in changes)
+    for a, b in zip(sharp, lost, strict=True):
+        for name in ("ids", "mask", "index"):
+            np.testing.assert_array_equal(a.arrays[name], b.arrays[name])
+        assert (b.arrays["image"] == b.arrays["image"][..., :1]).all()
+        means = (x.arrays["image"].mean(axis=(1, 2, 3)) for x in (a, b))
+        np.testing.assert_allclose(*means, rtol=0.05)
+        assert (a.arrays["image"] != b.arrays["image"]).any(axis=(1, 2, 3)).mean() > 0.7

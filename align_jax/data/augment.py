@@ -1,4 +1,4 @@
-"""Changes of colour in training: brightness, contrast, saturation, and pictures in grey."""
+"""Changes of training views: brightness, contrast, saturation, pictures in grey, lost detail."""
 
 import numpy as np
 from PIL import Image, ImageEnhance
@@ -31,4 +31,26 @@ def change_color(
             image = change(image).enhance(factor)
     if is_gray:
         image = image.convert("L").convert("RGB")
+    return np.array(image)
+
+
+def lose_detail(view: np.ndarray, *, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Returns uint8 [S, S, 3]: now and then as if it came from a smaller picture.
+
+    It is reduced to a side drawn uniformly from S/2 to S pixels and enlarged again, both bilinear.
+
+    Args:
+      view: uint8 [S, S, 3].
+      share: of the views that lose detail, in [0, 1].
+      rng: always gives two draws.
+
+    Source: Downscale of Albumentations (Buslaev et al. 2020), of half the size or more.
+    """
+    is_reduced, size = rng.random() < share, len(view)
+    side = round(size * (1 + rng.random()) / 2)
+    if not is_reduced:
+        return view
+    image = Image.fromarray(view)
+    for new in (side, size):
+        image = image.resize((new, new), Image.Resampling.BILINEAR)
     return np.array(image)
