@@ -258,8 +258,9 @@ class Align:
         of transformers 4 and 5) and README.md, a model card.
 
         Raises:
-          ValueError: the folder is a file or a workdir, or the model has an image projection,
-            which the format has no place for, that cannot be folded into the layer before.
+          ValueError: the folder is a file, a workdir or holds another README.md, or the model has
+            an image projection, which the format has no place for, that cannot be folded into the
+            layer before.
 
         Example:
           >>> model.save("copy")
@@ -271,6 +272,8 @@ class Align:
             raise ValueError(f"{folder} is a file; name a folder.")
         if (folder / "config.json").exists() and not hub.is_hugging_face(folder):
             raise ValueError(f"{folder} is a workdir; name another folder.")
+        if (folder / "README.md").exists() and not hub.is_hugging_face(folder):
+            raise ValueError(f"{folder} holds a README.md of no model; name another folder.")
         p = self.preprocessing
         variables = dual_encoder.merge_lora(self.model, jax.device_get(self.variables))
         config = hf_config.hf_from_model(
@@ -290,8 +293,8 @@ class Align:
             config=origin.config,
             version=__version__,
         )
-        writing.write_text(folder / "README.md", card)
         writing.write_text(folder / "config.json", config.to_json_string())
+        writing.write_text(folder / "README.md", card)
 
     def save_adapter(self, folder: str | os.PathLike) -> None:
         """Writes A and B of a model that has an adapter, in PEFT's format.

@@ -335,10 +335,18 @@ def test_saved_model_gives_the_same_embeddings_here_and_in_torch(
     assert "## Training" not in card  # nothing is known of it
 
 
-def test_save_refuses_a_file(model, tmp_path):
+def test_save_refuses_a_file_and_a_folder_with_another_readme(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file is a file; name a folder."):
         model.save(tmp_path / "file")
+    (tmp_path / "README.md").write_text("# My project\n")
+    with pytest.raises(ValueError, match="holds a README.md of no model; name another folder."):
+        model.save(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# My project\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "README.md"}
+    for _ in range(2):  # over a model, too
+        model.save(tmp_path / "model")
+    assert "# My project" not in (tmp_path / "model" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
