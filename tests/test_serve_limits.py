@@ -225,11 +225,11 @@ def bomb(side):
     ],
 )
 def test_images_that_are_none_or_too_large(server, content, code):
-    start = time.monotonic()
+    start = time.process_time()
     answer = server.post("/v1/embeddings", input=["a", {"image": data_uri(content)}])
     error = error_of(answer, 400)
     assert (error["param"], error["code"]) == ("input[1].image", code)
-    assert time.monotonic() - start < 5  # decoding would take as long as the pixels
+    assert time.process_time() - start < 5  # decoding would take as long as the pixels
 
 
 def test_a_small_file_of_many_pixels_is_refused_before_it_is_decoded(server, monkeypatch):

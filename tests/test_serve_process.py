@@ -115,7 +115,7 @@ def test_half_sent_requests_hold_up_nobody_and_are_closed(url):
             opened[-1].sendall(content)
         start = time.monotonic()
         assert vectors(httpx.post(f"{url}/v1/embeddings", json={"input": "a"})).shape[0] == 1
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 20  # and not the 30 s that the half ones have
         for connection in opened:
             answer = b""
             while part := connection.recv(65536):
