@@ -33,7 +33,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["align_jax", "align_jax.*"]),
-    package_data={"align_jax.evals.presets": ["*.json"], "align_jax.serve": ["page/*"]},
+    package_data={
+        "align_jax.evals.presets": ["*.json"],
+        "align_jax.models": ["*.cc"],
+        "align_jax.serve": ["page/*"],
+    },
     install_requires=[
         "absl-py",
         "array_record",

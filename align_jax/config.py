@@ -156,6 +156,7 @@ def default_config() -> ConfigDict:
     c.train = ConfigDict()
     c.train.batch_size = 16_384  # global, in pairs
     c.train.steps = duration(1_200_000)
+    c.train.native_kernels = False  # on CPUs: depthwise convolutions in C++, compiled on the spot
     c.train.microbatches = 1  # parts in which the towers see the batch; same numbers, less memory
     c.train.seed = 0
     # Weight of the old moving average of weights and BatchNorm statistics, which is then what is

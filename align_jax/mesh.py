@@ -75,6 +75,7 @@ class Rows:
     """Keeps rows [B, ...] of activations on their devices; what `models.layers.Constrain` asks."""
 
     mesh: Mesh
+    native: bool = False
 
     @property
     def num_devices(self) -> int:

@@ -29,7 +29,7 @@ from align_jax.data import image_embeddings, mixture, pipeline
 from align_jax.data.sources.classes import Classes, open_classes
 from align_jax.data.sources.open_source import PairSource
 from align_jax.evals import image_classifier, in_training, tables
-from align_jax.models import classifier, dual_encoder
+from align_jax.models import classifier, dual_encoder, native
 from align_jax.run import (
     checkpoint,
     divergence,
@@ -377,6 +377,8 @@ def _open_run(
 ) -> tuple[_Run, state_lib.TrainState]:
     """Returns the run and the state that it starts or goes on with; the stack closes its files."""
     mesh = mesh_lib.make_mesh(**config.mesh)
+    if config.train.native_kernels:
+        native.load(mesh.devices.flat[0].platform)
     is_classifier = config.task == "classify"
     source = open_classes(config.data) if is_classifier else mixture.open_sources(config.data)
     config, lengths = config_checks.in_steps(config, len(source))

@@ -50,9 +50,9 @@ def make_train_step(
       config: group `train`: `seed` of dropout, stochastic depth and the choice of negatives, and
         `microbatches`, parts in which the towers see the batch. Each must hold whole BatchNorm
         groups and a multiple of the devices; loss, gradients and statistics stay those of one pass.
-        And `ema_decay` of the averages.
+        And `ema_decay` of the averages, and `native_kernels`, see `models/native.py`.
     """
-    pin = mesh_lib.Rows(mesh)
+    pin = mesh_lib.Rows(mesh, native=config.native_kernels)
 
     def encode_part(variables: dual_encoder.Variables, part: dict) -> tuple:
         part = pin(part)
@@ -93,7 +93,7 @@ def make_classify_step(
       mesh: as there; the batch is `image` uint8 [B, H, W, 3], `label` and `index` int32 [B].
       config: as there.
     """
-    pin = mesh_lib.Rows(mesh)
+    pin = mesh_lib.Rows(mesh, native=config.native_kernels)
 
     def score_part(variables: dual_encoder.Variables, part: dict) -> tuple:
         part = pin(part)

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -330,3 +331,8 @@ def real_data(*parts):
     if not path.exists():
         pytest.skip(f"real data not found: {path}; set ALIGN_JAX_REAL_DATA")
     return path
+
+
+def has_compiler():
+    """Whether native kernels can be built here."""
+    return any(map(shutil.which, ("c++", "g++", "clang++")))

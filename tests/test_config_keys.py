@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from config_lab import BASE, Lab, lowered
 from helpers import (
+    has_compiler,
     read_checkpoint,
     read_lines,
     saved_steps,
@@ -48,6 +49,8 @@ EVALUATOR = {"type": "retrieval", "source": "one.jsonl?images=images"}
 
 def program(lab, changes):
     """The train step as it is handed to the compiler."""
+    if changes.get("train.native_kernels") and not has_compiler():
+        pytest.skip("no C++ compiler")
     return lab.program(lab.config(changes))
 
 
@@ -194,6 +197,7 @@ TABLE = {
     "train.batch_size": [(16, batches)],
     "train.steps": [(5, lines), (5, program)],
     "train.microbatches": [(2, program)],
+    "train.native_kernels": [(True, program)],
     "train.ema_decay": [(0.9, program)],
     "train.seed": [(1, program), (1, batches), (1, order), (1, weights)],
     "train.on_divergence": [("rollback", divergence)],
@@ -295,6 +299,7 @@ def test_values_of_a_key_differ_from_each_other(lab, key):
 FREE = {
     *("data.num_threads", "data.num_workers", "loss.form", "loss.tile_size", "mesh.fsdp"),
     *("model.remat", "model.scan_layers", "train.microbatches", "train.steps"),
+    "train.native_kernels",
     *("train.on_divergence", "train.max_rollbacks", "train.spike", "train.hang_s"),
     *(key for key in TABLE if key.split(".")[0] in ("checkpoint", "debug", "eval", "log")),
 }

@@ -390,6 +390,7 @@ ELSEWHERE = {
     "optim.layer_decay",  # test_optim
     *("train.on_divergence", "train.max_rollbacks", "train.spike"),  # test_divergence
     "train.hang_s",  # test_watchdog
+    "train.native_kernels",  # test_native
     "train.ema_decay",  # test_average
 }
 

@@ -84,6 +84,7 @@ OPENS = {
     "hf/hub.py": "Hugging Face folders",
     "hf/processor.py": "Hugging Face folders",
     "hf/weights.py": "Hugging Face folders",
+    "models/native.py": "its own source, and what the system says of the processor",
     "run/init_from.py": "Hugging Face folders",
     "run/metrics.py": "metrics written here",
     "run/workdir.py": "workdirs written here",

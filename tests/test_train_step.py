@@ -7,6 +7,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+from helpers import has_compiler
 
 from align_jax import config, mesh, train, train_step, trees
 
@@ -120,6 +121,12 @@ def test_sigmoid_loss_with_the_ring_equals_one_device_and_moves_its_bias():
 def test_five_steps_in_microbatches_equal_one_pass(one_device, shape, microbatches):
     changes = (("train.microbatches", microbatches),)
     assert_same_run(run(*shape, changes=changes), one_device)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+@pytest.mark.parametrize("shape", [(4, 2), pytest.param((1, 1), marks=slow)])
+def test_five_steps_with_native_kernels_equal_those_without(one_device, shape):
+    assert_same_run(run(*shape, changes=(("train.native_kernels", True),)), one_device)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from align_jax.models import layers
+from align_jax.models import layers, native
 
 # Of the expanded maps of a chunk; with what is computed from them they fill a core's L2 cache.
 _CHUNK_BYTES = 512 * 1024
@@ -38,6 +38,7 @@ class Block:
       group: images of a BatchNorm group; divides the batch.
       eps: of BatchNorm.
       dtype: of activations and products.
+      native: whether depthwise convolutions are those of `native`.
     """
 
     stride: int
@@ -46,6 +47,7 @@ class Block:
     group: int
     eps: float
     dtype: jnp.dtype
+    native: bool = False
 
     def dense(self, kernel: jax.Array, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         y = layers.matmul(x, kernel.astype(self.dtype))
@@ -63,8 +65,8 @@ class Block:
         return self.activate(self.normalise(params["expand_bn"], h, *norm)) if norm else h
 
     def depthwise(self, kernel: jax.Array, x: jax.Array) -> jax.Array:
-        kernel = kernel.astype(self.dtype)
-        return layers.shifted_depthwise_conv(x, kernel, self.stride, self.padding)
+        conv = native.depthwise_conv if self.native else layers.shifted_depthwise_conv
+        return conv(x, kernel.astype(self.dtype), self.stride, self.padding)
 
     def project(self, params: dict, x: jax.Array) -> jax.Array:
         x = self.activate(x)
@@ -99,6 +101,7 @@ def run(
     block: Block, constrain: layers.Constrain, params: dict, x: jax.Array
 ) -> tuple[jax.Array, dict]:
     """As `mbconv`, each device on the groups that it holds."""
+    block = dataclasses.replace(block, native=constrain.native)
 
     def local(params: dict, x: jax.Array) -> tuple[jax.Array, dict]:
         y, moments = mbconv(block, params, x)

@@ -31,6 +31,7 @@ class Constrain(Protocol):
 
     num_devices: int
     on_cpu: bool  # whether these are CPUs
+    native: bool  # whether kernels compiled for them may be used, see `native`
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns x with its sharding pinned to that.
@@ -49,6 +50,7 @@ class Constrain(Protocol):
 class _OneDevice:
     num_devices = 1
     on_cpu = False  # unknown: nothing is chosen for a platform
+    native = False
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x

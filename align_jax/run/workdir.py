@@ -47,6 +47,7 @@ FREE_KEYS = (
     "train.hang_s",
     "train.max_rollbacks",
     "train.microbatches",
+    "train.native_kernels",
     "train.on_divergence",
     "train.spike",
     "train.steps",
