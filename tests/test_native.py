@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import error_of, has_compiler
+from helpers import environment, error_of, has_compiler, read_lines, run_align
 from test_chunked_mbconv import CASES, ONE_DEVICE, errors, inputs, of_formula, of_module
 
 from align_jax import mesh
@@ -138,7 +138,8 @@ def test_kernels_are_built_once_for_each_compiler(fresh, monkeypatch, tmp_path):
     version = 'case "$1" in --version) echo another; exit 0;; esac'
     monkeypatch.setenv("CXX", compiler(tmp_path / "two", version, *counted))
     native._build()
-    assert len(list(fresh.iterdir())) == 2  # and nothing unfinished
+    endings = sorted(path.suffix for path in fresh.iterdir())
+    assert endings == [".digest", ".digest", ".so", ".so"]  # and nothing unfinished
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,35 @@ def test_a_compiler_that_is_missing_or_fails_is_one_line(
     assert not list(fresh.glob("*"))
 
 
+def test_damaged_kernels_are_built_again(fresh):
+    built = native._build()
+    content = built.read_bytes()
+    built.write_bytes(content[:1000])
+    assert native._build() == built and len(built.read_bytes()) == len(content)
+
+
+def test_what_cannot_be_loaded_is_named(fresh, monkeypatch, tmp_path):
+    makes_text = 'while [ "$1" != -o ]; do shift; done; echo text > "$2"'
+    version = 'case "$1" in --version) exit 0;; esac'
+    monkeypatch.setenv("CXX", compiler(tmp_path / "odd", version, makes_text))
+    with pytest.raises(ValueError, match="native_kernels=True: what was compiled cannot be loaded"):
+        native.load("cpu")
+
+
 def test_devices_that_are_no_cpus_are_refused():
     message = "config.train.native_kernels=True is for CPUs, and these devices are tpu"
     with pytest.raises(ValueError, match=message):
         native.load("tpu")
+
+
+@pytest.mark.slow
+def test_a_run_begins_with_native_kernels_and_goes_on_without(tmp_path):
+    env = environment(tmp_path / "compiled") | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = ("train", "--config", QUICKSTART, "--workdir", "run", "--config.optim.warmup_steps=1")
+    source = "--config.data.source=scenes?size=256&seed=1"
+    for steps, changes in ((2, ("--config.train.native_kernels=True",)), (4, ())):
+        change = f"--config.train.steps={steps}"
+        done = run_align(*command, source, change, *changes, cwd=tmp_path, env=env, timeout_s=900)
+        assert done.returncode == 0, done.stderr
+        assert read_lines(tmp_path / "run/metrics.jsonl")[-1]["step"] == steps
+    assert len(list((tmp_path / "cache/align_jax").glob("depthwise-*.so"))) == 1

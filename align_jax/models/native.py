@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from align_jax.models import layers
-from align_jax.storage import writing
+from align_jax.storage import identity, writing
 
 KEY = "config.train.native_kernels"
 
@@ -31,7 +31,7 @@ _FORWARD, _BY_INPUT, _BY_KERNEL = (
 
 
 @functools.cache
-def load(platform: str = "cpu") -> None:
+def load(platform: str) -> None:
     """Compiles the kernels where that was not done before, and makes them known to XLA.
 
     They are kept in `$XDG_CACHE_HOME/align_jax` (`~/.cache/align_jax`), by what they depend on:
@@ -41,13 +41,18 @@ def load(platform: str = "cpu") -> None:
       platform: of the devices that shall use them.
 
     Raises:
-      ValueError: these are no CPUs, there is no C++ compiler, or it fails.
+      ValueError: these are no CPUs, there is no C++ compiler, it fails, or what it made cannot be
+        loaded.
     """
     if platform != "cpu":
         raise ValueError(
             f"{KEY}=True is for CPUs, and these devices are {platform}: leave it False."
         )
-    library = ctypes.CDLL(str(_build()))
+    built = _build()
+    try:
+        library = ctypes.CDLL(str(built))
+    except OSError as error:
+        raise ValueError(f"{KEY}=True: what was compiled cannot be loaded: {error}.") from None
     for name in (_FORWARD, _BY_INPUT, _BY_KERNEL):
         jax.ffi.register_ffi_target(
             f"align_jax_{name}", jax.ffi.pycapsule(getattr(library, name)), platform="cpu"
@@ -110,7 +115,7 @@ def _call(
     stride: int,
     padding: layers.Padding,
 ) -> jax.Array:
-    load()
+    load("cpu")
     (top, _), (left, _) = padding
     numbers = {name: np.int64(n) for name, n in (("stride", stride), ("top", top), ("left", left))}
     return jax.ffi.ffi_call(f"align_jax_{name}", like)(*arrays, **numbers)
@@ -137,10 +142,14 @@ def _build() -> Path:
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     built = Path(base) / "align_jax" / f"depthwise-{key}.so"
-    if not built.exists():
+    digest = built.with_suffix(".digest")  # loading a damaged library would kill the process
+    if not (
+        built.exists() and digest.exists() and digest.read_text() == identity.of_content(built)
+    ):
         with writing.replacing(built) as made:  # two may do so at once
             include = f"-I{jax.ffi.include_dir()}"
             _run([compiler, *_FLAGS, include, str(_SOURCE), "-o", str(made)])
+            writing.write_text(digest, identity.of_content(made))
     return built
 
 
