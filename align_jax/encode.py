@@ -255,7 +255,8 @@ def batch_sizes(num_devices: int, batch_size: int) -> list[int]:
 def text_lengths(max_tokens: int) -> list[int]:
     """Returns every number of tokens that a batch of texts is padded to, ascending.
 
-    8, 12, 16, 24, 32, 48, 64, ...: at most a third is padding, with few shapes to compile.
+    8, 12, 16, 24, 32, 48, 64, ...: of 8 tokens or more at most a third is padding, with few shapes
+    to compile.
     """
     steps = (part << power for power in range(max_tokens.bit_length()) for part in (8, 12))
     return [*itertools.takewhile(lambda length: length < max_tokens, steps), max_tokens]

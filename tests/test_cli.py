@@ -49,7 +49,7 @@ def changed_config(change):
         (
             "--config.train.stepz=3",
             "Unknown key config.train.stepz. Did you mean 'steps'? Known: batch_size, ema_decay, "
-            "hang_s, max_rollbacks, microbatches, on_divergence, seed, spike, steps.",
+            "hang_s, max_rollbacks, microbatches, native_kernels, on_divergence, seed, spike, ",
         ),
         (
             "--config.train.steps=ten",
