@@ -72,7 +72,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Keeps rows [B, ...] of activations on their devices; what `models.layers.Constrain` asks."""
+    """Keeps rows [B, ...] of activations on their devices; what `models.layers.Constrain` asks.
+
+    Attributes:
+      mesh: of the devices.
+      native: whether training on CPUs may use the kernels of `models/native.py`.
+    """
 
     mesh: Mesh
     native: bool = False

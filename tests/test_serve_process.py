@@ -20,6 +20,7 @@ from serve_helpers import encoded, picture, process, uri
 
 import align_jax
 from align_jax.search import ingest
+from align_jax.serve.limits import Limits
 
 pytestmark = pytest.mark.slow
 
@@ -129,6 +130,7 @@ def test_half_sent_requests_hold_up_nobody_and_are_closed(url):
 
 def test_a_connection_is_open_for_longer_than_clients_keep_theirs(url):
     """One that was closed first would lose the request that is sent meanwhile."""
+    assert Limits().idle_s > 60  # what balancers keep
     limits = httpx.Limits(keepalive_expiry=60)
     with httpx.Client(limits=limits) as client:
         first = client.get(f"{url}/health").extensions["network_stream"]

@@ -256,7 +256,7 @@ ffi::Error ByInput(Maps kernel, Maps dy, Result dx, int64_t stride, int64_t top,
   const Shape s = shape_of(*dx, dy, stride, top, left);
   return with_size(kernel.dimensions()[0], stride, [&]<int K>() {
     // Of stride 1 it is a convolution of dy with the kernel turned around.
-    Shape turned = shape_of(dy, *dx, 1, K - 1 - top, K - 1 - left);
+    const Shape turned = shape_of(dy, *dx, 1, K - 1 - top, K - 1 - left);
     over_bands(s.images, s.height, s.width * s.channels, s.channels,
                [&]<int N>(int64_t image, int64_t row, int64_t end, int64_t c) {
                  const float* from = kernel.typed_data() + c;

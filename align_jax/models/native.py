@@ -1,7 +1,7 @@
 """The depthwise convolution of `depthwise.cc`, compiled on this machine, for training on CPUs.
 
-Of an EfficientNet's training step on CPUs XLA spends most of what is not matrix products on
-depthwise kernels: their gradient alone takes it as many passes over the maps as a kernel has taps.
+The gradient of a depthwise kernel takes XLA as many passes over the maps as the kernel has taps;
+here it is one. See docs/performance.md.
 """
 
 import ctypes
@@ -25,9 +25,7 @@ KEY = "config.train.native_kernels"
 _SOURCE = Path(__file__).parent / "depthwise.cc"
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-w")
 _SIZES, _STRIDES = (3, 5), (1, 2)
-_FORWARD, _BY_INPUT, _BY_KERNEL = (
-    f"Depthwise{name}" for name in ("Forward", "ByInput", "ByKernel")
-)
+_FORWARD, _BY_INPUT, _BY_KERNEL = "DepthwiseForward", "DepthwiseByInput", "DepthwiseByKernel"
 
 
 @functools.cache
@@ -143,9 +141,8 @@ def _build() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     built = Path(base) / "align_jax" / f"depthwise-{key}.so"
     digest = built.with_suffix(".digest")  # loading a damaged library would kill the process
-    if not (
-        built.exists() and digest.exists() and digest.read_text() == identity.of_content(built)
-    ):
+    whole = built.exists() and digest.exists()
+    if not (whole and digest.read_bytes() == identity.of_content(built).encode()):
         with writing.replacing(built) as made:  # two may do so at once
             include = f"-I{jax.ffi.include_dir()}"
             _run([compiler, *_FLAGS, include, str(_SOURCE), "-o", str(made)])
